@@ -2,14 +2,14 @@
 
     python cutmix.py --images imagenet/train --out cutmix-all --setting all
 
-A composite holds two things in one picture, somewhere, which photos of single objects never do. Its seams are
-wrong, so training uses it only where noise hides them (train.py, t > tau). Four ways to cut, named after the share
-of the picture that the second photo gets: 1/2, 1/4, 1/9, 1/16; `all` is exactly a quarter of each.
+A composite holds two things in one picture, which photos of a single object never do. Its seams are wrong, so
+training uses it only where noise hides them (train.py, t > tau). Four ways to cut, named after the share of the
+picture that the second photo gets: 1/2, 1/4, 1/9, 1/16; `all` is exactly a quarter of each.
 
-Makes OUT/00000/000000000.jpg, ... (at most 1,000 a folder; composite i has photo i as its base), OUT/cutmix.jsonl
-(what is where) and OUT/skipped.jsonl (photos that could not be read). Look before you leap: --preview draws one
-sheet of examples, --noise the same under more and more noise, to choose tau by eye. Several nodes or processes:
-start it under torchrun, or with RANK and WORLD_SIZE set; killed, start it again.
+Makes OUT/00000/000000000.jpg, ... (1,000 a folder; composite i has photo i as its base), OUT/cutmix.jsonl (what
+is where) and OUT/skipped.jsonl (photos that could not be read). Look before you leap: --preview draws one sheet
+of examples, --noise the same under more and more noise, to choose tau by eye. For several nodes start it under
+torchrun, or with RANK and WORLD_SIZE set. Killed, it goes on with the same command.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from tqdm import tqdm
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What every stage shares: errors, complete files, JSONL, ranks, images
 
 class UserError(Exception):
@@ -56,7 +56,7 @@ def command_line(main):
 def rank_and_world():
     """(rank, number of ranks), as torchrun says in the environment; (0, 1) without it. Raises UserError."""
     try:
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     except ValueError:
         raise UserError("RANK and WORLD_SIZE in the environment must be numbers")
     if not 0 <= rank < world:
@@ -71,13 +71,15 @@ def complete(path):
     The temporary name is the same at the next attempt (and another for each rank), so that a kill leaves nothing
     behind that running the same command again does not clear away."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.tmp")
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_jsonl(path):
@@ -120,46 +122,51 @@ def list_images(folder):
     return sorted(files)
 
 
+def rgb(image):
+    """PIL image -> RGB; one that is RGB already is not copied, which would cost a quarter of decoding it."""
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def open_image(path, size):
     """Any image file -> upright RGB PIL image, its shorter side at least `size` if the file has as much.
 
     Raises OSError, in one line, whatever is wrong with the file."""
     try:
         with Image.open(path) as image:
-            # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the time. Kept at twice what is needed: the decoder's
-            # own averaging is cruder than the resampling that follows, and at 2 x the difference cannot be seen.
-            image.draft(None, (2 * size, 2 * size))
+            image.draft(None, (size, size))             # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the time
             image.load()
             with contextlib.suppress(Exception):        # a damaged EXIF block does not spoil the pixels
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):       # 16-bit grey and scientific formats: convert() would clip
-                grey = np.nan_to_num(np.asarray(image, np.float32))
-                top = 65535 if image.mode[0] == "I" else next(t for t in (1, 255, 65535, np.inf) if grey.max() <= t)
-                image = Image.fromarray((grey * (255 / min(top, 1e38)) + 0.5).clip(0, 255).astype(np.uint8))
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode[0] in "IF":                   # 16-bit grey, floats: convert() would clip them at 255
+                grey = np.asarray(image, np.float32)
+                top = 65535 if image.mode[0] == "I" or grey.max() > 255 else 255 if grey.max() > 1 else 1
+                image = Image.fromarray((grey * (255 / top) + 0.5).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:             # alpha, or a palette or key colour that is transparent
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except Exception as error:                          # Pillow's decoders raise almost anything on broken bytes
+            return rgb(image)
+    except Exception as error:  # noqa: BLE001           Pillow's decoders raise almost anything on broken bytes
         reason = getattr(error, "strerror", None) or str(error).replace(repr(str(path)), "").strip()
         raise OSError(f"{path}: not a readable image ({reason or type(error).__name__})") from None
 
 
-def fit(image, size):
-    """PIL image -> size x size: shorter side to `size`, centre crop, nothing squashed."""
+def fit(image, size, part=None, resample=Image.Resampling.LANCZOS):
+    """PIL image -> size x size: shorter side to `size`, centre crop, nothing squashed; or only a box of that."""
     side = min(image.size)
-    x, y = (image.width - side) // 2, (image.height - side) // 2   # whole pixels: no blur where nothing is scaled
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
+    x, y = (image.width - side) // 2, (image.height - side) // 2   # whole pixels: no blur if nothing is scaled
+    x0, y0, x1, y1 = part or (0, 0, size, size)
+    box = x + x0 * side / size, y + y0 * side / size, x + x1 * side / size, y + y1 * side / size
+    return image.resize((x1 - x0, y1 - y0), resample if side >= size else Image.Resampling.BICUBIC, box=box)
 
 
 def load_image(path, size):
     """Any image file -> RGB PIL image of size x size: shorter side to `size`, centre crop, nothing squashed.
 
     Grey, CMYK, palette, 16-bit, alpha (on white) and EXIF rotation are understood. Raises OSError (one line)."""
-    return fit(open_image(path, size), size)
+    return fit(open_image(path, 2 * size), size)        # decoded at 2 x: a JPEG decoder averages rather crudely
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The composite (paper 3.2, "Image augmentation")
 
 SETTINGS = ("1/2", "1/4", "1/9", "1/16")
@@ -194,22 +201,24 @@ def paste_box(setting, size, rng):
 def mix(base, paste, setting, size, rng):
     """Two PIL images of any size -> (the composite, size x size RGB, and the box of the second one in it).
 
-    1/2 keeps both at full resolution and takes each half from where it was; the others show all of the second."""
-    x0, y0, x1, y1 = box = paste_box(setting, size, rng)
-    picture = fit(base.convert("RGB"), size)
-    paste = fit(paste.convert("RGB"), size // SIDE[setting])
-    picture.paste(paste.crop(box) if setting == "1/2" else paste, box)
+    1/2 keeps both at full resolution, each half where it was; the others show all of the second, smaller."""
+    x0, y0, _, _ = box = paste_box(setting, size, rng)
+    rest, part = ((0, 0, x0 or size, y0 or size), box) if setting == "1/2" else ((0, 0, size, size), None)
+    hamming = Image.Resampling.HAMMING                  # a third of Lanczos's time, 36-45 dB from it: good enough
+    picture = Image.new("RGB", (size, size))            # for pictures that are only ever seen under noise
+    picture.paste(fit(rgb(base), size, rest, hamming), rest)
+    picture.paste(fit(rgb(paste), size // SIDE[setting], part, hamming), box)
     return picture, box
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The data set: composite i is a function of (seed, i), whoever makes it and whenever
 
 A_FOLDER = 1000
 
 
 class Job(NamedTuple):
-    """What the workers need to know. `files` is one block of bytes, so that forked workers share it: Python strings
+    """What the workers need to know. `files` is one block of bytes, which forked workers share: Python strings
     would be copied to each of them as soon as they are looked at."""
     images: str
     out: Path
@@ -250,16 +259,17 @@ def composite(job, index, setting):
     number = index % len(job.files)
     base, rng = job.file(number), np.random.default_rng((job.seed, index))
     try:
-        base_image = open_image(f"{job.images}/{base}", job.size)
+        base_image = open_image(f"{job.images}/{base}", int(1.4 * job.size))
     except OSError as error:
         return None, {"skipped": base, "reason": str(error).removeprefix(f"{job.images}/{base}: ")}
     for _ in range(100):
         paste = job.file(partner(job, number, rng))
         with contextlib.suppress(OSError):
-            paste_image = open_image(f"{job.images}/{paste}", job.size // SIDE[setting])
+            paste_image = open_image(f"{job.images}/{paste}", int(1.4 * job.size) // SIDE[setting])
             picture, box = mix(base_image, paste_image, setting, job.size, rng)
             return picture, {"file": f"{index // A_FOLDER:05d}/{index:09d}.jpg", "setting": setting, "box": box,
-                             "base": base, "paste": paste, "base_class": class_of(base), "paste_class": class_of(paste)}
+                             "base": base, "paste": paste,
+                             "base_class": class_of(base), "paste_class": class_of(paste)}
     return None, {"skipped": base, "reason": "no photo of another class could be read (100 tried)"}
 
 
@@ -270,8 +280,8 @@ def part_file(job, folder):
 def make_folder(job, folder):
     """Makes one sub-folder of composites and then, as the sign that it is whole, its part of the manifest.
 
-    Each JPEG carries its own manifest line as a comment. So a run that goes on in a half-made folder neither makes
-    again what is there nor guesses which partners an unreadable file forced upon it. Yields once a composite."""
+    Each JPEG carries its manifest line as a comment. So a run that goes on in a half-made folder neither makes
+    again what is there nor guesses which partner an unreadable file forced upon it. Yields once a composite."""
     lines, where = [], job.out / f"{folder:05d}"
     where.mkdir(parents=True, exist_ok=True)
     there = set(os.listdir(where))
@@ -279,12 +289,14 @@ def make_folder(job, folder):
         name = f"{index:09d}.jpg"
         if name in there:
             with Image.open(where / name) as image:
-                line = image.info["comment"].decode()
+                line = image.info.get("comment", b"").decode()
+            if not line:
+                raise UserError(f"{where / name}: not made by cutmix.py, use another --out")
         else:
             picture, row = composite(job, index, setting_of(job, index))
-            line = json.dumps(row)                      # ASCII: any file name survives, even one that is not UTF-8
-            if picture:                                 # full colour resolution (4:4:4): colours must not bleed over a seam
-                with complete(where / name) as temporary:
+            line = json.dumps(row)                      # ASCII: any file name survives, even if it is not UTF-8
+            if picture:
+                with complete(where / name) as temporary:   # 4:4:4, or colours would bleed over the seam
                     picture.save(temporary, "JPEG", quality=95, subsampling=0, comment=line.encode())
         lines.append(line + "\n")
         yield index
@@ -307,7 +319,7 @@ def worker(job, folders, taken, done, parent, errors):
                     return
     except KeyboardInterrupt:
         pass
-    except Exception as error:                          # a full disk, say: the main process reports it, once
+    except Exception as error:  # noqa: BLE001           a full disk, say: the main process reports it, once
         errors.put(str(error) if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: {error}")
         sys.exit(1)
 
@@ -319,11 +331,11 @@ def make(job, folders, workers, bar):
             for _ in make_folder(job, folder):
                 bar.update()
         return
-    # fork shares the list of files without a copy; where there is none (Windows, macOS) it is sent to each worker
+    # fork shares the list of files without a copy; where there is none (Windows) it is sent to each worker
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     taken, done, errors = context.Value("q", 0), context.Value("q", 0), context.SimpleQueue()
-    processes = [context.Process(target=worker, args=(job, folders, taken, done, os.getpid(), errors), daemon=True)
-                 for _ in range(min(workers, len(folders)))]
+    args, count = (job, folders, taken, done, os.getpid(), errors), min(workers, len(folders))
+    processes = [context.Process(target=worker, args=args, daemon=True) for _ in range(count)]
     try:
         for process in processes:
             process.start()
@@ -358,7 +370,7 @@ def same_settings(job):
 
 
 def merge(job, parts):
-    """The parts of all ranks, in order -> cutmix.jsonl and skipped.jsonl. Returns (composites, skipped photos)."""
+    """The parts of all ranks, in order -> cutmix.jsonl and skipped.jsonl. Returns how many lines each has."""
     composites, skipped = 0, {}
     with complete(job.out / "cutmix.jsonl") as temporary, open(temporary, "w") as manifest:
         for part in parts:
@@ -369,13 +381,13 @@ def merge(job, parts):
                 else:
                     composites += 1
                     manifest.write(line)
-        with complete(job.out / "skipped.jsonl") as beside:              # first: cutmix.jsonl is the sign of the end
+        with complete(job.out / "skipped.jsonl") as beside:     # before cutmix.jsonl, the sign of the end
             beside.write_text("".join(json.dumps({"file": file, "reason": reason}) + "\n"
                                       for file, reason in skipped.items()))
     return composites, len(skipped)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sheets to look at
 
 def sheet(rows, labels, titles, notes=None):
@@ -391,8 +403,8 @@ def sheet(rows, labels, titles, notes=None):
             picture.paste(image, (x, y))
             if notes:
                 text = notes[r][c]
-                while text and font.getlength(text) > size:
-                    text = text[:-2].rstrip("…") + "…" if len(text) > 2 else ""
+                while font.getlength(text) > size:
+                    text = text[:-4] + "…"
                 draw.text((x, y + size + 3), text, "black", font)
     for c, title in enumerate(titles):
         draw.text((left + c * (size + 6) + size // 2, top // 2), title, "black", font, anchor="mm")
@@ -408,30 +420,30 @@ def examples(job, setting, count):
             found.append((picture, row))
         if len(found) == count:
             return found
-    raise UserError(f"{job.images}: too many photos cannot be read, for example {row['skipped']} ({row['reason']})")
+    raise UserError(f"{job.images}: too many broken photos, for example {row['skipped']} ({row['reason']})")
 
 
 def preview(job, count=6):
     """Six examples of each setting, with the classes of base and second photo."""
-    rows = [examples(job, setting, count) for setting in SETTINGS]
+    lines = [examples(job, setting, count) for setting in SETTINGS]
     notes = [[f"{row['base_class'] or row['base']} + {row['paste_class'] or row['paste']}" for _, row in line]
-             for line in rows]
-    return sheet([[image for image, _ in line] for line in rows], SETTINGS, [""] * count, notes)
+             for line in lines]
+    return sheet([[image for image, _ in line] for line in lines], SETTINGS, [""] * count, notes)
 
 
 def noise_strips(job, tau):
     """The paper's Fig. 7: each setting at t = 0, 0.1 ... 1, with a red line where t passes tau.
 
-    gamma = 1 - t as in training. Training adds the noise to latents, one for 8 x 8 pixels; independent noise on every
-    pixel would average out in the eye and leave the seams far too clear, so here 8 x 8 pixels share theirs."""
+    gamma = 1 - t as in training. Training adds the noise to latents, one for 8 x 8 pixels; independent noise on
+    every pixel would average out in the eye and leave the seams too clear, so here 8 x 8 pixels share theirs."""
     times, rows = [i / 10 for i in range(11)], []
     for k, setting in enumerate(SETTINGS):
         picture, _ = examples(job, setting, len(SETTINGS))[k]
         x = np.asarray(picture, np.float32) / 127.5 - 1
         eps = np.random.default_rng((job.seed, k, 2)).standard_normal((-(-job.size // 8), -(-job.size // 8), 3))
         eps = eps.repeat(8, axis=0).repeat(8, axis=1)[:job.size, :job.size]
-        noisy = [np.sqrt(1 - t) * x + np.sqrt(t) * eps for t in times]
-        rows.append([Image.fromarray((127.5 * (x_t + 1)).round().clip(0, 255).astype(np.uint8)) for x_t in noisy])
+        noisy = 127.5 + 127.5 * np.stack([np.sqrt(1 - t) * x + np.sqrt(t) * eps for t in times])
+        rows.append([Image.fromarray(x_t) for x_t in noisy.round().clip(0, 255).astype(np.uint8)])
     picture = sheet(rows, SETTINGS, [f"t = {t:g}" for t in times])
     first = next((c for c, t in enumerate(times) if t > tau), len(times))
     x = 50 + first * (job.size + 6) - 3
@@ -441,7 +453,7 @@ def noise_strips(job, tau):
     return picture
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
@@ -453,7 +465,7 @@ def main(argv=None):
     add("--size", type=int, default=256, help="side of a composite, in pixels")
     add("--times", type=int, default=1, help="composites that each photo is the base of")
     add("--seed", type=int, default=0, help="another seed, other partners and places")
-    add("--workers", type=int, default=max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+    add("--workers", type=int, default=max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
         help="processes; 0 works in this one")
     add("--preview", action="store_true", help="only draw OUT/preview.png, examples of each setting")
     add("--noise", action="store_true", help="only draw OUT/noise.png, each setting at t = 0, 0.1 ... 1")
@@ -468,32 +480,32 @@ def main(argv=None):
     rank, world = rank_and_world()
 
     files = list_images(images)
-    starts = [i for i, file in enumerate(files) if i == 0 or "/" not in file or class_of(file) != class_of(files[i - 1])]
+    starts = [i for i, file in enumerate(files)
+              if i == 0 or "/" not in file or class_of(file) != class_of(files[i - 1])]
     if len(starts) == 1:
-        raise UserError(f"{images}: {f'all {len(files)} images are of one class' if len(files) > 1 else 'one image only'}, "
-                        f"a partner must come from another (class folders, or all images in one flat folder)")
-    job = Job(images, out, np.array([os.fsencode(file) for file in files]), np.array(starts), args.setting, args.size,
-              args.times, args.seed)
+        raise UserError(f"{images}: one class only ({len(files)} images), and partners come from another class "
+                        f"(give two or more class folders, or one flat folder of two or more images)")
+    job = Job(images, out, np.array([os.fsencode(file) for file in files]), np.array(starts),
+              args.setting, args.size, args.times, args.seed)
     del files
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                 # Pillow's remarks on odd EXIF blocks, one a photo
         if args.preview or args.noise:
-            for wanted, name, draw in ((args.preview, "preview", preview), (args.noise, "noise", None)):
-                if wanted:
-                    picture = draw(job) if draw else noise_strips(job, args.tau)
-                    with complete(out / f"{name}.png") as temporary:
-                        picture.save(temporary, "PNG")
-                    print(f"{out / name}.png")
+            for name in ["preview"] * args.preview + ["noise"] * args.noise:
+                picture = preview(job) if name == "preview" else noise_strips(job, args.tau)
+                with complete(out / f"{name}.png") as temporary:
+                    picture.save(temporary, "PNG")
+                print(f"{out / name}.png")
             return
         same_settings(job)
         count = len(job.files) * job.times
         parts = [part_file(job, folder) for folder in range(-(-count // A_FOLDER))]
         whole = set(os.listdir(out / "parts"))
-        folders = [folder for folder, part in enumerate(parts) if part.name not in whole and folder % world == rank]
+        folders = [folder for folder in range(rank, len(parts), world) if parts[folder].name not in whole]
         todo = sum(min(count - folder * A_FOLDER, A_FOLDER) for folder in folders)
-        with tqdm(total=todo, desc="cutmix", unit="img", disable=None if rank == 0 else True) as bar:
+        with tqdm(total=todo, desc="cutmix", unit="img", disable=rank > 0) as bar:
             make(job, folders, args.workers, bar)
-    # Ranks never wait: the one that finds all parts there, usually the last, joins them (two would write the same).
+    # Ranks never wait: who finds all parts there, usually the last one, joins them (two would write the same)
     whole = set(os.listdir(out / "parts"))
     if not all(part.name in whole for part in parts):
         print(f"rank {rank}: its share is done; the last rank to end writes {out / 'cutmix.jsonl'}")

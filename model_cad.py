@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Layers
 
 def layer_norm(dim):
@@ -105,7 +105,7 @@ class Block(nn.Module):
         return data, latents
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The model
 
 class CAD(nn.Module):
@@ -153,7 +153,8 @@ class CAD(nn.Module):
         Coherence token, registers and text refine one another; each block's keys and values are made here."""
         B = len(text)
         coherence = self.coherence_embed(coherence)[:, None] + self.coherence_position              # (B, 1, D)
-        tokens = torch.cat([coherence, self.registers.expand(B, -1, -1), self.text_embed(text)], 1)  # (B, S, D)
+        text = self.text_embed(text.to(self.latents.dtype))                                          # (B, L, D)
+        tokens = torch.cat([coherence, self.registers.expand(B, -1, -1), text], 1)                   # (B, S, D)
         mask = F.pad(mask, (tokens.shape[1] - mask.shape[1], 0), value=True)                         # (B, S)
         for layer in self.refine:
             tokens = layer(tokens, mask)
@@ -195,7 +196,7 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The released format
 
 RELEASED_SIZES = {      # its config key -> ours

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Embeddings
 
 def sinusoids(x, dim):
@@ -29,7 +29,7 @@ def position_embedding(n, dim):
     return torch.cat([axis[:, None].expand(n, n, -1), axis[None].expand(n, n, -1)], -1).flatten(0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Layers
 
 class Attention(nn.Module):
@@ -46,13 +46,13 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                    # (B, H, N, D / H)
 
     def keys_values(self, x):
-        """x (B, S, D) -> normalised keys and values, each (B, H, S, D / H)."""
+        """x (B, S, D) -> normalised keys (float32) and values, each (B, H, S, D / H)."""
         k, v = self.kv(x).chunk(2, -1)
-        return self.k_norm(self.split(k)), self.split(v)
+        return self.k_norm(self.split(k).float()), self.split(v)
 
     def forward(self, x, keys_values=None, mask=None):
         """x (B, N, D), keys and values, mask (B, S) True where a key may be looked at -> (B, N, D)."""
-        q = self.q_norm(self.split(self.q(x)))
+        q = self.q_norm(self.split(self.q(x)).float())
         k, v = keys_values or self.keys_values(x)
         dtype = v.dtype
         # The CPU's fused attention has a backward five times slower in bfloat16 than in float32.
@@ -104,7 +104,7 @@ class Block(nn.Module):
         return x + self.scale3 * gate3 * self.mlp(modulate(self.norm3(x), shift3, scale3))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The model
 
 class DiT(nn.Module):
@@ -140,7 +140,7 @@ class DiT(nn.Module):
         """text (B, L, text_dim), mask (B, L) bool -> context: every block's keys and values, and the mask.
 
         `coherence` is CAD's and is not used: a dropped caption shows in its null text."""
-        text = self.text_embed(text)                                                 # (B, L, D)
+        text = self.text_embed(text.to(self.out.weight.dtype))                       # (B, L, D)
         for block in self.refine:
             text = block(text, mask)
         return [block.cross.keys_values(text) for block in self.blocks], mask

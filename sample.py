@@ -1,0 +1,297 @@
+"""Stage 5, sampling (paper 4.1): DDIM with classifier-free guidance, from any checkpoint and any prompts.
+
+    python sample.py --checkpoint Lucasdegeorge/CAD-I --prompt "A golden retriever on a red sofa" --out out/samples
+
+Prompts come from --prompt (again and again), from a text file (one a line), from JSONL (`prompt` or `caption`, other
+keys are kept for the benchmarks), or from a folder of .txt files (DPG-Bench's). Image i depends on --seed + i alone,
+so another batch size, more ranks under torchrun or a run that was killed and started again give the same images.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+import model_cad
+import model_dit
+from cutmix import UserError, command_line, complete, read_jsonl
+from encode import encode_text, fetch, load_text_encoder, load_vae
+
+MODELS = {"dit": model_dit.DiT, "cad": model_cad.CAD}
+VAE, TEXT_ENCODER = "stabilityai/sd-vae-ft-ema", "google/flan-t5-xl"    # where a checkpoint does not name its own
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The sampler
+
+def gamma(t):
+    """Signal level of the linear schedule: t in [0, 1] -> 1 - t, never quite 0. Any shape."""
+    return (1 - t).clamp(min=1e-9)
+
+
+def batch_texts(cond, null, batch):
+    """Captions and null prompts, each (text (B or 1, L, D), mask (B or 1, L)) -> one pair with 2 B rows."""
+    length = max(cond[0].shape[1], null[0].shape[1])
+    rows = [(F.pad(text, (0, 0, 0, length - text.shape[1])).expand(batch, -1, -1),
+             F.pad(mask, (0, length - mask.shape[1])).expand(batch, -1)) for text, mask in (cond, null)]
+    return torch.cat([text for text, _ in rows]), torch.cat([mask for _, mask in rows])
+
+
+@torch.no_grad()
+def ddim(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2, progress=iter):
+    """Deterministic DDIM (Song et al. 2021) with classifier-free guidance: noise (B, C, H, W) -> x_0 (B, C, H, W).
+
+    cond, null: (text, mask) of the captions and of the null prompt (B or 1 rows); guidance 0 is none;
+    clamp: bound of |x_0| at every step, None for none. Needs steps >= 1. `progress` wraps the range of steps."""
+    B, device = len(noise), noise.device
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
+    # The first step divides by sqrt(gamma) = 3e-5: the update is done in float64, the network has its own precision.
+    x = noise.double()
+    one = torch.ones(B, device=device)
+    captions = model.condition(*(z.expand(B, *z.shape[1:]) for z in cond), one)
+    if guidance:
+        both = model.condition(*batch_texts(cond, null, B), torch.cat([one, 0 * one]))
+    state = None
+    for i in progress(range(steps)):
+        g, g_next = gamma(t[i]), gamma(t[i + 1])
+        if guidance and i > 0:
+            eps, state = model.denoise(torch.cat([x, x]).float(), g.float().expand(2 * B), both, state)
+            eps_cond, eps_null = eps.double().chunk(2)
+            eps = eps_cond + guidance * (eps_cond - eps_null)
+        else:       # pure noise has nothing to amplify: no guidance at the first step; its latents serve both halves
+            eps, state = model.denoise(x.float(), g.float().expand(B), captions, state)
+            eps = eps.double()
+            if guidance and state is not None:
+                state = torch.cat([state, state])
+        x_0 = (x - (1 - g).sqrt() * eps) / g.sqrt()
+        if clamp is not None:
+            x_0 = x_0.clamp(-clamp, clamp)
+            eps = (x - g.sqrt() * x_0) / (1 - g).sqrt()         # the noise that agrees with the clamped x_0
+        x = g_next.sqrt() * x_0 + (1 - g_next).sqrt() * eps
+    return x.float()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def load_model(path_or_repo, device="cpu"):
+    """A checkpoint folder or hub repository -> the model in eval mode, its config.json as `model.checkpoint`.
+
+    Reads our own format ({"model": "dit" | "cad", "args": {...}}) and the released CAD-I. Raises UserError."""
+    try:
+        config = json.loads(fetch(path_or_repo, "config.json").read_text())
+        weights = load_file(fetch(path_or_repo, "model.safetensors"))
+        if "latents_dim" in config:                             # the released CAD-I's own keys and names
+            kind = "cad"
+            args, weights = model_cad.from_released(config, weights)
+        else:
+            kind, args = config["model"], config["args"]
+        model = MODELS[kind](**args)
+        model.load_state_dict(weights)
+    except KeyError as error:
+        raise UserError(f"{path_or_repo}: config.json is not that of a DiT or CAD (no {error})")
+    except (ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path_or_repo}: {str(error).replace('DiT.__init__() ', '').replace('CAD.__init__() ', '')}")
+    except RuntimeError as error:
+        raise UserError(f"{path_or_repo}: model.safetensors does not fit config.json "
+                        f"({' '.join(str(error).split(':', 1)[-1].split())[:150]} ...)")
+    model.checkpoint = config
+    return model.eval().requires_grad_(False).to(device)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Prompts and pictures
+
+def read_prompts(path):
+    """A .jsonl file, a folder of .txt files or a text file -> list of dicts, each with a `prompt`."""
+    path = Path(path)
+    if path.is_dir():
+        rows = [{"prompt": file.read_text(encoding="utf-8").strip(), "name": file.stem}
+                for file in sorted(path.glob("*.txt"))]
+    elif not path.is_file():
+        raise UserError(f"{path}: no such file or folder of prompts")
+    elif path.suffix in (".jsonl", ".json"):
+        rows = read_jsonl(path)
+        for number, row in enumerate(rows, 1):
+            row["prompt"] = row.get("prompt", row.get("caption"))
+            if not isinstance(row["prompt"], str):
+                raise UserError(f"{path} line {number}: neither `prompt` nor `caption`")
+    else:
+        rows = [{"prompt": line.strip()} for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not rows:
+        raise UserError(f"{path}: no prompts in it")
+    return rows
+
+
+def to_images(pixels):
+    """(B, 3, H, W), about [-1, 1] -> list of PIL images."""
+    pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in pixels]
+
+
+def contact_sheet(images, captions=None, columns=None, gap=4):
+    """PIL images of one size in a grid, each with as much of its caption below as fits in three lines."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    width, text = (max(width, 96), 36) if captions else (width, 0)
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + text + gap) + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + text + gap)
+        sheet.paste(image, (x + (width - image.width) // 2, y))
+        if captions:
+            lines = [""]
+            for word in captions[i].split():
+                if pen.textlength(f"{lines[-1]} {word}") > width:
+                    lines.append("")
+                lines[-1] = f"{lines[-1]} {word}".strip()
+            pen.multiline_text((x, y + height), "\n".join(lines[:3]), fill="black", spacing=1)
+    return sheet
+
+
+def file_names(rows, per_prompt, layout):
+    """Where the images of each prompt go: list (prompts) of lists (images) of paths relative to --out."""
+    if layout == "geneval":
+        return [[f"{p:05d}/samples/{k:04d}.png" for k in range(per_prompt)] for p in range(len(rows))]
+    if layout == "dpg":
+        return [[f".tiles/{row.get('name', f'{p:05d}')}_{k}.png" for k in range(4)] for p, row in enumerate(rows)]
+    return [[f"{p * per_prompt + k:06d}.png" for k in range(per_prompt)] for p in range(len(rows))]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = partial(parser.add_argument, metavar="X")
+    add("--checkpoint", required=True, help="folder or hub repository with config.json and model.safetensors")
+    add("--prompt", action="append", default=[], help="a prompt (may be given again)")
+    add("--prompts", help=".txt or .jsonl file, or a folder of .txt files")
+    add("--out", required=True, help="folder for the images, samples.jsonl and sheet.png")
+    add("--images-per-prompt", type=int, default=1, help="(default: %(default)s; GenEval and DPG use 4)")
+    add("--steps", type=int, default=250, help="DDIM steps (default: %(default)s)")
+    add("--guidance", type=float, default=8.0, help="w; 0 is none (default: %(default)s)")
+    add("--clamp", type=float, default=1.2, help="bound of |x_0|; 0 is none (default: %(default)s)")
+    add("--seed", type=int, default=0, help="image i has seed + i (default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="(default: %(default)s)")
+    add("--format", choices=["flat", "geneval", "dpg"], default="flat", metavar="F",
+        help="flat, geneval (its tools' folders) or dpg (one 2 x 2 grid a prompt) (default: %(default)s)")
+    add("--vae", help=f"folder or hub repository (default: the one the checkpoint was trained on, or {VAE})")
+    add("--text-encoder", help=f"folder or hub repository (default: likewise, or {TEXT_ENCODER})")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, fp32 elsewhere")
+    parser.add_argument("--no-compile", action="store_true", help="CUDA: do not torch.compile the network")
+    args = parser.parse_args(argv)
+    for name in ("images_per_prompt", "steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.guidance < 0 or args.clamp < 0:
+        raise UserError("--guidance and --clamp must not be negative")
+    if args.format == "dpg" and args.images_per_prompt != 4:
+        raise UserError("--format dpg makes 2 x 2 grids: give --images-per-prompt 4")
+    return args
+
+
+def autocast(device, precision):
+    """The precision that `--precision` means on this device, as a context."""
+    bf16 = precision == "bf16" or precision == "auto" and device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def count_steps(bar, images, steps):
+    """Yields from `steps` and moves the bar by `images` after each."""
+    for step in steps:
+        yield step
+        bar.update(images)
+
+
+def main(argv=None):
+    args = arguments(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else \
+        torch.device("cpu")
+    rows = [{"prompt": prompt} for prompt in args.prompt] + (read_prompts(args.prompts) if args.prompts else [])
+    if not rows:
+        raise UserError("no prompts: give --prompt or --prompts")
+    names = file_names(rows, args.images_per_prompt, args.format)
+    jobs = [(file, rows[p]["prompt"], args.seed + n) for n, (p, file) in
+            enumerate((p, file) for p, files in enumerate(names) for file in files)]
+
+    # A folder belongs to one command: what is there already is kept, other settings are refused.
+    out = Path(args.out)
+    settings = {key: getattr(args, key) for key in ("checkpoint", "steps", "guidance", "clamp", "seed", "format")}
+    settings["prompts"] = [row["prompt"] for row in rows]
+    if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
+        raise UserError(f"{out}: holds samples of other settings (see settings.json there); choose another --out")
+    with complete(out / "settings.json") as path:
+        path.write_text(json.dumps(settings, indent=1))
+    todo = [job for job in jobs[rank::world] if not (out / job[0]).exists()]
+
+    if todo:
+        model = load_model(args.checkpoint, device)
+        source = model.checkpoint
+        vae = load_vae(args.vae or source.get("vae") or VAE, device)
+        tokenizer, t5 = load_text_encoder(args.text_encoder or source.get("text_encoder") or TEXT_ENCODER, device,
+                                          torch.bfloat16 if device.type == "cuda" else torch.float32)
+        if t5.config.d_model != model.config["text_dim"]:
+            raise UserError(f"the text encoder is {t5.config.d_model} wide, the checkpoint wants "
+                            f"{model.config['text_dim']}: give --text-encoder the one it was trained with")
+        if vae.config["latent_channels"] != model.config["channels"]:
+            raise UserError(f"the autoencoder has {vae.config['latent_channels']} channels, the checkpoint "
+                            f"{model.config['channels']}: give --vae the one it was trained with")
+        if device.type == "cuda" and not args.no_compile and len(todo) >= 4 * args.batch_size:
+            model.denoise = torch.compile(model.denoise)
+        null = encode_text(tokenizer, t5, [""])
+        shape = (model.config["channels"], model.config["size"], model.config["size"])
+        bar = tqdm(total=len(todo) * args.steps, desc="sampling", unit="step", disable=rank > 0)
+        for start in range(0, len(todo), args.batch_size):
+            files, prompts, seeds = zip(*todo[start:start + args.batch_size])
+            cond = encode_text(tokenizer, t5, list(prompts))
+            noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+            progress = partial(count_steps, bar, len(files))
+            with autocast(device, args.precision):
+                x_0 = ddim(model, noise.to(device), cond, null, args.steps, args.guidance, args.clamp or None, progress)
+            images = to_images(vae.decode(x_0 / vae.scaling_factor))
+            for file, image in zip(files, images):
+                with complete(out / file) as path:
+                    image.save(path, "PNG")
+        bar.close()
+
+    # Whoever finds everything there writes what describes the whole; under torchrun that is the last rank to end.
+    if all((out / file).exists() for file, _, _ in jobs):
+        finish(out, rows, names, jobs, args.format)
+
+
+def finish(out, rows, names, jobs, layout):
+    """The files about all samples: samples.jsonl, the sheet, and what GenEval's and DPG-Bench's tools look for."""
+    for row, files in zip(rows, names):
+        if layout == "geneval":
+            with complete((out / files[0]).parent.parent / "metadata.jsonl") as path:
+                path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        if layout == "dpg":
+            tiles = [Image.open(out / file) for file in files]
+            with complete(out / f"{Path(files[0]).name.rsplit('_', 1)[0]}.png") as path:
+                contact_sheet(tiles, columns=2, gap=0).save(path, "PNG")
+    with complete(out / "samples.jsonl") as path:
+        path.write_text("".join(json.dumps({"file": f, "prompt": p, "seed": s}, ensure_ascii=False) + "\n"
+                                for f, p, s in jobs), encoding="utf-8")
+    if layout == "dpg":                     # its tools take every picture of the folder for a grid: no sheet there
+        return print(f"{len(rows)} grids in {out}")
+    shown = jobs[:64]
+    with complete(out / "sheet.png") as path:
+        contact_sheet([Image.open(out / file) for file, _, _ in shown], [p for _, p, _ in shown]).save(path, "PNG")
+    print(f"{len(jobs)} images in {out}, the first {len(shown)} on {out / 'sheet.png'}")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,550 @@
+"""Stage 0, the toy paper: a toy ImageNet that is drawn, and the whole method run on it in minutes on a laptop.
+
+    python toy.py
+
+The world: 64 x 64 pictures of one centred, frame-filling object. Its class is its shape; colour, size and background
+vary and are not in the class name, as with ImageNet's photos. The stages are the real ones, called as a user would
+call them (each command is printed before it runs). Only three things stand in for what a laptop cannot run: a
+captioner that knows what was drawn (for LLaVA), a small autoencoder (for Stable Diffusion's) and a tiny random T5.
+Ends with a miniature GenEval and OUT/report.html. Killed and started again, it goes on where it was.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import math
+import random
+import shlex
+import time
+from functools import lru_cache
+from itertools import combinations, product
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from scipy import ndimage
+from tqdm import tqdm
+
+import caption
+import cutmix
+import encode
+import sample
+import train
+from cutmix import UserError, command_line, complete, read_jsonl
+from evaluate import geneval_verdict
+
+SIZE = 64
+SHAPES = ["circle", "cross", "ring", "square", "star", "triangle"]              # the classes
+COLORS = {"red": (222, 40, 40), "yellow": (240, 205, 30), "green": (30, 165, 60), "cyan": (30, 190, 205),
+          "blue": (45, 75, 225), "purple": (160, 50, 185)}
+GREYS = {"dark": 60, "grey": 128, "light": 205}
+BACKGROUNDS = ["plain", "striped", "checkered"]
+VAE = Path(__file__).resolve().parent / "assets" / "toy-vae"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The world
+
+def polygon(shape):
+    """Corners of a shape in a disc of radius 1, y downwards."""
+    if shape == "square":
+        return [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]
+    if shape == "triangle":
+        return [(1.08 * math.sin(a), 0.2 - 1.08 * math.cos(a)) for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)]
+    if shape == "star":
+        return [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5))
+                for i, r in enumerate([1.0, 0.42] * 5)]
+    a, b = 0.3, 0.95                                                            # a cross: its arms
+    return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+
+
+def draw(scene, scale=4):
+    """A scene (shape, color, radius, x, y in pixels, grey, background) -> 64 x 64 RGB image, without jagged edges."""
+    side, cell, grey = SIZE * scale, 8 * scale, GREYS[scene["grey"]]
+    image = Image.new("RGB", (side, side), (grey,) * 3)
+    pen, second = ImageDraw.Draw(image), (grey + (14 if grey < 128 else -14),) * 3
+    for row, column in product(range(8), range(8)):
+        if scene["background"] == "striped" and row % 2 or scene["background"] == "checkered" and (row + column) % 2:
+            pen.rectangle([column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1], fill=second)
+    mask, (x, y, r) = Image.new("L", image.size), (scene[key] * scale for key in ("x", "y", "radius"))
+    pen = ImageDraw.Draw(mask)
+    if scene["shape"] in ("circle", "ring"):
+        pen.ellipse([x - 0.92 * r, y - 0.92 * r, x + 0.92 * r, y + 0.92 * r], fill=255)
+        if scene["shape"] == "ring":
+            pen.ellipse([x - 0.46 * r, y - 0.46 * r, x + 0.46 * r, y + 0.46 * r], fill=0)
+    else:
+        pen.polygon([(x + r * a, y + r * b) for a, b in polygon(scene["shape"])], fill=255)
+    image.paste(COLORS[scene["color"]], (0, 0), mask)
+    return image.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def random_scene(rng, shape=None):
+    radius = rng.uniform(20, 27)
+    jitter = min(4, 31 - radius)
+    return {"shape": shape or rng.choice(SHAPES), "color": rng.choice(list(COLORS)), "radius": round(radius, 1),
+            "x": round(32 + rng.uniform(-jitter, jitter), 1), "y": round(32 + rng.uniform(-jitter, jitter), 1),
+            "grey": rng.choice(list(GREYS)), "background": rng.choice(BACKGROUNDS)}
+
+
+def make_world(out, count, seed):
+    """OUT/images in ImageNet's layout and OUT/scenes.jsonl, what is in each picture."""
+    scenes = []
+    for i in tqdm(range(count), desc="drawing", unit="img"):
+        scene = random_scene(random.Random(f"{seed} {i}"), SHAPES[i % len(SHAPES)])
+        scene = {"file": f"{scene['shape']}/{scene['shape']}_{i:05d}.png", **scene}
+        if not (out / "images" / scene["file"]).exists():
+            with complete(out / "images" / scene["file"]) as path:
+                draw(scene).save(path, "PNG")
+        scenes.append(scene)
+    write_jsonl(out / "scenes.jsonl", scenes)
+
+
+def write_jsonl(path, rows):
+    with complete(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The captioner: knows the scene, writes it down in ever other words
+
+def a(words):
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def background(rng, scene):
+    grey = {"dark": "dark grey", "grey": "grey", "light": "light grey"}[scene["grey"]]
+    return rng.choice([f"the background is {scene['background']} and {grey} .",
+                       f"behind it is a {scene['background']} {grey} background .",
+                       f"it stands before a {scene['background']} {grey} wall ."])
+
+
+def caption_of(scene, rng):
+    """A long caption of a picture with one object, as the captioner would write it for an original."""
+    size = "huge" if scene["radius"] > 24.5 else "large" if scene["radius"] > 22 else "big"
+    thing = f"{scene['color']} {scene['shape']}"
+    first = rng.choice([f"the image shows a {size} {thing} in the middle .", f"a {size} {thing} fills the picture .",
+                        f"in this picture there is a {size} {thing} in the center .",
+                        f"the image features {a(thing)} , which is {size} and fills the frame .",
+                        f"there is a single {size} {thing} in this image ."])
+    return f"{first} {background(rng, scene)}"
+
+
+PLACES = {(0, 0): "top left corner", (1, 0): "middle of the top", (2, 0): "top right corner",
+          (0, 1): "middle of the left side", (2, 1): "middle of the right side",
+          (0, 2): "bottom left corner", (1, 2): "middle of the bottom", (2, 2): "bottom right corner"}
+RELATIONS = {(0, 1): "to the left of", (2, 1): "to the right of", (1, 0): "above", (1, 2): "below"}
+
+
+def composite_caption(base, paste, setting, place, rng):
+    """A long caption of a picture with two objects: `paste` stands at `place` (column, row of a 3 x 3 grid).
+
+    It speaks of one scene, as LLaVA is asked to, not of a composite."""
+    one, two = f"{base['color']} {base['shape']}", f"{paste['color']} {paste['shape']}"
+    if setting == "1/2":
+        relation = RELATIONS[place]
+        side, other = {"to the right of": ("left", "right"), "below": ("top", "bottom")}[relation]
+        first = rng.choice([f"the image shows {a(one)} on the {side} and {a(two)} on the {other} .",
+                            f"there is {a(one)} on the {side} side and {a(two)} on the {other} side .",
+                            f"{a(two)} is {relation} {a(one)} ."])
+    else:
+        size, spot = {"1/4": "small", "1/9": "little", "1/16": "tiny"}[setting], PLACES[place]
+        first = rng.choice([f"a large {one} fills the picture , with a {size} {two} in the {spot} .",
+                            f"in the {spot} there is a {size} {two} , next to a large {one} .",
+                            f"the image shows a large {one} and a {size} {two} in the {spot} ."])
+        if place in RELATIONS:
+            first += f" the {two} is {RELATIONS[place]} the {one} ."
+    return f"{first} {background(rng, base)}"
+
+
+def place_of(box, setting):
+    """Where a pasted box lies, as (column, row) of a 3 x 3 grid."""
+    if setting == "1/2":
+        return (2, 1) if box[0] else (1, 2)
+    x, y = (box[0] + box[2]) / 2 / SIZE, (box[1] + box[3]) / 2 / SIZE
+    return int(x * 3), int(y * 3)
+
+
+def make_captions(out, seed):
+    """Captions of originals and composites, from the scenes and from where cutmix.py says it pasted what."""
+    scenes = {scene["file"]: scene for scene in read_jsonl(out / "scenes.jsonl")}
+    write_jsonl(out / "captions.jsonl", [{"file": file, "caption": caption_of(scene, random.Random(f"{seed} {file}"))}
+                                         for file, scene in scenes.items()])
+    rows = []
+    for row in read_jsonl(out / "cutmix/cutmix.jsonl"):
+        base, paste, setting = scenes[row["base"]], scenes[row["paste"]], row["setting"]
+        text = composite_caption(base, paste, setting, place_of(row["box"], setting),
+                                 random.Random(f"{seed} {row['file']}"))
+        rows.append({"file": row["file"], "caption": text})
+    write_jsonl(out / "captions-cutmix.jsonl", rows)
+
+
+def make_text_encoder(folder, texts, seed, dim=128):
+    """A tiny T5 with random weights and a tokenizer of the words in `texts`, saved as any T5 on the hub is."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+    words = ["<pad>", "</s>", "<unk>", *sorted({word for text in texts for word in text.split()})]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                            unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(seed)
+    T5EncoderModel(T5Config(vocab_size=len(words), d_model=dim, d_kv=32, d_ff=2 * dim, num_layers=2, num_heads=4,
+                            decoder_start_token_id=0)).save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The autoencoder (python toy.py --train-vae makes assets/toy-vae again)
+
+def train_vae(folder, minutes, seed=0):
+    """Trains the toy's AutoencoderKL on pictures littered with shrunken ones, so that small objects survive."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    pool = [draw(random_scene(rng)) for _ in range(9000)]
+    small = {side: [np.asarray(image.resize((side, side), Image.Resampling.LANCZOS)) for image in pool]
+             for side in (32, 21, 16)}
+    pool = [np.asarray(image) for image in pool]
+
+    def picture():
+        image, kind = rng.choice(pool).copy(), rng.random()
+        for _ in range(8 if kind < 0.55 else 0):                        # what 1/4, 1/9 and 1/16 paste
+            side = rng.choice([32, 21, 21, 16, 16])
+            x, y = rng.randint(0, SIZE - side), rng.randint(0, SIZE - side)
+            image[y:y + side, x:x + side] = rng.choice(small[side])
+        if 0.55 < kind < 0.75:                                          # halves
+            half = (slice(None), slice(32, None)) if kind < 0.65 else slice(32, None)
+            image[half] = rng.choice(pool)[half]
+        return image
+
+    vae = encode.AutoencoderKL(latent_channels=8, block_out_channels=(32, 32, 64), layers_per_block=1,
+                               norm_num_groups=8, patch_size=2)
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99))
+    average, start = {name: tensor.clone() for name, tensor in vae.state_dict().items()}, time.time()
+    bar = tqdm(desc="autoencoder", unit="step")
+    while (done := (time.time() - start) / 60 / minutes) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, bar.n / 200) * (1 if done < 0.3 else 0.5 + 0.5 * math.cos((done - 0.3) / 0.7 * math.pi))
+        x = torch.from_numpy(np.stack([picture() for _ in range(64)])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        mean, std = vae.encode(x)
+        error = vae.decode(mean + std * torch.randn_like(mean)) - x
+        edges = (x - F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, 1)).abs().mean(1, keepdim=True)
+        weight = 1 + 2 * edges / edges.mean()                           # what distinguishes shapes is at their edges
+        loss = (weight * (error.abs() + error ** 2)).mean() / weight.mean()
+        loss = loss + 4e-3 * 0.5 * (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        for name, tensor in vae.state_dict().items():
+            average[name].lerp_(tensor, max(0.001, 20 / (bar.n + 21)))
+        bar.update()
+        bar.set_postfix(L1=f"{error.abs().mean().item():.4f}")
+    bar.close()
+    vae.load_state_dict(average)
+    with torch.no_grad():                                               # scaled latents have unit variance
+        mean, std = vae.encode(torch.from_numpy(np.stack(pool[:1000])).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        vae.config["scaling_factor"] = round(1 / math.sqrt(mean.var().item() + (std ** 2).mean().item()), 4)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.half().contiguous() for name, tensor in average.items()},
+              folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **vae.config}, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A miniature GenEval: the benchmark's six tasks, once as its short prompts and once as long ones
+
+TASKS = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+
+
+def make_prompts(out, count, seed):
+    """OUT/prompts-short.jsonl and OUT/prompts-long.jsonl, with GenEval's metadata (`tag`, `include`, `exclude`)."""
+    short, long = [], []
+    for task, n in product(TASKS, range(count)):
+        rng = random.Random(f"{seed} {task} {n}")
+        one, two = (random_scene(rng, shape) for shape in rng.sample(SHAPES, 2))
+        one["color"], two["color"] = rng.sample(list(COLORS), 2)
+        s1, s2, c1, c2 = one["shape"], two["shape"], one["color"], two["color"]
+        include = [{"class": s1, "count": 1}, {"class": s2, "count": 1}]
+        row = {"tag": task, "include": include}
+        setting, place = rng.choice(["1/2", "1/4", "1/9", "1/16"]), rng.choice(sorted(PLACES))
+        if setting == "1/2":
+            place = rng.choice([(2, 1), (1, 2)])
+        elif setting in ("1/4", "1/9"):                                 # corners; middles of the borders
+            place = rng.choice([place for place in PLACES if (place in RELATIONS) == (setting == "1/9")])
+        if task in ("single_object", "colors"):
+            del include[1]
+            brief, detailed = f"a photo of {a(s1)}", caption_of(one, rng)
+            if task == "colors":
+                include[0]["color"], brief = c1, f"a photo of {a(c1)} {s1}"
+        elif task == "counting":
+            many = rng.choice([2, 3])
+            include[:], row["exclude"] = [{"class": s1, "count": many}], [{"class": s1, "count": many + 1}]
+            brief = f"a photo of {['two', 'three'][many - 2]} {s1}s"
+            detailed = f"the image shows {['two', 'three'][many - 2]} {c1} {s1}s . {background(rng, one)}"
+        else:
+            if task == "position":
+                setting = rng.choice(["1/2", "1/9"])
+                place = rng.choice([(2, 1), (1, 2)] if setting == "1/2" else list(RELATIONS))
+                relation = RELATIONS[place].removeprefix("to the ")
+                include[1]["position"] = [relation, 0]
+                brief = f"a photo of {a(s2)} {relation} {a(s1)}"
+            elif task == "two_object":
+                brief = f"a photo of {a(s1)} and {a(s2)}"
+            else:
+                include[0]["color"], include[1]["color"] = c1, c2
+                brief = f"a photo of {a(c1)} {s1} and {a(c2)} {s2}"
+            detailed = composite_caption(one, two, setting, place, rng)
+            row["layout"] = {"colors": [c1, c2], "setting": setting, "place": place}
+        short.append({**row, "prompt": brief})
+        long.append({**row, "prompt": detailed})
+    write_jsonl(out / "prompts-short.jsonl", short)
+    write_jsonl(out / "prompts-long.jsonl", long)
+
+
+RADII, THRESHOLD, BOX3, U = 4.4 * 1.055 ** np.arange(35), 0.7, np.ones((3, 3)), np.uint64
+CHROMA = np.array(list(COLORS.values()), float) @ (np.eye(3) - 1 / 3)
+pack = lambda mask: np.packbits(mask, -1, bitorder="little").view(U)[..., 0]
+size = lambda words: np.bitwise_count(words).sum(-1, dtype=int)
+box = lambda mask: [int(v) for i in np.nonzero(mask)[::-1] for v in (i.min(), i.max() + 1)]    # x0, x1, y0, y1
+
+def grow(words):
+    w = np.pad(words | words << U(1) | words >> U(1), [(0, 0), (1, 1)])
+    return w[:, :-2] | w[:, 1:-1] | w[:, 2:]
+
+def unmix(image):
+    """Each pixel's nearest palette colour and its share of the pixel (linear, as greys have no chroma)."""
+    x = np.asarray(image.convert("RGB"), float) @ (np.eye(3) - 1 / 3)
+    color = (x @ (CHROMA / np.linalg.norm(CHROMA, axis=1, keepdims=True)).T).argmax(2)
+    return color, (x * CHROMA[color]).sum(2) / (CHROMA ** 2).sum(1)[color]
+
+@lru_cache
+def bank():
+    """Templates at the upper left: masks, eroded, shape, width, height, area; 4 half-pixel shifts side by side."""
+    scenes = [dict(shape=s, radius=r, y=y, x=x, color="red", grey="dark", background="plain")
+              for s, r, y, x in product(SHAPES, RADII, (32, 32.5), (32, 32.5))]
+    masks = [unmix(draw(s))[1] > 0.5 for s in scenes]
+    x0, x1, y0, y1 = np.array([box(m) for m in masks]).T
+    masks = np.array([np.roll(m, (-y, -x), (0, 1)) for m, x, y in zip(masks, x0, y0)])
+    eroded, shape = ndimage.binary_erosion(masks, BOX3[None]), np.array([SHAPES.index(s["shape"]) for s in scenes])
+    return pack(masks), pack(eroded), shape, x1 - x0, y1 - y0, masks.sum((1, 2))
+
+def compare(m, t, x, y):
+    """Scores of the templates t at x, y for the mask m: IoU, less for a hidden part and for edges that are off."""
+    words, eroded, _, w, h, _ = bank()
+    x, y, near = x.clip(0, 64 - w[t])[:, None].astype(U), y.clip(0, 64 - h[t]), grow(m[None])[0]
+    span = slice(min(y.min(), np.nonzero(m)[0][0]), max((y + h[t]).max(), np.nonzero(m)[0][-1] + 1))
+    at, m, near, t = np.arange(64)[span] - y[:, None], m[span], near[span], t[:, None]
+    at[at < 0] = 63                                                            # all templates' last row is empty
+    T, core = words[t, at] << x, eroded[t, at] << x
+    missing = core & ~near                                    # hidden: the rectangle around it, unless it is small
+    rows = np.logical_or.accumulate(missing, 1) & np.logical_or.accumulate(missing[:, ::-1], 1)[:, ::-1]
+    columns = np.maximum(np.bitwise_or.reduce(missing, 1), U(1))[:, None]
+    columns = (U(2) << np.log2(columns).astype(U)) - (columns & -columns)             # lowest to highest bit set
+    rows &= np.maximum(rows.sum(1, keepdims=True), np.bitwise_count(columns)) > np.where(w[t] < 32, 10, 3)
+    hidden = np.where(rows, columns, U(0))
+    around = grow(hidden)
+    good, wrong = size(T & m & ~hidden), size(m & (~T | hidden)) + size(T & ~m & ~around)
+    share, edge = size(T & around & ~m) / size(T), size(T & ~core & ~around) + 1
+    return good / (good + wrong) - 0.1 * share - 0.25 * wrong / edge - (share > 0.78)
+
+def fit(mask, color):
+    """(score, shape, color, mask): templates at the corners of the mask's box, then around each shape's best."""
+    _, _, shape, w, h, area = bank()
+    (x0, x1, y0, y1), n, m, shift = box(mask), mask.sum() / area, pack(mask), np.arange(len(w)) % 4
+    t = (w > x1 - x0 - 3) & (h > y1 - y0 - 3) & (n > 0.2) & (n < 1.3) & (shift % np.where(area < 300, 3, 4) == 0)
+    if not t.any():
+        return 0.0, "", color, mask
+    t, i = np.repeat(np.nonzero(t)[0], 6), np.tile(np.arange(6), t.sum())
+    x, y = np.choose(i % 3, (x0, x1 - w[t], (x0 + x1 - w[t]) // 2)), np.where(i < 3, y0, y1 - h[t])
+    score = compare(m, t, x, y).reshape(-1, 6)
+    best = (6 * np.arange(len(score)) + score.argmax(1))[np.argsort(-score.max(1))]
+    best = np.concatenate([best[shape[t[best]] == s][:3] for s in range(len(SHAPES))])
+    (t, x, y), i = (np.repeat(v[best], 36) for v in (t // 4 * 4, x, y)), np.tile(np.arange(36), len(best))
+    score = compare(m, t + i // 9, x + i % 3 - 1, y + i // 3 % 3 - 1)
+    return float(score.max()), SHAPES[shape[t[score.argmax()]]], color, mask
+
+def halves(mask):
+    """Cuts in two along the straight lines where the mask changes most."""
+    for m, turn in ((mask, np.asarray), (mask.T, np.transpose)):
+        change, (x0, x1, _, _) = (m[:, 1:] ^ m[:, :-1]).sum(0), box(m)
+        change = (change * (change == ndimage.maximum_filter1d(change, 3)))[x0 + 8:x1 - 9]
+        for i in np.argsort(-change)[:3] + x0 + 8:
+            yield turn(m & (np.arange(64) > i)), turn(m & (np.arange(64) <= i))
+
+def detect(image):
+    """{shape: [{"box": [x0, y0, x1, y1] of what is visible, "score", "color"}, ...]}, most confident first."""
+    (color, share), found, out, used = unmix(image), [], {}, np.zeros((64, 64), bool)
+    for c, name in enumerate(COLORS):
+        labels = ndimage.label((color == c) & (share > 0.5), BOX3)[0]
+        area = np.bincount(labels.ravel())
+        parts = [i for i in np.argsort(-area) if i and area[i] >= 12][:3]
+        found += [fit(np.isin(labels, g), name) for k in (1, 2, 3) for g in combinations(parts, k)]
+    if len(found) == 1 and found[0][0] < 0.87 and found[0][3].sum() > 300:       # perhaps two halves of one colour
+        cuts = [[fit(m, found[0][2]) for m in cut] for cut in halves(found[0][3])]
+        value = lambda c: min(f[0] + 0.3 * min(f[3].sum() / found[0][3].sum(), 0.6) for f in c) - (c[0][1] == c[-1][1])
+        found = max(cuts + [found], key=lambda c: value(c) + (len(c) == 1))
+    pale = ndimage.binary_erosion((share > 0.2) & (share < 0.65), BOX3)        # areas of faint colour: not clean
+    for score, shape, name, mask in sorted(found, key=lambda f: -f[0]):
+        x0, x1, y0, y1 = box(mask)
+        if score > THRESHOLD and not (mask & used).any() and pale[y0:y1, x0:x1].sum() < 0.1 * mask.sum():
+            used |= mask
+            out.setdefault(shape, []).append({"box": [x0, y0, x1, y1], "score": score, "color": name})
+    return out
+
+
+def score(folder, rows):
+    """GenEval's verdict on each image of a `--format geneval` folder -> list of (file, row, right, reason)."""
+    results = []
+    for p, row in enumerate(rows):
+        for file in sorted((folder / f"{p:05d}" / "samples").glob("*.png")):
+            right, reason = geneval_verdict(detect(Image.open(file)), row, lambda found, shape: found["color"])
+            results.append((file, row, right, reason))
+    return results
+
+
+def task_scores(results):
+    """Share of right images for each task, then their mean, as in the paper's Table 2."""
+    scores = {task: np.mean([right for _, row, right, _ in results if row["tag"] == task]) for task in TASKS}
+    return {**scores, "overall": np.mean(list(scores.values()))}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The report: one page, nothing outside of it
+
+def embed(image, scale=1, title=""):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return (f'<img title="{html.escape(title)}" width="{image.width * scale}" '
+            f'src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+
+
+def curve(rows, width=720, height=220):
+    """The training loss as an inline SVG, steps to the right, loss upwards (logarithmic)."""
+    steps, losses = [row["step"] for row in rows], [math.log10(row["loss"]) for row in rows]
+    low, high = min(losses) - 0.02, max(losses) + 0.02
+    x = [50 + (width - 60) * step / steps[-1] for step in steps]
+    y = [10 + (height - 40) * (high - loss) / (high - low) for loss in losses]
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
+    ticks = "".join(f'<text x="45" y="{10 + (height - 40) * k / 4 + 4:.0f}" text-anchor="end">'
+                    f'{10 ** (high - (high - low) * k / 4):.3f}</text>' for k in range(5))
+    ticks += "".join(f'<text x="{50 + (width - 60) * k / 4:.0f}" y="{height - 10}" text-anchor="middle">'
+                     f'{steps[-1] * k / 4:.0f}</text>' for k in range(5))
+    return (f'<svg width="{width}" height="{height}" font-size="11"><polyline fill="none" stroke="#36c" '
+            f'stroke-width="1.5" points="{points}"/>{ticks}</svg>')
+
+
+def report(out, tables, results):
+    """OUT/report.html: the data, the noise strips, the loss, samples beside their prompts, the scores."""
+    def cards(items, scale=2):
+        return '<div class="cards">' + "".join(f"<figure>{embed(image, scale, note)}<figcaption>{text}</figcaption>"
+                                               "</figure>" for image, text, note in items) + "</div>"
+
+    def examples(folder, captions):
+        rows = read_jsonl(out / captions)
+        return cards([(Image.open(out / folder / row["file"]).convert("RGB"), html.escape(row["caption"]), row["file"])
+                      for row in rows[::max(1, len(rows) // 8)][:8]])
+    head = "".join(f"<th>{task.replace('_', ' ')}</th>" for task in [*TASKS, "overall"])
+    body = "".join(f"<tr><td>{name}</td>" + "".join(f"<td>{value:.2f}</td>" for value in table.values()) + "</tr>"
+                   for name, table in tables.items())
+    shown = ""
+    for task in TASKS:
+        some = [r for r in results if r[1]["tag"] == task][:12]
+        shown += f"<h3>{task.replace('_', ' ')}</h3>" + cards(
+            [(Image.open(file), f'<b class="{"right" if right else "wrong"}">{"right" if right else "wrong"}</b> '
+              f'{html.escape(row["prompt"])}', reason) for file, row, right, reason in some])
+    page = f"""<!doctype html><meta charset="utf-8"><title>The toy paper</title>
+<style>body {{ font: 14px sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em }} h2 {{ margin-top: 2em }}
+.cards {{ display: flex; flex-wrap: wrap; gap: 12px }} figure {{ margin: 0; width: 128px; font-size: 11px }}
+figure img {{ image-rendering: pixelated }} td, th {{ padding: 3px 10px; text-align: right }}
+td:first-child {{ text-align: left }} .right {{ color: #080 }} .wrong {{ color: #b00 }} </style>
+<h1>How far can we go with a toy ImageNet?</h1>
+<p>One DiT-I with long captions (TA) and CutMix composites (IA), trained by <code>python toy.py</code>.</p>
+<h2>Scores</h2><table><tr><th></th>{head}</tr>{body}</table>
+<p>A miniature of GenEval: share of images that are as asked, over {len(results)} images for each kind of prompt.</p>
+<h2>Samples for long prompts</h2><p>Point at an image for the reason of its verdict.</p>{shown}
+<h2>Originals and their long captions</h2>{examples("images", "captions.jsonl")}
+<h2>CutMix composites and theirs</h2>{examples("cutmix", "captions-cutmix.jsonl")}
+<h2>What noise hides</h2><p>Composites are only used right of the line, where their seams are hidden.</p>
+{embed(Image.open(out / "cutmix/noise.png"))}
+<h2>Training loss</h2>{curve(read_jsonl(out / "dit/log.jsonl"))}
+"""
+    with complete(out / "report.html") as path:
+        path.write_text(page)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The line
+
+def run(stage, *words):
+    """Prints a stage's command as a user would type it, and runs it."""
+    words = [str(word) for word in words]
+    print(f"\n$ python {stage.__name__}.py {shlex.join(words)}", flush=True)
+    stage.main(words)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cutmix.Help)
+    add = parser.add_argument
+    add("--out", default="out/toy", metavar="FOLDER", help="where everything goes")
+    add("--images", type=int, default=6000, help="pictures to draw; as many composites are made")
+    add("--steps", type=int, default=2000, help="training steps")
+    add("--prompts", type=int, default=32, help="prompts for each of the six tasks")
+    add("--seed", type=int, default=0, help="of the world, the training and the samples")
+    add("--train-vae", type=float, metavar="MINUTES", help="only train the autoencoder in assets/ again")
+    args = parser.parse_args(argv)
+    if args.train_vae:
+        return train_vae(VAE, args.train_vae)
+    if args.images < 2 * len(SHAPES) or args.steps < 1 or args.prompts < 1:
+        raise UserError(f"--images must be at least {2 * len(SHAPES)}, --steps and --prompts at least 1")
+    out, seed, tau = Path(args.out), args.seed, 0.4
+    settings = {"images": args.images, "prompts": args.prompts, "seed": seed}
+    if (out / "toy.json").exists() and json.loads((out / "toy.json").read_text()) != settings:
+        raise UserError(f"{out} holds a toy paper with other settings ({out / 'toy.json'}); choose another --out")
+    with complete(out / "toy.json") as path:
+        path.write_text(json.dumps(settings))
+    vae = VAE.relative_to(Path.cwd()) if VAE.is_relative_to(Path.cwd()) else VAE
+
+    print(f"A toy ImageNet of {args.images} pictures in {out}, drawn", flush=True)
+    if not (out / "scenes.jsonl").exists():
+        make_world(out, args.images, seed)
+    run(cutmix, "--images", out / "images", "--out", out / "cutmix", "--size", SIZE, "--seed", seed, "--workers", 0)
+    run(cutmix, "--images", out / "images", "--out", out / "cutmix", "--size", SIZE, "--seed", seed, "--noise",
+        "--tau", tau)
+    run(caption, "aio", "--images", out / "images", "--out", out / "captions-aio.jsonl")
+    print("\nLong captions, from the scenes (in LLaVA's stead); short and long prompts; a tiny T5", flush=True)
+    make_captions(out, seed)
+    make_prompts(out, args.prompts, seed)
+    if not (out / "t5/model.safetensors").exists():
+        names = ("captions.jsonl", "captions-cutmix.jsonl", "captions-aio.jsonl", "prompts-short.jsonl", "prompts-long.jsonl")
+        make_text_encoder(out / "t5", [row.get("caption") or row["prompt"] for name in names
+                                       for row in read_jsonl(out / name)], seed)
+    encoders = ["--vae", vae, "--text-encoder", out / "t5", "--size", SIZE, "--workers", 0]
+    run(encode, "--images", out / "images", "--captions", out / "captions.jsonl", "--out", out / "encoded", *encoders)
+    run(encode, "--images", out / "cutmix", "--captions", out / "captions-cutmix.jsonl", "--out",
+        out / "encoded-cutmix", *encoders)
+    run(train, "--model", "dit", "--preset", "toy", "--data", out / "encoded", "--augmented", out / "encoded-cutmix",
+        "--p", 0.5, "--tau", tau, "--out", out / "dit", "--steps", args.steps, "--batch-size", 64,
+        "--optimizer", "adamw", "--lr", 3e-3, "--betas", 0.9, 0.98, "--warmup", 50, "--schedule-steps", args.steps,
+        "--rate", 1, "--clip", 1, "--ema", 0.99, "--seed", seed, "--log-every", 20, "--save-every", 100,
+        "--sample-every", 500, "--sample-steps", 30, "--guidance", 3, "--clamp", 3)
+    tables, results = {}, {}
+    for kind in ("short", "long"):
+        run(sample, "--checkpoint", out / "dit", "--prompts", out / f"prompts-{kind}.jsonl", "--out",
+            out / f"samples-{kind}", "--format", "geneval", "--steps", 30, "--guidance", 3, "--clamp", 3,
+            "--batch-size", 64, "--seed", seed)
+        results[kind] = score(out / f"samples-{kind}", read_jsonl(out / f"prompts-{kind}.jsonl"))
+        tables[f"{kind} prompts"] = task_scores(results[kind])
+    report(out, tables, results["long"])
+    print("\n" + "".join(f"{word:>14}" for word in ["", *TASKS, "overall"]))
+    for name, table in tables.items():
+        print(f"{name:>14}" + "".join(f"{value:14.2f}" for value in table.values()))
+    print(f"\n{out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,456 @@
+"""Stage 4, training (paper 3.3, 4.1): Algorithm 1 on encoded ImageNet and its encoded CutMix composites.
+
+    torchrun --nproc-per-node 8 train.py --model dit --preset L/2 --data encoded/train --augmented encoded/cutmix \\
+        --p 0.5 --tau 0.4 --out out/dit-i
+
+The folder --out is a checkpoint (config.json, model.safetensors: the EMA weights) that sample.py reads. A killed run,
+started again with the same command, goes on from the last saved state. Every random number is a function of (seed,
+step, index in the batch), so the data, times and noise do not depend on when it was killed, on the number of workers
+or on the number of ranks.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import model_cad
+import model_dit
+from cutmix import UserError, command_line, complete, read_jsonl
+from encode import Encoded, load_vae
+from sample import MODELS, autocast, contact_sheet, ddim, gamma, to_images
+
+PRESETS = {"dit": model_dit.PRESETS, "cad": model_cad.PRESETS}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Algorithm 1
+
+def choose(t, rng, tau, p):
+    """Eq. 3: which samples come from the augmented set. t (B,) in [0, 1] -> bool (B,).
+
+    A composite has seams; noise hides them where t > tau. There a coin of probability p decides for it."""
+    t = np.asarray(t)
+    return (t > tau) & (rng.random(len(t)) < p)
+
+
+class Batches(torch.utils.data.Dataset):
+    """Algorithm 1, lines that draw: step -> this rank's share of the batch, as a dict of tensors.
+
+    t (B,), x_0 and eps (B, C, h, w), text (B, L, D_text) padded to the data's longest caption, mask (B, L),
+    coherence (B,). Which set a sample comes from is decided before anything is read."""
+
+    def __init__(self, original, augmented, args, rank, world):
+        self.original, self.augmented, self.args = original, augmented, args
+        self.mine = range(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
+        self.longest = max(data.meta["longest"] for data in (original, augmented) if data)
+
+        self.orders = {}
+
+    def order(self, which, epoch):
+        """Every epoch goes through each set in an order of its own; those of the last two epochs are kept."""
+        if (which, epoch) not in self.orders:
+            data = self.augmented if which else self.original
+            self.orders[which, epoch] = np.random.default_rng([self.args.seed, 2, which, epoch]).permutation(len(data))
+            self.orders.pop((which, epoch - 2), None)
+        return self.orders[which, epoch]
+
+    def __getitem__(self, step):
+        a = self.args
+        rng = np.random.default_rng([a.seed, 0, step])
+        t = rng.random(a.batch_size)                                    # t ~ U(0, 1)
+        augmented = choose(t, rng, a.tau, a.p)                          # eq. 3
+        dropped = rng.random(a.batch_size) < a.drop                     # for classifier-free guidance
+        x_0, eps, texts = [], [], []
+        for index in self.mine:
+            data = self.augmented if augmented[index] else self.original
+            epoch, position = divmod(step * a.batch_size + index, len(data))
+            i = int(self.order(int(augmented[index]), epoch)[position])
+            mean, std = data.moments(i)
+            noise = np.random.default_rng([a.seed, 1, step, index]).standard_normal((2, *mean.shape), np.float32)
+            noise = torch.from_numpy(noise)
+            x_0.append((mean + std * noise[0]) * data.meta["scaling_factor"])     # a new draw of x_0 every time
+            eps.append(noise[1])
+            texts.append(data.null if dropped[index] else data.text(i))
+        lengths = torch.tensor([len(text) for text in texts])
+        text = torch.zeros(len(texts), self.longest, texts[0].shape[1], dtype=texts[0].dtype)
+        for row, tokens in zip(text, texts):
+            row[:len(tokens)] = tokens
+        mine = slice(self.mine.start, self.mine.stop)
+        return dict(t=torch.from_numpy(t[mine]).float(), x_0=torch.stack(x_0), eps=torch.stack(eps), text=text,
+                    mask=torch.arange(self.longest) < lengths[:, None],
+                    coherence=torch.from_numpy(~dropped[mine]).float())
+
+
+def diffusion_loss(model, t, x_0, eps, text, mask, coherence):
+    """Eq. 1 and 2: the mean squared error of the predicted noise, unweighted -> scalar."""
+    g = gamma(t)[:, None, None, None]
+    x_t = g.sqrt() * x_0 + (1 - g).sqrt() * eps                         # eq. 1
+    eps_hat = model(x_t, gamma(t), text, mask, coherence)
+    return F.mse_loss(eps_hat.float(), eps)                             # eq. 2
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Optimisation
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al. 2020): Adam whose step for each tensor is rescaled to the norm of the tensor itself.
+
+    Only where there is weight decay: biases and norms, which have none, take plain Adam steps."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [p.grad for p in params]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p].update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+                self.state[p]["step"] += 1
+            (beta1, beta2), decay = group["betas"], group["weight_decay"]
+            m, v = [self.state[p]["m"] for p in params], [self.state[p]["v"] for p in params]
+            torch._foreach_lerp_(m, grads, 1 - beta1)
+            torch._foreach_mul_(v, beta2)
+            torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+            correct1 = [1 - beta1 ** self.state[p]["step"] for p in params]
+            correct2 = [(1 - beta2 ** self.state[p]["step"]) ** 0.5 for p in params]
+            root = torch._foreach_div(torch._foreach_sqrt(v), correct2)
+            torch._foreach_add_(root, group["eps"])
+            update = torch._foreach_div(torch._foreach_div(m, correct1), root)
+            if decay:
+                torch._foreach_add_(update, params, alpha=decay)
+                w, u = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(update))
+                trust = torch.where((w > 0) & (u > 0), w / u, 1.0)      # the layer-wise trust ratio
+                torch._foreach_mul_(update, list(trust.unbind()))
+            torch._foreach_add_(params, update, alpha=-group["lr"])
+        return loss
+
+
+def lr_at(step, lr, warmup, total, rate):
+    """Learning rate of a step, from 1 to total: linear warm-up, then `rate` of a half cosine over the rest."""
+    if step < warmup:
+        return lr * step / warmup
+    s = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 0.5 * lr * (1 + math.cos(rate * math.pi * s))
+
+
+def make_optimizer(model, args):
+    """No weight decay on biases, norms and other vectors."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": args.weight_decay},
+              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
+    if args.optimizer == "lamb":
+        return Lamb(groups, args.lr, tuple(args.betas))
+    return torch.optim.AdamW(groups, args.lr, tuple(args.betas), foreach=True)
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """ema <- decay ema + (1 - decay) online; the first steps of a run forget faster than `decay`."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = functools.partial(parser.add_argument, metavar="X")
+    add("--data", help="encoded originals with their captions (encode.py)")
+    add("--augmented", help="encoded CutMix composites with theirs; without it, text augmentation alone")
+    add("--out", help="folder of the checkpoint, training state, log.jsonl and sample grids")
+    add("--model", choices=["dit", "cad"], default="dit", help="dit (DiT-I) or cad (CAD-I) (default: %(default)s)")
+    add("--preset", help="DiT: S/2, B/2, L/2, toy; CAD: B, L, toy (default: L/2 and L)")
+    add("--p", type=float, default=0.5, help="probability of a composite where t > tau (default: %(default)s)")
+    add("--tau", type=float, default=0.4, help="composites only where t > tau (default: %(default)s)")
+    add("--drop", type=float, default=0.1, help="share of captions replaced by the null prompt (default: %(default)s)")
+    add("--batch-size", type=int, default=1024, help="of all ranks together (default: %(default)s)")
+    add("--micro-batch", type=int, help="most samples on a device at once; more are accumulated (default: no limit)")
+    add("--steps", type=int, default=250_000, help="(default: %(default)s)")
+    add("--schedule-steps", type=int, help="length of the learning-rate schedule (default: twice --steps)")
+    add("--optimizer", choices=["lamb", "adamw"], default="lamb", help="lamb or adamw (default: %(default)s)")
+    add("--lr", type=float, default=1e-3, help="(default: %(default)s)")
+    add("--betas", type=float, nargs=2, default=[0.9, 0.999], help="(default: 0.9 0.999)")
+    add("--weight-decay", type=float, default=0.01, help="(default: %(default)s)")
+    add("--warmup", type=int, default=5000, help="steps of linear warm-up (default: %(default)s)")
+    add("--rate", type=float, default=0.7, help="share of the half cosine the schedule covers (default: %(default)s)")
+    add("--clip", type=float, default=2.0, help="bound of the gradient's norm (default: %(default)s)")
+    add("--ema", type=float, default=0.9999, help="decay of the averaged weights (default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--resume", help="training state to go on from (default: OUT/state.pt where there is one)")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, fp32 elsewhere")
+    parser.add_argument("--no-compile", action="store_true", help="CUDA: do not torch.compile the network")
+    add("--workers", type=int, help="processes that read data, per rank (default: 4 on CUDA, else 0)")
+    add("--log-every", type=int, default=100, help="steps (default: %(default)s)")
+    add("--save-every", type=int, default=5000, help="steps (default: %(default)s)")
+    add("--keep-every", type=int, default=50_000, help="steps between checkpoints kept for good (default: %(default)s)")
+    add("--sample-every", type=int, default=5000, help="steps between grids of samples, 0 none (default: %(default)s)")
+    add("--sample-steps", type=int, default=50, help="DDIM steps of those grids (default: %(default)s)")
+    add("--guidance", type=float, default=8.0, help="of those grids (default: %(default)s)")
+    add("--clamp", type=float, default=1.2, help="bound of |x_0| in those grids (default: %(default)s)")
+    parser.add_argument("--benchmark", action="store_true", help="time training steps on random data, and nothing else")
+    args = parser.parse_args(argv)
+    args.preset = args.preset or {"dit": "L/2", "cad": "L"}[args.model]
+    args.schedule_steps = args.schedule_steps or 2 * args.steps         # the paper stops half-way through its schedule
+    if args.preset not in PRESETS[args.model]:
+        raise UserError(f"--preset {args.preset}: {args.model} has {', '.join(PRESETS[args.model])}")
+    for name in ("p", "tau", "drop", "ema"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be in [0, 1]")
+    for name in ("batch_size", "steps", "log_every", "save_every", "keep_every", "sample_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if not args.benchmark and not (args.data and args.out):
+        raise UserError("--data and --out are needed")
+    if args.augmented is None:
+        args.p = 0.0
+    return args
+
+
+# What may change between a run and its continuation: everything else would make it another run.
+FREE = {"out", "data", "augmented", "resume", "steps", "workers", "log_every", "save_every", "keep_every", "micro_batch",
+        "sample_every", "sample_steps", "guidance", "clamp", "no_compile", "benchmark"}
+
+
+def open_data(args):
+    """The originals, and the composites or None; both must come from the same encoders."""
+    original = Encoded(args.data)
+    augmented = Encoded(args.augmented) if args.augmented else None
+    for key in ("text_dim", "latent_shape", "scaling_factor") if augmented else ():
+        if original.meta[key] != augmented.meta[key]:
+            raise UserError(f"{args.data} and {args.augmented} differ in {key} ({original.meta[key]} and "
+                            f"{augmented.meta[key]}): encode both with the same encoders")
+    return original, augmented
+
+
+def start_distributed():
+    """-> (rank, world size, device); one process without torchrun."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return int(os.environ.get("RANK", 0)), world, device
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints and grids
+
+def save_checkpoint(folder, ema, config):
+    with complete(folder / "model.safetensors") as path:
+        save_file({name: tensor.contiguous() for name, tensor in ema.state_dict().items()}, path)
+    with complete(folder / "config.json") as path:
+        path.write_text(json.dumps(config, indent=1))
+
+
+def load_state(path, args, device):
+    """The training state at `path`, or None where there is none. Raises UserError where it is another run's."""
+    if not Path(path).exists():
+        if args.resume:
+            raise UserError(f"--resume {path}: no such file")
+        return None
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        settings = state["settings"]
+    except Exception as error:
+        raise UserError(f"{path}: not a training state ({str(error).splitlines()[0][:100]})")
+    for key, value in settings.items():
+        if key not in FREE and value != getattr(args, key, value):
+            raise UserError(f"{path} is of a run with --{key.replace('_', '-')} {value}, not {getattr(args, key)}: "
+                            "use its settings, or another --out")
+    return state
+
+
+def save_grid(path, ema, vae, data, args, device):
+    """DDIM samples of the EMA weights for fixed captions, those of the first pictures of each set."""
+    sets = [d for d in data if d]
+    picks = [(d, i) for d in sets for i in range(min(len(d), 16 // len(sets)))]
+    longest = max(d.meta["longest"] for d in sets)
+    text = torch.zeros(len(picks), longest, ema.config["text_dim"])
+    mask = torch.zeros(len(picks), longest, dtype=torch.bool)
+    for row, (d, i) in enumerate(picks):
+        tokens = d.text(i)
+        text[row, :len(tokens)], mask[row, :len(tokens)] = tokens, True
+    null = sets[0].null[None].float().to(device), torch.ones(1, len(sets[0].null), dtype=torch.bool, device=device)
+    noise = torch.randn(len(picks), *sets[0].meta["latent_shape"], generator=torch.Generator().manual_seed(args.seed))
+    with autocast(device, args.precision):
+        x_0 = ddim(ema, noise.to(device), (text.to(device), mask.to(device)), null, args.sample_steps, args.guidance,
+                   args.clamp)
+    with torch.no_grad():
+        images = to_images(vae.decode(x_0 / vae.scaling_factor))
+    with complete(path) as temporary:
+        contact_sheet(images, [d.caption(i) for d, i in picks]).save(temporary, "PNG")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run
+
+def main(argv=None):
+    args = arguments(argv)
+    rank, world, device = start_distributed()
+    if args.benchmark:
+        return benchmark(args, device)
+    if args.batch_size % world:
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} ranks")
+    out = Path(args.out)
+    original, augmented = open_data(args)
+    meta = original.meta
+
+    # The network, its moving average, the optimiser: from the seed, or as they were when the run was killed.
+    sizes = PRESETS[args.model][args.preset] | dict(channels=meta["latent_shape"][0], size=meta["latent_shape"][1],
+                                                    text_dim=meta["text_dim"])
+    torch.manual_seed(args.seed)
+    model = MODELS[args.model](**sizes).to(device)
+    ema = MODELS[args.model](**sizes).to(device).requires_grad_(False).eval()
+    ema.load_state_dict(model.state_dict())
+    optimizer = make_optimizer(model, args)
+    first, running = 0, torch.zeros(2, device=device)                   # sums of loss and gradient norm
+    state = load_state(args.resume or out / "state.pt", args, device)
+    if state:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, running = state["step"], state["running"].to(device)
+    config = {"model": args.model, "args": model.config, "vae": meta["vae"], "text_encoder": meta["text_encoder"],
+              "scaling_factor": meta["scaling_factor"]}
+    vae = load_vae(meta["vae"], device) if args.sample_every and rank == 0 else None
+
+    network = torch.compile(model) if device.type == "cuda" and not args.no_compile else model
+    if world > 1:
+        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+    workers = args.workers if args.workers is not None else 4 if device.type == "cuda" else 0
+    batches = torch.utils.data.DataLoader(Batches(original, augmented, args, rank, world), batch_size=None,
+                                          sampler=range(first, args.steps), num_workers=workers,
+                                          pin_memory=device.type == "cuda", persistent_workers=False)
+    if rank == 0:
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{args.model} {args.preset}: {count / 1e6:.1f} M parameters, {len(original)} originals, "
+              f"{len(augmented) if augmented else 0} composites, steps {first} to {args.steps} on {world} x {device.type}")
+        out.mkdir(parents=True, exist_ok=True)
+        rows = read_jsonl(out / "log.jsonl") if state and (out / "log.jsonl").exists() else []
+        with complete(out / "log.jsonl") as path:                       # the log of the steps that were saved
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= first))
+    log = open(out / "log.jsonl", "a") if rank == 0 else contextlib.nullcontext()
+    bar = tqdm(total=args.steps, initial=first, desc="training", unit="step", disable=rank > 0)
+    clock, since = time.perf_counter(), first
+
+    with log:
+        for step, batch in enumerate(batches, first):
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step + 1, args.lr, args.warmup, args.schedule_steps, args.rate)
+            torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)     # what the network itself draws
+            size = len(batch["t"])
+            micro = min(args.micro_batch or size, size)
+            for start in range(0, size, micro):
+                part = {name: tensor[start:start + micro] for name, tensor in batch.items()}
+                share = len(part["t"]) / size
+                last = start + micro >= size
+                with network.no_sync() if world > 1 and not last else contextlib.nullcontext():
+                    with autocast(device, args.precision):
+                        loss = diffusion_loss(network, **part)
+                    (loss * share).backward()
+                running[0] += loss.detach() * share
+            running[1] += torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            update_ema(ema, model, args.ema, step)
+            bar.update()
+
+            done = step + 1
+            if done % args.log_every == 0 or done == args.steps:
+                mean = running / (args.log_every if done % args.log_every == 0 else done % args.log_every)
+                if world > 1:
+                    dist.all_reduce(mean)
+                    mean /= world
+                loss, norm = mean.tolist()
+                running.zero_()
+                if rank == 0:
+                    rate = args.batch_size * (done - since) / (time.perf_counter() - clock)
+                    bar.set_postfix(loss=f"{loss:.4f}", lr=f"{group['lr']:.1e}", images_s=f"{rate:.0f}")
+                    log.write(json.dumps({"step": done, "loss": loss, "grad_norm": norm, "lr": group["lr"]}) + "\n")
+                    log.flush()
+                if not math.isfinite(loss):
+                    raise UserError(f"step {done}: the loss is {loss}; lower --lr or raise --warmup")
+                clock, since = time.perf_counter(), done
+            if rank == 0 and (done % args.save_every == 0 or done == args.steps):
+                save_checkpoint(out, ema, config)
+                with complete(out / "state.pt") as path:
+                    torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "step": done, "running": running,
+                                "optimizer": optimizer.state_dict(), "settings": vars(args)}, path)
+            if rank == 0 and done % args.keep_every == 0:
+                save_checkpoint(out / f"step-{done:07d}", ema, config)
+            if rank == 0 and args.sample_every and (done % args.sample_every == 0 or done == args.steps):
+                save_grid(out / f"samples/{done:07d}.png", ema, vae, (original, augmented), args, device)
+    bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def benchmark(args, device):
+    """Milliseconds a step, images a second, and the share of a large matmul's speed that the network reaches."""
+    model = MODELS[args.model](**PRESETS[args.model][args.preset]).to(device)
+    c, B = model.config, args.micro_batch or args.batch_size
+    batch = dict(t=torch.rand(B), x_0=torch.randn(B, c["channels"], c["size"], c["size"]),
+                 eps=torch.randn(B, c["channels"], c["size"], c["size"]), text=torch.randn(B, 256, c["text_dim"]),
+                 mask=torch.ones(B, 256, dtype=torch.bool), coherence=torch.ones(B))
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    optimizer = make_optimizer(model, args)
+    network = torch.compile(model) if device.type == "cuda" and not args.no_compile else model
+    sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+
+    def seconds(function, times):
+        for _ in range(3):
+            function()
+        sync()
+        start = time.perf_counter()
+        for _ in range(times):
+            function()
+        sync()
+        return (time.perf_counter() - start) / times
+
+    def step():
+        with autocast(device, args.precision):
+            loss = diffusion_loss(network, **batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter, autocast(device, args.precision):
+        diffusion_loss(model, **batch).backward()
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device)
+    with autocast(device, args.precision):
+        peak = 2 * n ** 3 / seconds(lambda: a @ a, 10)
+    took = seconds(step, 20 if device.type == "cuda" else 3)
+    flops = counter.get_total_flops() / took
+    memory = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if device.type == "cuda" else ""
+    print(f"{args.model} {args.preset}, batch {B} on one {device.type}: {1000 * took:.1f} ms a step, {B / took:.1f} "
+          f"images/s, {flops / 1e12:.2f} TFLOP/s = {100 * flops / peak:.0f}% of a {n} x {n} matmul{memory}")
+
+
+if __name__ == "__main__":
+    command_line(main)
