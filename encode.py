@@ -199,8 +199,8 @@ def one_line(error):
 def load_vae(path_or_repo, device="cpu", dtype=torch.float32):
     """A folder or hub repository in diffusers' format -> AutoencoderKL in eval mode. Raises UserError.
 
-    Reads the older folders too: config without `scaling_factor`, attention named query/key/value/proj_attn (or
-    made of 1 x 1 convolutions), `.bin` for want of safetensors (read with `weights_only=True`); and those of
+    Reads the older folders too: config without `scaling_factor`, attention named query/key/value/proj_attn or
+    made of 1 x 1 convolutions, `.bin` for want of safetensors (read with `weights_only=True`); and those of
     whole pipelines, which have it in `vae/`."""
     config = fetch(path_or_repo, "config.json", "vae/config.json")
     file = fetch(path_or_repo, *(f"{folder}diffusion_pytorch_model.{suffix}"
@@ -513,7 +513,7 @@ def check(folder, vae):
     gib = sum(file.stat().st_size for file in ds.folder.glob("*.safetensors")) / 2 ** 30
     print(f"{folder}: {n} pictures of {size} x {size}, {meta['shards']} shards, {gib:.2f} GiB, all in order\n"
           f"  latents {' x '.join(map(str, meta['latent_shape']))}, from {meta['vae']}\n"
-          f"  text    {meta['text_dim']} wide, {meta['text_dtype']}, {tokens / max(n, 1):.1f} tokens a caption"
+          f"  text    {meta['text_dim']} wide, {meta['text_dtype']}, {tokens / max(n, 1):.1f} tokens each"
           f", {meta['longest']} at most, from {meta['text_encoder']}")
     vae, font, height = load_vae(vae or meta["vae"]), ImageFont.load_default(size=14), max(size, 200) + 8
     sheet = Image.new("RGB", (size + 560, 4 * height), "white")
@@ -563,8 +563,8 @@ def main(argv=None):
     if not pairs:
         raise UserError(f"no image of {args.images} has a caption: images are named like "
                         f"{skipped[0]['file']}, in the captions like {next(iter(captions), 'nothing')}")
-    # On CUDA T5 runs in bfloat16, the VAE in float32: in bfloat16 its means are 1.0 to 1.2% off. (There, float32
-    # convolutions are TF32, with as many bits as float16, in which the means are 0.2% off.)
+    # On CUDA T5 runs in bfloat16. The VAE does not: its means would be 1.0 to 1.2% off (0.2 to 0.5% with the
+    # bits of float16, which are those of TF32, the form in which CUDA multiplies in float32 convolutions).
     cuda = torch.cuda.is_available()
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if cuda else "cpu"
     vae = load_vae(args.vae, device)
@@ -584,7 +584,7 @@ def main(argv=None):
 
     shards, there = -(-len(pairs) // args.shard_images), set(os.listdir(out))
     todo = [k for k in range(rank, shards, world) if shard_name(k) not in there]
-    if not todo and "meta.json" in there:
+    if not todo and {"meta.json", "null.safetensors"} <= there:
         print(f"{out}: complete already")
         return
     count = sum(min(args.shard_images, len(pairs) - k * args.shard_images) for k in todo)

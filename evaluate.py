@@ -2,11 +2,13 @@
 
     python evaluate.py quality --real imagenet/val --fake samples
 
-`quality` and `clip` make Table 1, `geneval` Table 2, `dpg` Table 3; `compare` puts several results side by side.
-Each prints a Markdown table and adds to results.json beside the images (scores, settings, weights, counts, versions).
+`quality` and `clip` make Table 1, `geneval` Table 2, `dpg` Table 3; `compare` sets results side by side.
+Each prints its table in Markdown and adds to results.json beside the images (scores, settings, hashes of the
+weights, counts, versions). `evaluate.py COMMAND --help` says what a command needs.
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import hashlib
@@ -30,8 +32,8 @@ from cutmix import Help, UserError, command_line, complete, list_images, load_im
 from encode import fetch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # mean and deviation of pixels, for DINOv2, Mask2Former
-OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)                      # for CLIP
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # mean, deviation of pixels: DINOv2, Mask2Former
+OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)              # CLIP
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -44,7 +46,7 @@ def spread(x):
     mean = x.mean(0, dtype=torch.float64)
     if not mean.isfinite().all():
         raise UserError("a Fréchet distance needs finite features, here are NaN or infinite ones")
-    if len(x) <= x.shape[1]:                                # the covariance has no full rank, its factor is at hand
+    if len(x) <= x.shape[1]:                                # the samples themselves are the factor
         return mean, (x.double() - mean) / (len(x) - 1) ** 0.5
     covariance = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
     for part in x.split(8192):                              # all 50,000 x 2048 in float64 would be 800 MB
@@ -58,37 +60,37 @@ def spread(x):
 
 
 def frechet_distance(a, b):
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2), means m and unbiased covariances S of features a (N, D) and
-    b (M, D), arrays or tensors -> float. FID (Heusel et al. 2017) if they are `Inception`'s, as pytorch-fid's.
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2), with means m and unbiased covariances S of features
+    a (N, D) and b (M, D), arrays or tensors -> float. On `Inception`'s features it is FID, as pytorch-fid's.
 
-    With S = F^T F, the nonzero eigenvalues of S_a S_b are those of P P^T, P = F_a F_b^T: symmetric, so the root
-    needs no Schur decomposition as in scipy's sqrtm, and is exact also where N or M is below D. Raises UserError."""
+    With S = F^T F, the nonzero eigenvalues of S_a S_b are those of P P^T, P = F_a F_b^T: symmetric, so there
+    is no Schur decomposition as in scipy's sqrtm, nor a loss of digits if N or M is below D."""
     (mean_a, factor_a), (mean_b, factor_b) = (spread(torch.as_tensor(x)) for x in (a, b))
     P = factor_a @ factor_b.T                                                               # (K_a, K_b)
     eigenvalues = torch.linalg.eigvalsh(P @ P.T if P.shape[0] <= P.shape[1] else P.T @ P)
     trace = factor_a.square().sum() + factor_b.square().sum() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
-    return max(float((mean_a - mean_b).square().sum() + trace), 0.0)                        # < 0 only by rounding
+    return max(float((mean_a - mean_b).square().sum() + trace), 0.0)                    # < 0 only by rounding
 
 
 def prdc(real, fake, k=3):
-    """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020), as clovaai's prdc.
+    """Precision, recall (Kynkäänniemi et al. 2019), density, coverage (Naeem et al. 2020), as clovaai's prdc.
 
-    real (N, D), fake (M, D), arrays or tensors -> {"precision", "recall", "density", "coverage"}. A sample's ball
-    reaches to the k-th neighbour in its own set, itself not counted; its border is outside. Works on 128 rows at a
-    time, so memory grows with N + M, not N x M. Float32 distances decide; the few pairs too close to a border for
-    float32 are computed again in float64. Raises UserError where a side has no more than k samples."""
+    real (N, D), fake (M, D), arrays or tensors -> {"precision", "recall", "density", "coverage"}. A sample's
+    ball reaches to the k-th neighbour in its own set, itself not counted; its border is outside. Works on 128
+    rows at a time, so memory grows with N + M, not N x M. Float32 distances decide; the few pairs too close
+    to a border for float32 are computed again in float64. Raises UserError for k samples or fewer."""
     real, fake = (x if x.dtype == torch.float64 else x.float() for x in map(torch.as_tensor, (real, fake)))
     if not 1 <= k < min(len(real), len(fake)):
         raise UserError(f"k = {k} neighbours need more than k images: real {len(real)}, fake {len(fake)}")
     r, f = ((x - real.mean(0)).float() for x in (real, fake))               # float32 is finer near the origin
     rr, ff = (x.square().sum(1, keepdim=True) for x in (r, f))
-    doubt = 1e-5 * (rr.max() + ff.max())                    # well above the rounding of a float32 squared distance
+    doubt = 1e-5 * (rr.max() + ff.max())                    # above the rounding of a float32 squared distance
 
     def exact(x, y):                                        # squared distances of pairs, float64
         return (x.double() - y.double()).square().sum(-1)
 
     def radii(x, z, zz):                                    # (N,) squared, float64
-        left = torch.cat([-2 * z, torch.ones_like(zz)], 1)                  # left_i . right_j = |z_i - z_j|^2 - |z_i|^2
+        left = torch.cat([-2 * z, torch.ones_like(zz)], 1)      # left_i . right_j = |z_i - z_j|^2 - |z_i|^2
         right = F.pad(torch.cat([z, zz], 1), (0, 0, 0, -len(z) % 16))
         right[len(z):, -1] = torch.inf
         column, radius = torch.arange(len(right), device=z.device).view(16, -1), []
@@ -99,24 +101,24 @@ def prdc(real, fake, k=3):
             group = d.view(len(rows), 16, -1).amin(1).topk(min(k + 8, column.shape[1]), largest=False).indices
             near = column[:, group].transpose(0, 1).flatten(1)              # (128, 16 m)
             best = d.gather(1, near).topk(min(k + 8, len(z) - 1), largest=False).indices
-            near = near.gather(1, best)                                     # k, and 8 that float32 may misplace
+            near = near.gather(1, best)                                     # and 8 that float32 may misplace
             radius.append(exact(x[rows, None], x[near]).kthvalue(k).values)
         return torch.cat(radius)
 
     R, Q = radii(real, r, rr), radii(fake, f, ff)
     left = torch.cat([-2 * r, rr - R[:, None], torch.ones_like(rr)], 1).float()
-    right = torch.cat([f, torch.ones_like(ff), ff], 1)                      # left_i . right_j = |r_i - f_j|^2 - R_i
+    right = torch.cat([f, torch.ones_like(ff), ff], 1)                # left_i . right_j = |r_i - f_j|^2 - R_i
     precise, recalled, covered, pairs = torch.zeros(len(fake), dtype=torch.uint8, device=fake.device), 0, 0, 0
     for rows in torch.arange(len(real), device=real.device).split(128):
         margin = left[rows] @ right.T                                       # (128, M)
         held = margin < -doubt                                              # in the ball of the real sample
         for i, j in zip(*(n.split(4096) for n in ((margin < doubt) ^ held).nonzero(as_tuple=True))):
             held[i, j] = exact(real[rows[i]], fake[j]) < R[rows[i]]
-        byte = held.view(torch.uint8)                                       # their `amax` is 40 times as fast as `any`
+        byte = held.view(torch.uint8)                                   # `amax` is 40 times as fast as `any`
         precise = torch.maximum(precise, byte.amax(0))
         covered += int(byte.amax(1).sum())
         pairs += int(held.count_nonzero())
-        margin.sub_(Q.float())                                              # + R_i: in the ball of the fake sample
+        margin.sub_(Q.float())                                        # + R_i: in the ball of the fake sample
         depth = margin.amin(1) + R[rows].float()
         recalled += int((depth < -doubt).sum())
         for i in (depth.abs() <= doubt).nonzero().flatten().tolist():
@@ -140,7 +142,7 @@ class Conv(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches {name: [step, ...]} side by side; a step is (out, kernel, stride), or two such that fork the branch."""
+    """Branches {name: [step, ...]} side by side; a step is (out, kernel, stride), or two that fork."""
 
     def __init__(self, width, pool, **branches):
         super().__init__()
@@ -150,7 +152,7 @@ class Mixed(nn.Module):
             for n, step in enumerate(steps, 1):
                 twins = step if isinstance(step, list) else [step]
                 parts = [name + (f"_{n}" if len(steps) > 1 else "") + "ab"[i] * (len(twins) > 1)
-                         for i in range(len(twins))]                        # branch3x3, branch3x3_1, branch3x3_2a
+                         for i in range(len(twins))]                    # branch3x3, branch3x3_1, branch3x3_2a
                 for part, twin in zip(parts, twins):
                     self.add_module(part, Conv(channels, *twin))
                 self.branches[name].append(parts)
@@ -166,8 +168,8 @@ class Mixed(nn.Module):
         return torch.cat(outputs, 1)
 
 
-# TensorFlow's average does not count the padding. Averages everywhere but in Mixed_7c, whose maximum is a slip of
-# the 2015 graph that every FID since has kept.
+# TensorFlow's average does not count the padding. Mixed_7c takes the maximum instead: a slip of the graph of
+# 2015 that every FID since has kept.
 average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 maximum = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 halve = functools.partial(F.max_pool2d, kernel_size=3, stride=2)
@@ -180,7 +182,8 @@ def mixed_5(width, pooled):                                                 # 35
 
 def mixed_6(c):                                                             # 17 x 17
     return Mixed(768, average, branch1x1=[(192,)], branch7x7=[(c,), (c, (1, 7)), (192, (7, 1))],
-                 branch7x7dbl=[(c,), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))], branch_pool=[(192,)])
+                 branch7x7dbl=[(c,), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))],
+                 branch_pool=[(192,)])
 
 
 def mixed_7(width, pool):                                                   # 8 x 8
@@ -190,20 +193,22 @@ def mixed_7(width, pool):                                                   # 8 
 
 
 def resize_tf1(x, size=299):
-    """TensorFlow 1's bilinear resize of (B, C, H, W): pixel i is taken at i x scale, without the half-pixel shift,
-    between its two neighbours, without antialias. FID has been computed on images like that ever since."""
+    """TensorFlow 1's bilinear resize of (B, C, H, W): pixel i is taken at i x scale, no half-pixel shift,
+    between its two neighbours, with no antialias. FID has been computed on images like that ever since."""
     for dim in 2, 3:
         source = torch.arange(size, device=x.device, dtype=torch.float32) * (x.shape[dim] / size)
         low = source.long()
         high = (low + 1).clamp(max=x.shape[dim] - 1)
-        x = x.index_select(dim, low).lerp(x.index_select(dim, high), (source - low).view(-1, *[1] * (3 - dim)))
+        weight = (source - low).view(-1, *[1] * (3 - dim))
+        x = x.index_select(dim, low).lerp(x.index_select(dim, high), weight)
     return x
 
 
 class Inception(nn.Module):
-    """FID's Inception-v3: images (B, 3, H, W) of any size, values 0..255 (uint8) -> pooled features (B, 2048).
+    """FID's Inception-v3: images (B, 3, H, W) of any size, values 0..255 (uint8) -> features (B, 2048).
 
-    `weights`: the file pt_inception-2015-12-05-6726825d.pth or torch-fidelity's; random without. Raises UserError."""
+    `weights`: the file pt_inception-2015-12-05-6726825d.pth or torch-fidelity's; without, random ones until
+    `load_state_dict`, with or without the classifier's. Raises UserError for another file."""
 
     def __init__(self, weights=None):
         super().__init__()
@@ -234,6 +239,7 @@ class Inception(nn.Module):
             del state[name]
 
     @torch.no_grad()
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)             # TF32 would move the third digit
     def forward(self, images):
         x = (resize_tf1(images.float()) - 128) / 128                                        # (B, 3, 299, 299)
         x = halve(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))            # (B, 64, 73, 73)
@@ -247,7 +253,7 @@ class Inception(nn.Module):
 # Images and models from outside
 
 def read(path):
-    return open_image(path, 1 << 16)                        # so much that no JPEG is decoded at a reduced scale
+    return open_image(path, 1 << 16)                        # no JPEG is so large that it gets reduced
 
 
 def normalised(image, mean, std):
@@ -257,8 +263,8 @@ def normalised(image, mean, std):
 
 
 def batches(paths, load, size, skipped):
-    """Yields ([number], [load(path)]) of up to `size` paths, while threads load the next ones. Files that are not
-    readable are left out and put into `skipped` {path: why}."""
+    """Yields ([number], [load(path)]) of up to `size` paths, while threads load the next ones. Files that are
+    not readable are left out and put into `skipped` {path: why}."""
     def attempt(n):
         try:
             return load(paths[n])
@@ -275,14 +281,16 @@ def batches(paths, load, size, skipped):
 
 
 def report(skipped, total, folder):
-    """A broken image must not stop a run, nor silently shrink it: names all in skipped.jsonl, counts on stderr."""
+    """A broken image must not stop a run, nor silently shrink it: skipped.jsonl names all, stderr one."""
     if skipped:
         first = skipped[min(skipped)]
         if len(skipped) == total:
             raise UserError(f"{folder}: none of its {total} images is readable; the first: {first}")
-        path = Path(folder, "skipped.jsonl")
-        write_jsonl(path, [{"file": file, "error": skipped[file]} for file in sorted(skipped)])
-        print(f"evaluate.py: skipped {len(skipped)} of {total} images, see {path}; the first: {first}", file=sys.stderr)
+        print(f"evaluate.py: skipped {len(skipped)} of {total} images in {folder}, see its skipped.jsonl; "
+              f"the first: {first}", file=sys.stderr)
+        with contextlib.suppress(OSError):                  # a folder that is read-only
+            write_jsonl(Path(folder, "skipped.jsonl"),
+                        [{"file": file, "error": skipped[file]} for file in sorted(skipped)])
 
 
 def write_jsonl(path, rows):
@@ -301,14 +309,19 @@ def weights_hash(name):
     return sha256(fetch(name, "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"))
 
 
-def pretrained(kind, name, **options):
-    """transformers' class `kind` with the weights of a folder or hub id, in eval mode on DEVICE. Raises UserError."""
+def from_hub(kind, name, **options):
+    """`kind.from_pretrained` of transformers on a folder or hub id; what goes wrong is a UserError."""
     weights_hash(name)                                      # says so where there is no such model
     try:
-        model, info = kind.from_pretrained(name, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"{name}: does not load as {kind.__name__} ({reason})") from None
+
+
+def pretrained(kind, name, **options):
+    """The model of a folder or hub id, in eval mode on DEVICE. UserError for the weights of another class."""
+    model, info = from_hub(kind, name, output_loading_info=True, **options)
     if len(info["missing_keys"]) > len(model.state_dict()) / 10:
         raise UserError(f"{name}: these are not the weights of a {type(model).__name__}")
     return model.eval().to(DEVICE)
@@ -320,8 +333,8 @@ def stamp(path):
 
 
 class Log:
-    """A JSONL file of one line an image, so that a killed run goes on: `rows` {file: row}. Lines whose image or
-    models (hashes) have changed since are dropped, and a torn last line."""
+    """A JSONL file of one line an image, so that a killed run goes on: `rows` {file: row}. A torn last line
+    and lines whose image or models (hashes) have changed since are dropped."""
 
     def __init__(self, path, models):
         self.path, self.models, self.rows = Path(path), models, {}
@@ -332,7 +345,8 @@ class Log:
         write_jsonl(path, self.rows.values())
 
     def add(self, file, **row):
-        self.rows[file] = {"file": file, **row, "stamp": stamp(self.path.parent / file), "models": self.models}
+        image = self.path.parent / file
+        self.rows[file] = {"file": file, **row, "stamp": stamp(image), "models": self.models}
         with open(self.path, "a", encoding="utf-8") as out:
             out.write(json.dumps(self.rows[file]) + "\n")
 
@@ -340,38 +354,44 @@ class Log:
 # ------------------------------------------------------------------------------------------------------------
 # Table 1, `quality`: features of every image, kept beside the images
 
-def features(source, args, models, skipped):
-    """A folder of images, or the file that --save-stats made of one -> {"inception" (N, 2048), "dino" (N, 1024)}.
+NETWORKS, SAVE_EVERY = ("inception", "dino"), 8192         # images
 
-    A folder's are kept in its .features/<key>.safetensors: later runs compute only images that are new or changed.
-    `models` (hashes, crop) decides whether kept features still hold. Raises UserError."""
+
+def features(source, args, models, skipped):
+    """A folder of images, or a file of --save-stats -> {"inception": (N, 2048), "dino": (N, 1024)} float32.
+
+    A folder's are kept in its .features/, a file for each `models` (hashes, crop): a later run computes only
+    the images that are new or changed. Raises UserError."""
     if source.endswith(".safetensors"):
         try:
             with safe_open(source, "pt") as stored:
                 if json.loads(stored.metadata()["models"]) != models:
                     raise UserError(f"{source}: made with other weights or another --crop than this run's")
-                return {name: stored.get_tensor(name) for name in ("inception", "dino")}
-        except (OSError, SafetensorError, TypeError, KeyError):
+                return {name: stored.get_tensor(name) for name in NETWORKS}
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError):
             raise UserError(f"{source}: not a file that --save-stats wrote") from None
     files, tables, old = list_images(source), {}, {}
     stamps = {file: stamp(Path(source, file)) for file in files}
-    path = Path(source, ".features", hashlib.sha256(json.dumps(models).encode()).hexdigest()[:16] + ".safetensors")
+    key = hashlib.sha256(json.dumps(models).encode()).hexdigest()[:16]
+    path = Path(source, ".features", f"{key}.safetensors")
     if path.exists():
         with safe_open(path, "pt") as stored:
-            old, tables = json.loads(stored.metadata()["stamps"]), [*map(stored.get_tensor, ("inception", "dino"))]
-    rows = {file: [table[n] for table in tables] for n, file in enumerate(old) if stamps.get(file) == old[file]}
+            old = json.loads(stored.metadata()["stamps"])
+            tables = [stored.get_tensor(name) for name in NETWORKS]
+    rows = {file: [x[n] for x in tables] for n, file in enumerate(old) if stamps.get(file) == old[file]}
 
-    def save():
+    def table(write):
         kept = [file for file in files if file in rows]
-        found = dict(zip(("inception", "dino"), map(torch.stack, zip(*(rows[file] for file in kept)))))
+        found = dict(zip(NETWORKS, map(torch.stack, zip(*map(rows.get, kept)))))
         try:
-            with complete(path) as temporary:
-                save_file(found, temporary, {"stamps": json.dumps({file: stamps[file] for file in kept})})
-        except OSError as error:                            # a data set that is read-only is no reason to stop
+            if write:
+                with complete(path) as temporary:
+                    save_file(found, temporary, {"stamps": json.dumps({file: stamps[file] for file in kept})})
+        except OSError as error:                            # a read-only data set is no reason to stop
             print(f"evaluate.py: the features of {source} are not kept ({error})", file=sys.stderr)
         return found
 
-    def load(path):                                         # Inception's are resized one by one: their sizes differ
+    def load(path):                                         # resized one by one, as their sizes differ
         image = load_image(path, args.crop) if args.crop else read(path)
         return (resize_tf1(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float())[0],
                 normalised(image.resize((224, 224), Image.Resampling.BICUBIC), *IMAGENET))
@@ -383,14 +403,14 @@ def features(source, args, models, skipped):
     for numbers, images in batches([Path(source, file) for file in todo], load, 64, skipped):
         x, y = (torch.stack(part).to(DEVICE) for part in zip(*images))  # (B, 3, 299, 299), (B, 3, 224, 224)
         with torch.no_grad():
-            found = inception(x).cpu(), dino(y).last_hidden_state[:, 0].float().cpu()       # class tokens (B, 1024)
+            found = inception(x).cpu(), dino(y).last_hidden_state[:, 0].float().cpu()   # its class tokens
         rows.update(zip((todo[n] for n in numbers), zip(*found)))
         unsaved += len(numbers)
-        if unsaved >= 8192:
-            save()
+        if unsaved >= SAVE_EVERY:
+            table(write=True)
             unsaved = 0
     report(skipped, len(files), source)
-    return save() if unsaved else dict(zip(("inception", "dino"), map(torch.stack, zip(*map(rows.get, old)))))
+    return table(write=unsaved > 0)
 
 
 def quality(args):
@@ -413,7 +433,8 @@ def quality(args):
     if args.fake:
         fake = features(args.fake, args, models, skipped)
         real, fake = ({name: x.to(DEVICE) for name, x in side.items()} for side in (real, fake))
-        scores = {**prdc(real["dino"], fake["dino"], args.k), "fid_dino": frechet_distance(real["dino"], fake["dino"]),
+        scores = {**prdc(real["dino"], fake["dino"], args.k),
+                  "fid_dino": frechet_distance(real["dino"], fake["dino"]),
                   "fid": frechet_distance(real["inception"], fake["inception"])}
         finish(args.fake, "quality", scores, {"real": args.real, "k": args.k, "crop": args.crop}, weights,
                {"real": len(real["dino"]), "fake": len(fake["dino"]), "skipped": len(skipped)}, [])
@@ -427,11 +448,11 @@ class Clip:
 
     def __init__(self, name):
         from transformers import AutoTokenizer, CLIPModel
-        self.model, self.tokenizer = pretrained(CLIPModel, name), AutoTokenizer.from_pretrained(name)
+        self.model, self.tokenizer = pretrained(CLIPModel, name), from_hub(AutoTokenizer, name)
         self.size = self.model.config.vision_config.image_size                              # 224
         self.length = self.model.config.text_config.max_position_embeddings                 # 77
 
-    def prepare(self, image):                               # PIL -> (3, 224, 224): shorter side, then centre crop
+    def prepare(self, image):                               # PIL -> (3, 224, 224): shorter side, centre crop
         short, size = min(image.size), self.size
         image = image.resize([int(size * side / short) for side in image.size], Image.Resampling.BICUBIC)
         left, top = (round((side - size) / 2) for side in image.size)
@@ -444,8 +465,9 @@ class Clip:
 
     @torch.no_grad()
     def texts(self, texts):
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
-        pooled = self.model.text_model(tokens.input_ids.to(DEVICE), tokens.attention_mask.to(DEVICE)).pooler_output
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.length,
+                                return_tensors="pt").to(DEVICE)
+        pooled = self.model.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
         return F.normalize(self.model.text_projection(pooled), dim=-1).cpu()
 
 
@@ -460,19 +482,21 @@ def clip(args):
     measures = {"clip": (lambda path: model.prepare(read(path)), model.pictures, model.texts)}
     if args.trust_remote_code:
         from transformers import AutoModel
-        jina, weights[args.jina] = pretrained(AutoModel, args.jina, trust_remote_code=True), weights_hash(args.jina)
+        jina = pretrained(AutoModel, args.jina, trust_remote_code=True)
+        weights[args.jina] = weights_hash(args.jina)
 
         def unit(encode):
             return lambda x: F.normalize(torch.as_tensor(encode(x)).float().cpu(), dim=-1)
         measures["jina"] = read, unit(jina.encode_image), unit(jina.encode_text)
     else:
-        notes.append(f"Jina score left out: {args.jina} brings its own code, run only with --trust-remote-code")
+        notes.append(f"Jina score left out: {args.jina} brings its own code (--trust-remote-code runs it)")
     scores, skipped = {}, {}
     for name, (load, pictures, texts) in measures.items():
-        cosines = [(pictures(images) * texts([rows[n]["prompt"] for n in numbers])).sum(-1) for numbers, images
-                   in batches([folder / row["file"] for row in rows], load, 32, skipped)]
+        cosines, paths = [], [folder / row["file"] for row in rows]
+        for numbers, images in batches(paths, load, 32, skipped):
+            cosines.append((pictures(images) * texts([rows[n]["prompt"] for n in numbers])).sum(-1))
         if name == "clip":
-            report(skipped, len({row["file"] for row in rows}), folder)
+            report(skipped, len(set(paths)), folder)
         score = 100 * torch.cat(cosines).double().clamp(min=0)
         scores[name] = float(score.mean())
         scores[f"{name}_error"] = float(score.std(correction=int(len(score) > 1)) / len(score) ** 0.5)
@@ -484,14 +508,17 @@ def clip(args):
 
 TASKS = "single_object", "two_object", "counting", "colors", "position", "color_attr"
 COLORS = "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"
-CONFIDENT, CONFIDENT_COUNTING, MOST = 0.3, 0.9, 16          # detections above this count, at most so many a class
-NEAR, TURN = 0.1, 0.5                                       # of both sizes; share of the offset that an axis carries
-COCO = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,
-parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,
-frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,
-wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,
-potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,oven,
-toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(",")
+CONFIDENT, CONFIDENT_COUNTING, MOST = 0.3, 0.9, 16          # detections above this, at most so many a class
+NEAR, TURN = 0.1, 0.5                                       # share of both sizes; of the offset, on one axis
+COCO = """
+person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,
+stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,
+backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,
+baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,
+banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,
+potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,
+cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,
+hair drier,toothbrush""".replace("\n", "").split(",")
 
 
 def relations(a, b):
@@ -508,12 +535,12 @@ def relations(a, b):
 
 
 def geneval_verdict(objects, metadata, color_of):
-    """GenEval's rules for one image (as in its evaluate_images.py).
+    """GenEval's rules for one image (as in its evaluate_images.py) -> (correct, reason; "" when correct).
 
-    objects: {class: [{"box": [x0, y0, x1, y1], ...}, ...]}, most confident first; metadata: the benchmark's line
-    ("include" and "exclude" clauses); color_of(object, class) -> name of its colour, asked only where a clause
-    names a colour and its count is met. Returns (correct, reason), the reason empty when correct."""
-    wrong, matched = [], []                        # matched: per include clause its objects, or None if it failed
+    objects: {class: [{"box": [x0, y0, x1, y1], ...}, ...]}, most confident first; metadata: the benchmark's
+    line, of "include" and "exclude" clauses; color_of(object, class) -> name of its colour, asked only where
+    a clause names a colour and its count is met."""
+    wrong, matched = [], []                                 # matched: a clause's objects, None if it failed
     for clause in metadata.get("include", []):
         name, count = clause["class"], clause["count"]
         found, faults = objects.get(name, [])[:count], []
@@ -543,10 +570,10 @@ def geneval_verdict(objects, metadata, color_of):
 def detect(model, image):
     """Mask2Former on an RGB PIL image -> {class: [{"box", "score", "mask" (H, W) bool}, ...]}.
 
-    As in mmdet, with which GenEval was made: the 100 best (query, class) pairs; score = class probability x mean
-    probability of the mask inside it; masks may overlap; boxes around the masks, right and bottom exclusive."""
+    As in mmdet, with which GenEval was made: the 100 best (query, class) pairs; score = class probability x
+    mean probability of the mask's pixels; masks may overlap; boxes around them, right, bottom exclusive."""
     names = model.config.id2label
-    if len(names) == 80 and names[0] in ("person", "LABEL_0"):              # COCO's, but GenEval says "tv remote"
+    if len(names) == 80 and names[0] in ("person", "LABEL_0"):          # COCO's, but GenEval says "tv remote"
         names = COCO
     (width, height), scale = image.size, min(800 / min(image.size), 1333 / max(image.size))
     w, h = int(width * scale + 0.5), int(height * scale + 0.5)
@@ -572,17 +599,18 @@ def detect(model, image):
 
 
 def color_judge(clip):
-    """clip(), a Clip -> color(image, object, class): which of the ten colours, by CLIP zero-shot, on the object
-    alone: all outside its mask painted #999, then cropped to its box."""
+    """clip() -> Clip makes color(image, object, class) -> one of ten, by CLIP zero-shot on the object alone:
+    what is outside its mask painted #999, then cropped to its box."""
     @functools.cache
     def classifier(name):                                                                   # (10, D)
         templates = "a photo of a {} " + name, "a photo of a {}-colored " + name, "a photo of a {} object"
-        return torch.stack([F.normalize(clip().texts([template.format(color) for template in templates]).mean(0), dim=0)
-                            for color in COLORS])
+        texts = [clip().texts([template.format(color) for template in templates]).mean(0) for color in COLORS]
+        return F.normalize(torch.stack(texts), dim=-1)
 
     def color(image, thing, name):
         if "mask" in thing:
-            image = Image.composite(image, Image.new("RGB", image.size, "#999"), Image.fromarray(thing["mask"]))
+            grey = Image.new("RGB", image.size, "#999")
+            image = Image.composite(image, grey, Image.fromarray(thing["mask"]))
         x0, y0, x1, y1 = map(round, thing["box"][:4])
         picture = clip().prepare(image.crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))))
         return COLORS[int((classifier(name) @ clip().pictures([picture])[0]).argmax())]
@@ -590,7 +618,7 @@ def color_judge(clip):
 
 
 def read_geneval(folder):
-    """GenEval's layout, 00000/metadata.jsonl and 00000/samples/0000.png, ... -> [(file, metadata)]. UserError."""
+    """GenEval's layout, 00000/metadata.jsonl and 00000/samples/0000.png, ... -> [(file, metadata)]."""
     images = []
     for path in sorted(Path(folder).glob("*")):
         if path.is_dir() and path.name.isdigit():
@@ -608,14 +636,14 @@ def read_geneval(folder):
     return images
 
 
-def geneval_folder(folder, args, detector, color):
-    """One folder of images -> scores, counts. Writes detections.jsonl and, in GenEval's form, geneval.jsonl into it."""
+def geneval_folder(folder, detections, args, detector, color):
+    """A folder of images -> scores, counts. Writes detections.jsonl, and geneval.jsonl in GenEval's form."""
     images, skipped, verdicts = read_geneval(folder), {}, []
-    if args.detections:
-        rows = {row.get("file"): row for row in read_jsonl(args.detections)}
+    if detections:
+        rows = {row.get("file"): row for row in read_jsonl(detections)}
         missing = [file for file, _ in images if "objects" not in rows.get(file, {})]
         if missing:
-            raise UserError(f'{args.detections}: no "objects" for {missing[0]} ({len(missing)} images without)')
+            raise UserError(f'{detections}: no "objects" for {missing[0]} and {len(missing) - 1} more')
     else:
         log = Log(Path(folder, "detections.jsonl"), [weights_hash(args.detector), weights_hash(args.clip)])
         rows = log.rows
@@ -630,40 +658,48 @@ def geneval_folder(folder, args, detector, color):
         try:
             floor = CONFIDENT_COUNTING if metadata["tag"] == "counting" else CONFIDENT
             seen = {name: sorted((thing for thing in things if thing["score"] > floor),
-                                 key=lambda thing: -thing["score"])[:MOST] for name, things in objects.items()}
+                                 key=lambda thing: -thing["score"])[:MOST]
+                    for name, things in objects.items()}
             correct, reason = geneval_verdict(seen, metadata, color_of)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise UserError(f"{Path(folder, file)}: its metadata.jsonl or its detections are not as they should be "
+            raise UserError(f"{Path(folder, file)}: its metadata.jsonl or detections lack something "
                             f"({type(error).__name__}: {error})") from None
         verdicts.append({"filename": file, "tag": metadata["tag"], "prompt": metadata["prompt"],
                          "correct": correct, "reason": reason})
         if fresh:
-            log.add(file, objects={name: [{key: thing[key] for key in thing if key != "mask"} for thing in things]
-                                   for name, things in objects.items()})
+            for things in objects.values():
+                for thing in things:
+                    del thing["mask"]
+            log.add(file, objects=objects)
     report(skipped, len(images), folder)
     write_jsonl(Path(folder, "geneval.jsonl"), verdicts)
     right = {}
     for row in verdicts:
         right.setdefault(row["tag"], []).append(row["correct"])
-    scores = {tag: float(np.mean(values)) for tag, values in right.items()}         # a task: mean over its images
-    return ({"overall": float(np.mean(list(scores.values()))), **scores},           # overall: mean over the tasks
-            {"prompts": len({file[:5] for file, _ in images}), "images": len(verdicts), "skipped": len(skipped)})
+    scores = {tag: float(np.mean(values)) for tag, values in right.items()}     # a task: mean over its images
+    counts = {"prompts": len({Path(file).parts[0] for file, _ in images}), "images": len(verdicts),
+              "skipped": len(skipped)}
+    return {"overall": float(np.mean(list(scores.values()))), **scores}, counts # overall: mean over tasks
 
 
 def geneval(args):
-    """Table 2: the six tasks of GenEval on --images (original prompts, ◇) and --extended (extended ones, ★)"""
+    """Table 2: GenEval's six tasks, on --images (original prompts, ◇) and --extended (extended ones, ★)"""
     from transformers import Mask2FormerForUniversalSegmentation
     detector = functools.cache(lambda: pretrained(Mask2FormerForUniversalSegmentation, args.detector))
-    color = color_judge(functools.cache(lambda: Clip(args.clip)))           # both are loaded only when first needed
+    color = color_judge(functools.cache(lambda: Clip(args.clip)))           # both are loaded when needed
+    folders = {"original": args.images, **({"extended": args.extended} if args.extended else {})}
+    detections = args.detections or [None] * len(folders)
+    if len(detections) != len(folders):
+        raise UserError("--detections: one file for --images, a second one for --extended if it is given")
     scores, counts, notes = {}, {}, []
-    for name, folder in ("original", args.images), ("extended", args.extended):
-        if folder:
-            scores[name], counts[name] = geneval_folder(folder, args, detector, color)
-            absent = [tag for tag in TASKS if tag not in scores[name]]
-            notes += [f"{folder}: no prompts of {', '.join(absent)}, overall is without them"] if absent else []
+    for (name, folder), given in zip(folders.items(), detections):
+        scores[name], counts[name] = geneval_folder(folder, given, args, detector, color)
+        absent = [tag for tag in TASKS if tag not in scores[name]]
+        if absent:
+            notes.append(f"{folder}: no prompts of {', '.join(absent)}, overall is without them")
     weights = {} if args.detections else {name: weights_hash(name) for name in (args.detector, args.clip)}
-    finish(args.images, "geneval", scores, {"detections": args.detections, "extended": args.extended}, weights,
-           counts, notes)
+    settings = {"detections": args.detections, "extended": args.extended}
+    finish(args.images, "geneval", scores, settings, weights, counts, notes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -674,7 +710,7 @@ CATEGORIES = "global", "entity", "attribute", "relation", "other"
 
 def dpg_score(answers, dependency):
     """answers {id: bool}, dependency {id: [parent ids]} (0: none) -> share of questions answered yes, where a
-    question counts as no if a parent does: in ascending order of ids, so that it reaches grandchildren too."""
+    question counts as no if a parent does; in ascending order of ids, so that a no reaches grandchildren."""
     score = {question: float(answer) for question, answer in answers.items()}
     for question in sorted(score):
         if any(parent != 0 and score.get(parent, 1) == 0 for parent in dependency.get(question, ())):
@@ -683,21 +719,21 @@ def dpg_score(answers, dependency):
 
 
 def read_questions(path):
-    """dpg_bench.csv -> {prompt id: {question id: (question, [parent ids], level-1 category)}}. Raises UserError."""
-    prompts = {}
+    """dpg_bench.csv -> {prompt id: {question id: (question, [parent ids], level-1 category)}}, all lines
+    (the official script passes over the first question). Raises UserError."""
+    needed, prompts = {"item_id", "proposition_id", "dependency", "tuple", "question_natural_language"}, {}
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        missing = {"item_id", "proposition_id", "dependency", "tuple", "question_natural_language"}.difference(
-            reader.fieldnames or ())
-        if missing:
-            raise UserError(f"{path}: no column {', '.join(sorted(missing))}")
         try:
+            missing = needed.difference(reader.fieldnames or ())
+            if missing:
+                raise UserError(f"{path}: no column {', '.join(sorted(missing))}")
             for row in reader:
                 category = re.split("[(-]", row["tuple"])[0].strip()        # "attribute - color (car, red)"
                 parents = [int(parent) for parent in row["dependency"].split(",")]
                 prompts.setdefault(row["item_id"], {})[int(row["proposition_id"])] = (
                     row["question_natural_language"], parents, category)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, csv.Error) as error:
             raise UserError(f"{path} line {reader.line_num}: not a question of DPG-Bench ({error})") from None
     if not prompts:
         raise UserError(f"{path}: no questions in it")
@@ -705,15 +741,17 @@ def read_questions(path):
 
 
 def vqa_judge(name):
-    """A VQA model of transformers -> ask(PIL image, questions) -> [bool]. BLIP and its kin answer in words."""
+    """Folder or hub id of a VQA model -> ask(PIL image, questions) -> [bool]."""
     from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
-    model, processor = pretrained(AutoModelForVisualQuestionAnswering, name), AutoProcessor.from_pretrained(name)
+    model = pretrained(AutoModelForVisualQuestionAnswering, name)
+    processor = from_hub(AutoProcessor, name)
 
     @torch.no_grad()
     def ask(image, questions):
         inputs = processor([image] * len(questions), questions, padding=True, return_tensors="pt").to(DEVICE)
-        if model.can_generate():
-            said = processor.batch_decode(model.generate(**inputs, max_new_tokens=10), skip_special_tokens=True)
+        if model.can_generate():                            # BLIP says words, ViLT chooses a label
+            tokens = model.generate(**inputs, max_new_tokens=10)
+            said = processor.batch_decode(tokens, skip_special_tokens=True)
         else:
             said = [model.config.id2label[int(n)] for n in model(**inputs).logits.argmax(-1)]
         return [re.match(r"\W*yes\b", text, re.IGNORECASE) is not None for text in said]
@@ -725,7 +763,8 @@ def dpg(args):
     prompts, files = read_questions(args.questions), list_images(args.images)
     known = [file for file in files if Path(file).stem in prompts]
     if not known:
-        raise UserError(f"{args.images}: no image is named after a prompt of {args.questions}, as {min(prompts)}.png")
+        raise UserError(f"{args.images}: no image is named after a prompt of {args.questions}, "
+                        f"like {min(prompts)}.png")
     if args.answers:
         judge, weights, rows = args.answers, {}, {row.get("file"): row for row in read_jsonl(args.answers)}
     else:
@@ -736,9 +775,9 @@ def dpg(args):
     for [n], [grid] in batches([Path(args.images, file) for file in known], read, 1, skipped):
         file, size = known[n], size or grid.size
         if grid.size != size or size[0] != size[1] or size[0] % 2:
-            raise UserError(f"{Path(args.images, file)}: {grid.width} x {grid.height} pixels are not a 2 x 2 grid of "
-                            "square images, " + (f"{size[0]} x {size[1]} as the first" if grid.size != size else
-                                                 "as sample.py --format dpg writes"))
+            first = f", as the first's {size[0]} x {size[1]}" if grid.size != size else ""
+            raise UserError(f"{Path(args.images, file)}: {grid.width} x {grid.height} pixels are not a 2 x 2 "
+                            f"grid of square images{first} (sample.py --format dpg makes them)")
         questions, half = prompts[Path(file).stem], size[0] // 2
         if file not in rows and args.answers:
             raise UserError(f"{args.answers}: no answers for {file}")
@@ -746,16 +785,17 @@ def dpg(args):
             images = [grid.crop((x, y, x + half, y + half)) for y in (0, half) for x in (0, half)]
             said = [ask()(image, [text for text, *_ in questions.values()]) for image in images]
             log.add(file, answers=[dict(zip(map(str, questions), one)) for one in said])
+        answers = rows[file].get("answers") or [{}]
         try:
-            answers = [{q: one[str(q)] in (True, "yes") for q in questions} for one in rows[file]["answers"]]
-            assert answers
-        except (KeyError, TypeError, AssertionError):
-            raise UserError(f'{judge}: "answers" of {file} must be a list, per image {{question id: true or false}}, '
-                            f"with ids {', '.join(map(str, questions))}") from None
+            answers = [{q: str(one[str(q)]).lower() in ("true", "yes", "1") for q in questions}
+                       for one in answers]
+        except (KeyError, TypeError):
+            raise UserError(f'{judge}: "answers" of {file} must list, for each image, {{question id: true or '
+                            f"false}}, with ids {', '.join(map(str, questions))}") from None
         dependency = {q: parents for q, (_, parents, _) in questions.items()}
-        scores.append(np.mean([dpg_score(one, dependency) for one in answers]))     # a prompt: mean over its images
+        scores.append(np.mean([dpg_score(one, dependency) for one in answers]))     # over a prompt's images
         for q, (*_, category) in questions.items():
-            categories.setdefault(category, []).extend(one[q] for one in answers)   # as answered, not as corrected
+            categories.setdefault(category, []).extend(one[q] for one in answers)   # uncorrected
     report(skipped, len(known), args.images)
     notes = [f"judge: {judge}. The paper's is mPLUG-large; only numbers of one judge compare",
              "categories count all images of a grid; the official script counts the last one"]
@@ -780,22 +820,24 @@ TABLES = {                                                  # (section, score, t
     "Table 2: GenEval (◇ original prompts, ★ extended prompts)": [
         ("geneval", name, title, max, 2) for name, title in zip(("overall", *TASKS), (
             "Overall ↑", "One obj. ↑", "Two obj. ↑", "Count. ↑", "Col. ↑", "Pos. ↑", "Col. attr. ↑"))],
-    "Table 3: DPG-Bench": [("dpg", name, f"{name.capitalize()} ↑", max, 2) for name in (*CATEGORIES, "overall")]}
+    "Table 3: DPG-Bench": [
+        ("dpg", name, f"{name.capitalize()} ↑", max, 2) for name in (*CATEGORIES, "overall")]}
 
 
 def print_tables(results):
-    """[(name, contents of results.json)] -> the paper's tables in Markdown, the best of several rows in bold."""
+    """[(name, contents of results.json)]: the paper's tables in Markdown, the best of several in bold."""
     for heading, columns in TABLES.items():
-        rows = []
+        rows = []                                           # (name, {section: scores})
         for name, result in results:
-            scores = {section: result[section]["scores"] for section in result}
+            scores = {section: part["scores"] for section, part in result.items()}
             prompts = scores.pop("geneval", {})
-            rows += [(name, scores)] + [(f"{name} {mark}", {"geneval": prompts[key]})
-                                        for key, mark in (("original", "◇"), ("extended", "★")) if key in prompts]
-        columns = [column for column in columns if any(column[1] in row.get(column[0], {}) for _, row in rows)]
-        rows = [(name, row) for name, row in rows if any(key in row.get(section, {}) for section, key, *_ in columns)]
+            rows += [(name, scores)] + [(f"{name} {mark}", {"geneval": prompts[key]}) for key, mark in
+                                        (("original", "◇"), ("extended", "★")) if key in prompts]
+        columns = [part for part in columns if any(part[1] in row.get(part[0], {}) for _, row in rows)]
+        rows = [pair for pair in rows if any(column[1] in pair[1].get(column[0], {}) for column in columns)]
         if rows:
-            print(f"\n{heading}\n\n| | {' | '.join(column[2] for column in columns)} |\n|---|{'--:|' * len(columns)}")
+            print(f"\n{heading}\n\n| | {' | '.join(column[2] for column in columns)} |")
+            print(f"|---|{'--:|' * len(columns)}")
         for name, row in rows:
             cells = []
             for section, key, _, best, decimals in columns:
@@ -813,10 +855,11 @@ def finish(folder, section, scores, settings, weights, counts, notes):
     path = Path(folder, "results.json")
     try:
         results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError:
-        raise UserError(f"{path}: not JSON; move it away") from None
-    results[section] = {"scores": scores, "settings": settings, "weights": weights, "counts": counts, "notes": notes,
-                        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+        results[section] = {
+            "scores": scores, "settings": settings, "weights": weights, "counts": counts, "notes": notes,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: not JSON as evaluate.py writes it; move it away") from None
     with complete(path) as temporary:
         temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print_tables([(Path(folder).resolve().name, {section: results[section]})])
@@ -824,18 +867,20 @@ def finish(folder, section, scores, settings, weights, counts, notes):
 
 
 def compare(args):
-    """several results.json side by side as the paper's tables, the best in bold"""
+    """Several results.json side by side as the paper's tables, the best in bold"""
     results = []
     for path in args.results:
         try:
-            results.append((str(Path(path).parent), json.loads(Path(path).read_text(encoding="utf-8"))))
-            assert all("scores" in part for part in results[-1][1].values())
-        except (OSError, ValueError, TypeError, AttributeError, AssertionError):
+            result = json.loads(Path(path).read_text(encoding="utf-8"))
+            result = {key: {"settings": {}, **part, "scores": part["scores"]} for key, part in result.items()}
+            results.append((str(Path(path).parent), result))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{path}: not a results.json of evaluate.py") from None
     print_tables(results)
-    judges = {result["dpg"]["settings"]["judge"] for _, result in results if "dpg" in result}
+    judges = {result["dpg"]["settings"].get("judge") for _, result in results if "dpg" in result}
     if len(judges) > 1:
-        print(f"\n- the judges of Table 3 differ ({', '.join(sorted(judges))}): its rows do not compare")
+        names = ", ".join(sorted(map(str, judges)))
+        print(f"\n- the judges of Table 3 differ ({names}): its rows do not compare")
 
 
 def main(argv=None):
@@ -843,41 +888,44 @@ def main(argv=None):
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run):
-        sub = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__, formatter_class=Help)
+        about = run.__doc__
+        sub = commands.add_parser(run.__name__, help=about, description=about, formatter_class=Help)
         sub.set_defaults(run=run)
         return sub.add_argument
 
     add = command(quality)
-    add("--real", required=True, metavar="FOLDER|FILE", help="real images, or a .safetensors file of --save-stats")
+    add("--real", required=True, metavar="FOLDER|FILE", help="real images, or a file of --save-stats")
     add("--fake", metavar="FOLDER", help="generated images")
     add("--k", type=int, default=3, help="a sample's ball reaches to this neighbour")
-    add("--crop", type=int, metavar="SIZE", help="first scale and crop each image to a square of this size, as photos "
-        "are for training; otherwise what is not square gets squashed")
-    add("--save-stats", metavar="FILE", help="keep the features of --real in one .safetensors file, to be a later --real")
-    add("--inception", metavar="FILE", help="FID's weights, pytorch-fid's or torch-fidelity's file; else downloaded")
+    add("--crop", type=int, metavar="SIZE", help="first scale and crop each image to such a square, as "
+        "photos are for training; otherwise what is not square gets squashed")
+    add("--save-stats", metavar="FILE", help="keep the features of --real in one .safetensors file")
+    add("--inception", metavar="FILE", help="FID's weights, pytorch-fid's or torch-fidelity's")
     add("--dino", default="facebook/dinov2-large", help="DINOv2: folder or hub id")
     add = command(clip)
-    add("--samples", required=True, metavar="FILE", help="samples.jsonl, as sample.py writes it beside the images")
+    add("--samples", required=True, metavar="FILE", help="samples.jsonl of sample.py, beside its images")
     add("--clip", default="openai/clip-vit-large-patch14", help="CLIP: folder or hub id")
     add("--jina", default="jinaai/jina-clip-v2", help="Jina CLIP: folder or hub id")
     add("--trust-remote-code", action="store_true", help="run the code that comes with --jina")
     add = command(geneval)
     add("--images", required=True, metavar="FOLDER", help="from sample.py --format geneval, original prompts")
     add("--extended", metavar="FOLDER", help="the same from extended prompts")
-    add("--detections", metavar="FILE", help='instead of the detector, lines {"file": "00000/samples/0000.png", '
-        '"objects": {class: [{"box": [x0, y0, x1, y1], "score": 0.9}]}}; with "color" if CLIP shall not see to it')
-    add("--detector", default="facebook/mask2former-swin-small-coco-instance", help="Mask2Former: folder or hub id")
-    add("--clip", default="openai/clip-vit-large-patch14", help="CLIP, which tells the colours: folder or hub id")
+    add("--detections", metavar="FILE", nargs="+", help='instead of a detector, lines {"file": '
+        '"00000/samples/0000.png", "objects": {class: [{"box": [x0, y0, x1, y1], "score": 0.9}]}}; with '
+        '"color" where CLIP is not to tell it; a second file for --extended')
+    add("--detector", default="facebook/mask2former-swin-small-coco-instance", help="folder or hub id")
+    add("--clip", default="openai/clip-vit-large-patch14", help="CLIP, which tells colours: folder or hub id")
     add = command(dpg)
     add("--images", required=True, metavar="FOLDER", help="from sample.py --format dpg")
     add("--questions", required=True, metavar="FILE", help="the benchmark's dpg_bench.csv")
     add("--vqa", default="Salesforce/blip-vqa-capfilt-large", help="the judge, a VQA model: folder or hub id")
-    add("--answers", metavar="FILE", help='instead of a judge, lines {"file": "12.png", "answers": [{"1": true, '
-        '"2": false}, ...]}, a list entry for each image of the grid')
+    add("--answers", metavar="FILE", help='instead of a judge, lines {"file": "12.png", "answers": '
+        '[{"1": true, "2": false}, ...]}, one list entry for each image of the grid')
     add = command(compare)
     add("results", nargs="+", metavar="results.json", help="files of other runs")
     args = parser.parse_args(argv)
-    args.run(args)
+    if os.environ.get("RANK", "0") == "0":                  # other ranks of torchrun would only repeat it
+        args.run(args)
 
 
 if __name__ == "__main__":

@@ -112,25 +112,18 @@ def write_jsonl(path, rows):
 # ------------------------------------------------------------------------------------------------------------
 # The captioner: knows the scene, writes it down in ever other words
 
-def a(words):
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
 def background(rng, scene):
     grey = {"dark": "dark grey", "grey": "grey", "light": "light grey"}[scene["grey"]]
     return rng.choice([f"the background is {scene['background']} and {grey} .",
-                       f"behind it is a {scene['background']} {grey} background .",
-                       f"it stands before a {scene['background']} {grey} wall ."])
+                       f"behind it is a {scene['background']} {grey} wall ."])
 
 
 def caption_of(scene, rng):
     """A long caption of a picture with one object, as the captioner would write it for an original."""
     size = "huge" if scene["radius"] > 24.5 else "large" if scene["radius"] > 22 else "big"
-    thing = f"{scene['color']} {scene['shape']}"
-    first = rng.choice([f"the image shows a {size} {thing} in the middle .", f"a {size} {thing} fills the picture .",
-                        f"in this picture there is a {size} {thing} in the center .",
-                        f"the image features {a(thing)} , which is {size} and fills the frame .",
-                        f"there is a single {size} {thing} in this image ."])
+    thing = f"a {size} {scene['color']} {scene['shape']}"
+    first = rng.choice([f"the image shows {thing} in the middle .", f"{thing} fills the picture .",
+                        f"in the center there is {thing} .", f"there is a single object , {thing} ."])
     return f"{first} {background(rng, scene)}"
 
 
@@ -146,19 +139,17 @@ def composite_caption(base, paste, setting, place, rng):
     It speaks of one scene, as LLaVA is asked to, not of a composite."""
     one, two = f"{base['color']} {base['shape']}", f"{paste['color']} {paste['shape']}"
     if setting == "1/2":
-        relation = RELATIONS[place]
-        side, other = {"to the right of": ("left", "right"), "below": ("top", "bottom")}[relation]
-        first = rng.choice([f"the image shows {a(one)} on the {side} and {a(two)} on the {other} .",
-                            f"there is {a(one)} on the {side} side and {a(two)} on the {other} side .",
-                            f"{a(two)} is {relation} {a(one)} ."])
+        side, other = ("left", "right") if place == (2, 1) else ("top", "bottom")
+        choices = [f"the image shows a {one} on the {side} and a {two} on the {other} .",
+                   f"there is a {two} on the {other} and a {one} on the {side} ."]
     else:
         size, spot = {"1/4": "small", "1/9": "little", "1/16": "tiny"}[setting], PLACES[place]
-        first = rng.choice([f"a large {one} fills the picture , with a {size} {two} in the {spot} .",
-                            f"in the {spot} there is a {size} {two} , next to a large {one} .",
-                            f"the image shows a large {one} and a {size} {two} in the {spot} ."])
-        if place in RELATIONS:
-            first += f" the {two} is {RELATIONS[place]} the {one} ."
-    return f"{first} {background(rng, base)}"
+        choices = [f"a large {one} fills the picture , with a {size} {two} in the {spot} .",
+                   f"in the {spot} there is a {size} {two} , next to a large {one} ."]
+        one, two = f"large {one}", f"{size} {two}"
+    if place in RELATIONS:
+        choices.append(f"a {two} is {RELATIONS[place]} a {one} .")
+    return f"{rng.choice(choices)} {background(rng, base)}"
 
 
 def place_of(box, setting):
@@ -202,8 +193,9 @@ def make_text_encoder(folder, texts, seed, dim=128):
 # The autoencoder (python toy.py --train-vae makes assets/toy-vae again)
 
 def train_vae(folder, minutes, seed=0):
-    """Trains the toy's AutoencoderKL on pictures littered with shrunken ones, so that small objects survive."""
-    torch.manual_seed(seed)
+    """Trains the toy's AutoencoderKL, on from what is in `folder` already, and saves it there in float16.
+
+    Its pictures are littered with shrunken ones, as cutmix.py will paste them, so that small objects survive."""
     rng = random.Random(seed)
     pool = [draw(random_scene(rng)) for _ in range(9000)]
     small = {side: [np.asarray(image.resize((side, side), Image.Resampling.LANCZOS)) for image in pool]
@@ -212,30 +204,37 @@ def train_vae(folder, minutes, seed=0):
 
     def picture():
         image, kind = rng.choice(pool).copy(), rng.random()
-        for _ in range(8 if kind < 0.55 else 0):                        # what 1/4, 1/9 and 1/16 paste
+        for _ in range(8 if kind < 0.65 else 0):
             side = rng.choice([32, 21, 21, 16, 16])
             x, y = rng.randint(0, SIZE - side), rng.randint(0, SIZE - side)
             image[y:y + side, x:x + side] = rng.choice(small[side])
-        if 0.55 < kind < 0.75:                                          # halves
-            half = (slice(None), slice(32, None)) if kind < 0.65 else slice(32, None)
+        if 0.65 < kind < 0.8:
+            half = rng.choice([np.s_[:, 32:], np.s_[32:]])
             image[half] = rng.choice(pool)[half]
         return image
 
+    def to_tensor(images):
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1       # (B, 3, 64, 64)
+
+    torch.manual_seed(seed)
     vae = encode.AutoencoderKL(latent_channels=8, block_out_channels=(32, 32, 64), layers_per_block=1,
                                norm_num_groups=8, patch_size=2)
+    if (folder / "config.json").exists():
+        vae.load_state_dict(encode.load_vae(folder).state_dict())
+    average = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99))
-    average, start = {name: tensor.clone() for name, tensor in vae.state_dict().items()}, time.time()
-    bar = tqdm(desc="autoencoder", unit="step")
+    bar, start = tqdm(desc="autoencoder", unit="step"), time.time()
     while (done := (time.time() - start) / 60 / minutes) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, bar.n / 200) * (1 if done < 0.3 else 0.5 + 0.5 * math.cos((done - 0.3) / 0.7 * math.pi))
-        x = torch.from_numpy(np.stack([picture() for _ in range(64)])).permute(0, 3, 1, 2).float() / 127.5 - 1
-        mean, std = vae.encode(x)
-        error = vae.decode(mean + std * torch.randn_like(mean)) - x
+            group["lr"] = train.lr_at(done, 2e-3, 0.02, 1, 1)           # warm-up, then the whole half cosine
+        x = to_tensor([picture() for _ in range(64)])
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, std = (z.float() for z in vae.encode(x))
+            error = vae.decode(mean + std * torch.randn_like(mean)).float() - x
         edges = (x - F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, 1)).abs().mean(1, keepdim=True)
-        weight = 1 + 2 * edges / edges.mean()                           # what distinguishes shapes is at their edges
+        weight = 1 + 2 * edges / edges.mean()                           # what tells shapes apart is at their edges
         loss = (weight * (error.abs() + error ** 2)).mean() / weight.mean()
-        loss = loss + 4e-3 * 0.5 * (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean()
+        loss = loss + 2e-3 * 0.5 * (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -243,12 +242,13 @@ def train_vae(folder, minutes, seed=0):
         for name, tensor in vae.state_dict().items():
             average[name].lerp_(tensor, max(0.001, 20 / (bar.n + 21)))
         bar.update()
-        bar.set_postfix(L1=f"{error.abs().mean().item():.4f}")
+        if bar.n % 50 == 0:
+            bar.set_postfix(L1=f"{error.abs().mean().item():.4f}")
     bar.close()
     vae.load_state_dict(average)
     with torch.no_grad():                                               # scaled latents have unit variance
-        mean, std = vae.encode(torch.from_numpy(np.stack(pool[:1000])).permute(0, 3, 1, 2).float() / 127.5 - 1)
-        vae.config["scaling_factor"] = round(1 / math.sqrt(mean.var().item() + (std ** 2).mean().item()), 4)
+        mean, std = vae.encode(to_tensor(pool[:1000]))
+    vae.config["scaling_factor"] = round((mean.var() + (std ** 2).mean()).item() ** -0.5, 4)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.half().contiguous() for name, tensor in average.items()},
               folder / "diffusion_pytorch_model.safetensors")
@@ -278,9 +278,9 @@ def make_prompts(out, count, seed):
             place = rng.choice([place for place in PLACES if (place in RELATIONS) == (setting == "1/9")])
         if task in ("single_object", "colors"):
             del include[1]
-            brief, detailed = f"a photo of {a(s1)}", caption_of(one, rng)
+            brief, detailed = f"a photo of a {s1}", caption_of(one, rng)
             if task == "colors":
-                include[0]["color"], brief = c1, f"a photo of {a(c1)} {s1}"
+                include[0]["color"], brief = c1, f"a photo of a {c1} {s1}"
         elif task == "counting":
             many = rng.choice([2, 3])
             include[:], row["exclude"] = [{"class": s1, "count": many}], [{"class": s1, "count": many + 1}]
@@ -292,12 +292,12 @@ def make_prompts(out, count, seed):
                 place = rng.choice([(2, 1), (1, 2)] if setting == "1/2" else list(RELATIONS))
                 relation = RELATIONS[place].removeprefix("to the ")
                 include[1]["position"] = [relation, 0]
-                brief = f"a photo of {a(s2)} {relation} {a(s1)}"
+                brief = f"a photo of a {s2} {relation} a {s1}"
             elif task == "two_object":
-                brief = f"a photo of {a(s1)} and {a(s2)}"
+                brief = f"a photo of a {s1} and a {s2}"
             else:
                 include[0]["color"], include[1]["color"] = c1, c2
-                brief = f"a photo of {a(c1)} {s1} and {a(c2)} {s2}"
+                brief = f"a photo of a {c1} {s1} and a {c2} {s2}"
             detailed = composite_caption(one, two, setting, place, rng)
             row["layout"] = {"colors": [c1, c2], "setting": setting, "place": place}
         short.append({**row, "prompt": brief})
@@ -306,96 +306,115 @@ def make_prompts(out, count, seed):
     write_jsonl(out / "prompts-long.jsonl", long)
 
 
-RADII, THRESHOLD, BOX3, U = 4.4 * 1.055 ** np.arange(35), 0.7, np.ones((3, 3)), np.uint64
-CHROMA = np.array(list(COLORS.values()), float) @ (np.eye(3) - 1 / 3)
-pack = lambda mask: np.packbits(mask, -1, bitorder="little").view(U)[..., 0]
-size = lambda words: np.bitwise_count(words).sum(-1, dtype=int)
-box = lambda mask: [int(v) for i in np.nonzero(mask)[::-1] for v in (i.min(), i.max() + 1)]    # x0, x1, y0, y1
+# ------------------------------------------------------------------------------------------------------------
+# The detector, without a network: patches of colour are compared with all shapes in all sizes, also half hidden
+
+CHROMA = np.array(list(COLORS.values()), float) @ (np.eye(3) - 1 / 3)               # colours without their grey
+RADII = np.linspace(2.1, 5.3, 40) ** 2
+THRESHOLD = 0.7
+BOX3 = np.ones((3, 3))
+U = np.uint64               # a mask's row is one 64-bit word, bit i is column i: 64 pixels are compared at once
+
+
+def pack(mask):
+    return np.packbits(mask, -1, bitorder="little").view(U)[..., 0]                 # (..., 64, 64) -> (..., 64)
+
+
+def count(words):
+    return np.bitwise_count(words).sum(-1, dtype=int)
+
+
+def bounds(mask):
+    """x0, x1, y0, y1 of a mask."""
+    return [int(v) for i in np.nonzero(mask)[::-1] for v in (i.min(), i.max() + 1)]
+
 
 def grow(words):
+    """Masks, a pixel wider in all eight directions."""
     w = np.pad(words | words << U(1) | words >> U(1), [(0, 0), (1, 1)])
     return w[:, :-2] | w[:, 1:-1] | w[:, 2:]
 
+
 def unmix(image):
-    """Each pixel's nearest palette colour and its share of the pixel (linear, as greys have no chroma)."""
+    """Each pixel's nearest palette colour and its share of the pixel; greys have no chroma, so mixing is linear."""
     x = np.asarray(image.convert("RGB"), float) @ (np.eye(3) - 1 / 3)
     color = (x @ (CHROMA / np.linalg.norm(CHROMA, axis=1, keepdims=True)).T).argmax(2)
     return color, (x * CHROMA[color]).sum(2) / (CHROMA ** 2).sum(1)[color]
 
-@lru_cache
-def bank():
-    """Templates at the upper left: masks, eroded, shape, width, height, area; 4 half-pixel shifts side by side."""
-    scenes = [dict(shape=s, radius=r, y=y, x=x, color="red", grey="dark", background="plain")
-              for s, r, y, x in product(SHAPES, RADII, (32, 32.5), (32, 32.5))]
-    masks = [unmix(draw(s))[1] > 0.5 for s in scenes]
-    x0, x1, y0, y1 = np.array([box(m) for m in masks]).T
-    masks = np.array([np.roll(m, (-y, -x), (0, 1)) for m, x, y in zip(masks, x0, y0)])
-    eroded, shape = ndimage.binary_erosion(masks, BOX3[None]), np.array([SHAPES.index(s["shape"]) for s in scenes])
-    return pack(masks), pack(eroded), shape, x1 - x0, y1 - y0, masks.sum((1, 2))
 
-def compare(m, t, x, y):
-    """Scores of the templates t at x, y for the mask m: IoU, less for a hidden part and for edges that are off."""
-    words, eroded, _, w, h, _ = bank()
-    x, y, near = x.clip(0, 64 - w[t])[:, None].astype(U), y.clip(0, 64 - h[t]), grow(m[None])[0]
-    span = slice(min(y.min(), np.nonzero(m)[0][0]), max((y + h[t]).max(), np.nonzero(m)[0][-1] + 1))
-    at, m, near, t = np.arange(64)[span] - y[:, None], m[span], near[span], t[:, None]
-    at[at < 0] = 63                                                            # all templates' last row is empty
-    T, core = words[t, at] << x, eroded[t, at] << x
-    missing = core & ~near                                    # hidden: the rectangle around it, unless it is small
+@lru_cache
+def templates():
+    """All shapes and sizes at the upper left, 4 half-pixel shifts of each: masks, eroded, shape, width, height, area."""
+    scenes = [{"shape": shape, "radius": radius, "y": y, "x": x, "color": "red", "grey": "dark", "background": "plain"}
+              for shape, radius, y, x in product(SHAPES, RADII, (32, 32.5), (32, 32.5))]
+    masks = [unmix(draw(scene))[1] > 0.5 for scene in scenes]
+    x0, x1, y0, y1 = np.array([bounds(mask) for mask in masks]).T
+    masks = np.array([np.roll(mask, (-y, -x), (0, 1)) for mask, x, y in zip(masks, x0, y0)])
+    eroded = ndimage.binary_erosion(masks, BOX3[None])
+    shapes = np.array([SHAPES.index(scene["shape"]) for scene in scenes])
+    return pack(masks), pack(eroded), shapes, x1 - x0, y1 - y0, masks.sum((1, 2))
+
+
+def compare(mask, t, x, y):
+    """Scores of the templates number t (n,) with corners at x, y (n,) for a mask: their IoU outside of a rectangle
+    that may hide a part of the object, less for hiding much and for wrong edges."""
+    words, eroded, _, width, height, _ = templates()
+    x, y, near = x.clip(0, SIZE - width[t])[:, None].astype(U), y.clip(0, SIZE - height[t]), grow(mask[None])[0]
+    rows = slice(min(y.min(), np.nonzero(mask)[0][0]), max((y + height[t]).max(), np.nonzero(mask)[0][-1] + 1))
+    at, mask, near, t = np.arange(SIZE)[rows] - y[:, None], mask[rows], near[rows], t[:, None]
+    at[at < 0] = SIZE - 1                                               # every template's last row is empty
+    whole, core = words[t, at] << x, eroded[t, at] << x                 # (n, rows)
+    missing = core & ~near              # what the mask lacks lies in one rectangle, from its first row and column
     rows = np.logical_or.accumulate(missing, 1) & np.logical_or.accumulate(missing[:, ::-1], 1)[:, ::-1]
     columns = np.maximum(np.bitwise_or.reduce(missing, 1), U(1))[:, None]
-    columns = (U(2) << np.log2(columns).astype(U)) - (columns & -columns)             # lowest to highest bit set
-    rows &= np.maximum(rows.sum(1, keepdims=True), np.bitwise_count(columns)) > np.where(w[t] < 32, 10, 3)
-    hidden = np.where(rows, columns, U(0))
+    columns = (U(2) << np.log2(columns).astype(U)) - (columns & -columns)           # to its last row and column
+    longest = np.maximum(rows.sum(1, keepdims=True), np.bitwise_count(columns))
+    hidden = np.where(rows & (longest > np.where(width[t] < 32, 10, 3)), columns, U(0))
     around = grow(hidden)
-    good, wrong = size(T & m & ~hidden), size(m & (~T | hidden)) + size(T & ~m & ~around)
-    share, edge = size(T & around & ~m) / size(T), size(T & ~core & ~around) + 1
-    return good / (good + wrong) - 0.1 * share - 0.25 * wrong / edge - (share > 0.78)
+    right, wrong = count(whole & mask & ~hidden), count(mask & (~whole | hidden)) + count(whole & ~mask & ~around)
+    share, edge = count(whole & around & ~mask) / count(whole), count(whole & ~core & ~around) + 1
+    return right / (right + wrong) - 0.1 * share - 0.25 * wrong / edge - (share > 0.78)
+
 
 def fit(mask, color):
-    """(score, shape, color, mask): templates at the corners of the mask's box, then around each shape's best."""
-    _, _, shape, w, h, area = bank()
-    (x0, x1, y0, y1), n, m, shift = box(mask), mask.sum() / area, pack(mask), np.arange(len(w)) % 4
-    t = (w > x1 - x0 - 3) & (h > y1 - y0 - 3) & (n > 0.2) & (n < 1.3) & (shift % np.where(area < 300, 3, 4) == 0)
-    if not t.any():
+    """A patch of colour -> (score, shape, color, mask): templates at the corners of its bounds, then near the best."""
+    _, _, shapes, width, height, area = templates()
+    (x0, x1, y0, y1), part, words, shift = bounds(mask), mask.sum() / area, pack(mask), np.arange(len(area)) % 4
+    t = (width > x1 - x0 - 3) & (height > y1 - y0 - 3) & (part > 0.2) & (part < 1.3)
+    t = np.nonzero(t & (shift % np.where(area < 300, 3, 4) == 0))[0]
+    if not len(t):
         return 0.0, "", color, mask
-    t, i = np.repeat(np.nonzero(t)[0], 6), np.tile(np.arange(6), t.sum())
-    x, y = np.choose(i % 3, (x0, x1 - w[t], (x0 + x1 - w[t]) // 2)), np.where(i < 3, y0, y1 - h[t])
-    score = compare(m, t, x, y).reshape(-1, 6)
-    best = (6 * np.arange(len(score)) + score.argmax(1))[np.argsort(-score.max(1))]
-    best = np.concatenate([best[shape[t[best]] == s][:3] for s in range(len(SHAPES))])
+    t, i = np.repeat(t, 6), np.tile(np.arange(6), len(t))
+    x = np.choose(i % 3, (x0, x1 - width[t], (x0 + x1 - width[t]) // 2))
+    y = np.where(i < 3, y0, y1 - height[t])
+    scores = compare(words, t, x, y).reshape(-1, 6)
+    best = (6 * np.arange(len(scores)) + scores.argmax(1))[np.argsort(-scores.max(1))]
+    best = np.concatenate([best[shapes[t[best]] == shape][:3] for shape in range(len(SHAPES))])
     (t, x, y), i = (np.repeat(v[best], 36) for v in (t // 4 * 4, x, y)), np.tile(np.arange(36), len(best))
-    score = compare(m, t + i // 9, x + i % 3 - 1, y + i // 3 % 3 - 1)
-    return float(score.max()), SHAPES[shape[t[score.argmax()]]], color, mask
+    scores = compare(words, t + i // 9, x + i % 3 - 1, y + i // 3 % 3 - 1)
+    return float(scores.max()), SHAPES[shapes[t[scores.argmax()]]], color, mask
 
-def halves(mask):
-    """Cuts in two along the straight lines where the mask changes most."""
-    for m, turn in ((mask, np.asarray), (mask.T, np.transpose)):
-        change, (x0, x1, _, _) = (m[:, 1:] ^ m[:, :-1]).sum(0), box(m)
-        change = (change * (change == ndimage.maximum_filter1d(change, 3)))[x0 + 8:x1 - 9]
-        for i in np.argsort(-change)[:3] + x0 + 8:
-            yield turn(m & (np.arange(64) > i)), turn(m & (np.arange(64) <= i))
 
 def detect(image):
-    """{shape: [{"box": [x0, y0, x1, y1] of what is visible, "score", "color"}, ...]}, most confident first."""
-    (color, share), found, out, used = unmix(image), [], {}, np.zeros((64, 64), bool)
-    for c, name in enumerate(COLORS):
-        labels = ndimage.label((color == c) & (share > 0.5), BOX3)[0]
+    """RGB image, 64 x 64 -> {shape: [{"box": [x0, y0, x1, y1] of what is visible, "score", "color"}, ...]}, most
+    confident first: GenEval's detections. Two patches of a colour may be one object that something lies across."""
+    (color, share), found, objects, used = unmix(image), [], {}, np.zeros((SIZE, SIZE), bool)
+    for number, name in enumerate(COLORS):
+        labels = ndimage.label((color == number) & (share > 0.5), BOX3)[0]
         area = np.bincount(labels.ravel())
-        parts = [i for i in np.argsort(-area) if i and area[i] >= 12][:3]
-        found += [fit(np.isin(labels, g), name) for k in (1, 2, 3) for g in combinations(parts, k)]
-    if len(found) == 1 and found[0][0] < 0.87 and found[0][3].sum() > 300:       # perhaps two halves of one colour
-        cuts = [[fit(m, found[0][2]) for m in cut] for cut in halves(found[0][3])]
-        value = lambda c: min(f[0] + 0.3 * min(f[3].sum() / found[0][3].sum(), 0.6) for f in c) - (c[0][1] == c[-1][1])
-        found = max(cuts + [found], key=lambda c: value(c) + (len(c) == 1))
-    pale = ndimage.binary_erosion((share > 0.2) & (share < 0.65), BOX3)        # areas of faint colour: not clean
-    for score, shape, name, mask in sorted(found, key=lambda f: -f[0]):
-        x0, x1, y0, y1 = box(mask)
+        patches = [i for i in np.argsort(-area) if i and area[i] >= 12][:3]
+        found += [fit(np.isin(labels, some), name) for n in (1, 2, 3) for some in combinations(patches, n)]
+    pale = ndimage.binary_erosion((share > 0.2) & (share < 0.65), BOX3)             # a clean object has no faint areas
+    for score, shape, name, mask in sorted(found, key=lambda one: -one[0]):
+        x0, x1, y0, y1 = bounds(mask)
         if score > THRESHOLD and not (mask & used).any() and pale[y0:y1, x0:x1].sum() < 0.1 * mask.sum():
             used |= mask
-            out.setdefault(shape, []).append({"box": [x0, y0, x1, y1], "score": score, "color": name})
-    return out
+            objects.setdefault(shape, []).append({"box": [x0, y0, x1, y1], "score": score, "color": name})
+    return objects
 
+
+# ------------------------------------------------------------------------------------------------------------
+# Scores
 
 def score(folder, rows):
     """GenEval's verdict on each image of a `--format geneval` folder -> list of (file, row, right, reason)."""

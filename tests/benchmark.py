@@ -42,7 +42,7 @@ def section_cutmix():
             return time.process_time() - start
 
     with tempfile.TemporaryDirectory() as folder:
-        make(folder, 300, (500, 375), 94)                       # as large as most ImageNet photos
+        make(folder, 300, (500, 375), 98)                       # about 110 kB, as most ImageNet photos
         files = [f"{folder}/{file}" for file in cutmix.list_images(folder)]
         composite = Image.open(files[0]).resize((256, 256))
 
@@ -112,7 +112,7 @@ def section_evaluate():
     import scipy.linalg
 
     import evaluate
-    n, D = int(os.environ.get("BENCHMARK_N", 20_000)), 256
+    n, D = int(os.environ.get("BENCHMARK_N", "20000")), 256
     found = []
     for which in "ours", "full":
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -121,7 +121,7 @@ def section_evaluate():
     print(f"evaluate: prdc of {n} and {n} x {D}: {t:.1f} s, {memory / 2 ** 20:.0f} MB; whole matrices {t_full:.1f} s, "
           f"{memory_full / 2 ** 20:.0f} MB; {t / t_full:.2f} of the time, {memory / memory_full:.3f} of the memory; "
           f"results differ by at most {max(abs(ours[key] - full[key]) for key in ours):.1e}")
-    n, D = int(os.environ.get("BENCHMARK_N", 10_000)), int(os.environ.get("BENCHMARK_D", 2048))
+    n, D = int(os.environ.get("BENCHMARK_N", "10000")), int(os.environ.get("BENCHMARK_D", "2048"))
     a, b = (np.random.default_rng(seed).normal(size=(n, D)) * np.geomspace(1, 1e-3, D) for seed in (0, 1))
     start = time.perf_counter()
     ours = evaluate.frechet_distance(a, b)
@@ -133,6 +133,112 @@ def section_evaluate():
     theirs = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(S_a + S_b - 2 * root)
     print(f"evaluate: frechet_distance of {n} and {n} x {D}: {t:.1f} s with covariances; sqrtm alone {t_root:.1f} s; "
           f"{t / t_root:.2f} of its time; {ours:.6g} and {theirs:.6g}")
+
+
+def section_encode():
+    """What reading a sample costs beside its bytes; what float8 and a bfloat16 VAE lose; that cost is linear."""
+    import json
+
+    import numpy as np
+    import torch
+    from PIL import Image
+    from safetensors.torch import save, save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    import encode
+
+    def relative(a, b):
+        return float((a.float() - b.float()).norm() / b.float().norm())
+
+    order = np.random.default_rng(0).permutation(800).tolist()
+
+    def timed(read):
+        times = []
+        for _ in range(6):                                      # the first one reads the file into memory
+            start = time.perf_counter()
+            for i in order:
+                read(i)
+            times.append((time.perf_counter() - start) / len(order) * 1e6)
+        return min(times)
+
+    rng = torch.Generator().manual_seed(0)
+    for dtype in "bfloat16", "float8":
+        with tempfile.TemporaryDirectory() as folder:           # two shards as of flan-t5-xl and 256 x 256 pixels
+            for k in range(2):
+                lengths = torch.randint(100, 200, (400,), generator=rng)
+                shard = encode.pack(torch.randn(int(lengths.sum()), 2048, generator=rng), dtype)
+                shard.update(mean=torch.randn(400, 4, 32, 32, generator=rng).half(),
+                             std=torch.rand(400, 4, 32, 32, generator=rng).half(),
+                             offset=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]))
+                Path(folder, encode.shard_name(k)).write_bytes(save(shard, {"samples": "{}"}))
+            save_file({"text": torch.zeros(1, 2048)}, Path(folder, "null.safetensors"))
+            Path(folder, "meta.json").write_text(json.dumps(
+                {"version": encode.VERSION, "shards": 2, "counts": [400, 400], "count": 800}))
+            ds, raw = encode.Encoded(folder), np.memmap(Path(folder, encode.shard_name(0)), np.uint8, "r")
+            pieces = np.split(raw[:400 * 150 * 2048 * (1 if dtype == "float8" else 2)], 400)
+            text, copied, moments, bare = map(timed, (ds.text, lambda i, ds=ds: ds.text(i).clone(), ds.moments,
+                                                      lambda i, pieces=pieces: pieces[i % 400].copy()))
+            print(f"encode: reading a sample of 150 {dtype} tokens: {copied:.0f} us ({text:.0f} us before its bytes "
+                  f"are copied), moments {moments:.0f} us; numpy.memmap, as many bytes as the text's: {bare:.0f} us")
+
+    x = torch.randn(2000, 2048, generator=rng)
+    outlying = x.clone()
+    outlying[:, 7] *= 100
+    for name, text in ("normal", x), ("normal, one feature 100 times as large (the others)", outlying):
+        back = encode.unpack(**encode.pack(text, "float8"))
+        back, text = (back[:, 8:], text[:, 8:]) if "others" in name else (back, text)
+        print(f"encode: float8 relative error {relative(back, text):.4f}, bfloat16 {relative(text.bfloat16(), text):.4f}"
+              f" ({name})")
+
+    torch.manual_seed(0)
+    vae = encode.AutoencoderKL().eval()                         # Stable Diffusion's size, random weights
+    image = torch.nn.functional.interpolate(torch.randn(1, 3, 32, 32), size=256, mode="bicubic").clamp(-1, 1)
+    with torch.no_grad():
+        mean, std = vae.encode(image)
+        for dtype in torch.bfloat16, torch.float16:
+            low = vae.to(dtype).encode(image.to(dtype))
+            print(f"encode: VAE in {str(dtype).removeprefix('torch.')}: mean {relative(low[0], mean):.4f}, "
+                  f"std {relative(low[1], std):.4f} relative to float32 (weights rounded too)")
+            vae.float()
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        folder = Path(folder)
+        words = [f"w{i}" for i in range(50)]
+        tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "</s>", *words])}, "</s>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder / "t5")
+        T5EncoderModel(T5Config(vocab_size=52, d_model=128, d_kv=32, d_ff=256, num_layers=2,
+                                num_heads=4)).save_pretrained(folder / "t5")
+        vae = encode.AutoencoderKL(latent_channels=8, block_out_channels=(32, 32, 64), layers_per_block=1,
+                                   norm_num_groups=8, patch_size=2)
+        (folder / "vae").mkdir()
+        (folder / "vae" / "config.json").write_text(json.dumps(vae.config))
+        save_file(vae.state_dict(), folder / "vae" / "diffusion_pytorch_model.safetensors")
+        draw, times = np.random.default_rng(0), {}
+        for count in 200, 1000, 4000:                           # the first one warms up
+            images = folder / str(count)
+            images.mkdir()
+            with open(folder / f"{count}.jsonl", "w") as file:
+                for i in range(count):
+                    Image.fromarray(draw.integers(0, 256, (64, 64, 3), np.uint8)).save(images / f"{i}.png")
+                    caption = " ".join(draw.choice(words, draw.integers(20, 60)))
+                    file.write(json.dumps({"file": f"{i}.png", "caption": caption}) + "\n")
+            start = time.perf_counter()
+            with contextlib.redirect_stdout(io.StringIO()):
+                encode.main([f"--images={images}", f"--captions={images}.jsonl", f"--out={images}-out", "--workers=0",
+                             f"--vae={folder / 'vae'}", f"--text-encoder={folder / 't5'}", "--size=64"])
+            times[count] = (time.perf_counter() - start) / count * 1e3
+        x = torch.rand(64, 3, 64, 64).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            vae.encode(x)
+            start = time.perf_counter()
+            for _ in range(10):
+                vae.encode(x)
+        bare = (time.perf_counter() - start) / 640 * 1e3
+        print(f"encode: toy encoders, 64 x 64 pixels: {times[1000]:.2f} ms a picture for 1,000, {times[4000]:.2f} ms for "
+              f"4,000; the VAE's convolutions alone {bare:.2f} ms")
 
 
 if __name__ == "__main__":
