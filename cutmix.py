@@ -39,7 +39,10 @@ class UserError(Exception):
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """`--help`: the module's docstring as it is written, and every default."""
+    """`--help`: the module's docstring as it is written, and every default that is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def command_line(main):
@@ -390,24 +393,30 @@ def merge(job, parts):
 # ------------------------------------------------------------------------------------------------------------
 # Sheets to look at
 
-def sheet(rows, labels, titles, notes=None):
-    """Pictures in rows, a label left of each row, a title above each column, a note below each picture."""
-    size, font = rows[0][0].width, ImageFont.load_default(size=13)
-    left, top, step = 50, 26, size + (24 if notes else 6)
+def sheet(rows, labels, titles, notes=None, mark=None):
+    """Pictures in rows, a label left of each row, a title above each column, a note below each picture; and, with
+    mark = (column, text), a red line left of that column."""
+    zoom = max(1, 192 // rows[0][0].width)              # small pictures larger, pixel by pixel
+    size, font = zoom * rows[0][0].width, ImageFont.load_default(size=13)
+    left, top, step = 50, 44, size + (24 if notes else 6)
     picture = Image.new("RGB", (left + len(rows[0]) * (size + 6), top + len(rows) * step), "white")
     draw = ImageDraw.Draw(picture)
     for r, row in enumerate(rows):
         draw.text((left - 8, top + r * step + size // 2), labels[r], "black", font, anchor="rm")
         for c, image in enumerate(row):
             x, y = left + c * (size + 6), top + r * step
-            picture.paste(image, (x, y))
+            picture.paste(image.resize((size, size), Image.Resampling.NEAREST), (x, y))
             if notes:
                 text = notes[r][c]
                 while font.getlength(text) > size:
                     text = text[:-4] + "…"
                 draw.text((x, y + size + 3), text, "black", font)
     for c, title in enumerate(titles):
-        draw.text((left + c * (size + 6) + size // 2, top // 2), title, "black", font, anchor="mm")
+        draw.text((left + c * (size + 6) + size // 2, top - 13), title, "black", font, anchor="mm")
+    if mark:
+        x = left + mark[0] * (size + 6) - 3
+        draw.line([(x, 0), (x, picture.height)], "red", 3)
+        draw.text((x - 6, 10), mark[1], "red", font, anchor="rm")
     return picture
 
 
@@ -444,13 +453,8 @@ def noise_strips(job, tau):
         eps = eps.repeat(8, axis=0).repeat(8, axis=1)[:job.size, :job.size]
         noisy = 127.5 + 127.5 * np.stack([np.sqrt(1 - t) * x + np.sqrt(t) * eps for t in times])
         rows.append([Image.fromarray(x_t) for x_t in noisy.round().clip(0, 255).astype(np.uint8)])
-    picture = sheet(rows, SETTINGS, [f"t = {t:g}" for t in times])
-    first = next((c for c, t in enumerate(times) if t > tau), len(times))
-    x = 50 + first * (job.size + 6) - 3
-    draw = ImageDraw.Draw(picture)
-    draw.line([(x, 0), (x, picture.height)], "red", 3)
-    draw.text((x - 6, 13), f"tau = {tau:g}", "red", ImageFont.load_default(size=13), anchor="rm")
-    return picture
+    column = next((c for c, t in enumerate(times) if t > tau), len(times))
+    return sheet(rows, SETTINGS, [f"t = {t:g}" for t in times], mark=(column, f"tau = {tau:g}"))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -515,14 +515,16 @@ def check(folder, vae):
           f"  latents {' x '.join(map(str, meta['latent_shape']))}, from {meta['vae']}\n"
           f"  text    {meta['text_dim']} wide, {meta['text_dtype']}, {tokens / max(n, 1):.1f} tokens each"
           f", {meta['longest']} at most, from {meta['text_encoder']}")
-    vae, font, height = load_vae(vae or meta["vae"]), ImageFont.load_default(size=14), max(size, 200) + 8
-    sheet = Image.new("RGB", (size + 560, 4 * height), "white")
+    vae, font = load_vae(vae or meta["vae"]), ImageFont.load_default(size=14)
+    side = size * max(1, 192 // size)                   # small pictures are enlarged
+    height = max(side, 192) + 8
+    sheet = Image.new("RGB", (side + 560, 4 * height), "white")
     for row, i in enumerate(np.linspace(0, n - 1, min(n, 4)).astype(int).tolist()):
         picture = vae.decode(ds.moments(i)[0][None])[0].permute(1, 2, 0)                           # (S, S, 3)
         picture = Image.fromarray(((picture + 1) * 127.5).round().clamp(0, 255).byte().numpy())
         text = "\n".join(textwrap.wrap(f"{ds.file(i)}: {ds.caption(i)}", 75))
-        sheet.paste(picture, (0, row * height))
-        ImageDraw.Draw(sheet).text((size + 10, row * height), text, "black", font)
+        sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (0, row * height))
+        ImageDraw.Draw(sheet).text((side + 10, row * height), text, "black", font)
     with complete(ds.folder / "check.png") as temporary:
         sheet.save(temporary, "PNG")
     print(f"  {ds.folder / 'check.png'}: four of them, decoded")

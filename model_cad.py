@@ -28,9 +28,9 @@ def mlp(dim, ratio):
 def attend(q, k, v, heads, mask=None):
     """(B, N, D), (B, S, D), (B, S, D) -> (B, N, D); `mask` (B, S), True where a key may be looked at."""
     dtype = q.dtype
-    if q.device.type == "cpu":          # the CPU's fused attention has a backward five times slower in bfloat16
+    if q.device.type == "cpu":        # the CPU's fused attention has a backward five times slower in bfloat16
         q, k, v = q.float(), k.float(), v.float()
-    q, k, v = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (q, k, v))     # (B, heads, N or S, D / heads)
+    q, k, v = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (q, k, v))  # (B, heads, N or S, D / heads)
     out = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
     return out.transpose(1, 2).flatten(2).to(dtype)
 
@@ -152,9 +152,9 @@ class CAD(nn.Module):
 
         Coherence token, registers and text refine one another; each block's keys and values are made here."""
         B = len(text)
-        coherence = self.coherence_embed(coherence)[:, None] + self.coherence_position              # (B, 1, D)
-        text = self.text_embed(text.to(self.latents.dtype))                                          # (B, L, D)
-        tokens = torch.cat([coherence, self.registers.expand(B, -1, -1), text], 1)                   # (B, S, D)
+        coherence = self.coherence_embed(coherence)[:, None] + self.coherence_position             # (B, 1, D)
+        text = self.text_embed(text.to(self.latents.dtype))                                        # (B, L, D)
+        tokens = torch.cat([coherence, self.registers.expand(B, -1, -1), text], 1)                 # (B, S, D)
         mask = F.pad(mask, (tokens.shape[1] - mask.shape[1], 0), value=True)                         # (B, S)
         for layer in self.refine:
             tokens = layer(tokens, mask)
@@ -167,12 +167,12 @@ class CAD(nn.Module):
         data = self.patch_embed(x).flatten(2).mT                                     # (B, N, D_x)
         data = self.data_norm(data) + self.position
         previous = torch.zeros_like(self.latents).expand(len(x), -1, -1) if state is None else state
-        latents = self.latents + time + self.previous_norm(previous + self.previous_mlp(previous))   # (B, M, D)
+        latents = self.latents + time + self.previous_norm(previous + self.previous_mlp(previous))  # (B, M, D)
         for block, kv in zip(self.blocks, text_kv):
             kv = torch.cat([block.read_text.kv(time), kv], 1)    # the time token, in front, is never refined
             data, latents = block(data, latents, kv, mask)
         p, n = self.patch, self.size // self.patch
-        eps = self.out(data).reshape(-1, n, n, p, p, self.channels)                  # patch-major: (p1, p2, C)
+        eps = self.out(data).reshape(-1, n, n, p, p, self.channels)                 # patch-major: (p1, p2, C)
         return eps.permute(0, 5, 1, 3, 2, 4).reshape(x.shape), latents
 
     def forward(self, x, gamma, text, mask, coherence):
@@ -205,7 +205,7 @@ RELEASED_SIZES = {      # its config key -> ours
     "num_processing_layers": "layers", "compute_heads": "heads", "read_write_heads": "read_write_heads",
     "latent_mlp_multiplier": "mlp_ratio", "data_mlp_multiplier": "data_mlp_ratio", "num_text_registers": "registers",
 }
-RELEASED_CHOICES = {    # what the released CAD-I chose where its code knows more; another value is another network
+RELEASED_CHOICES = {  # what the released CAD-I chose where its code knows more; another value is another network
     "use_cond_rin_block": True, "concat_cond_token_to_latents": False, "use_cond_token": True, "use_biases": True,
     "noise_embedding_type": "positional", "data_positional_embedding_type": "learned", "time_scaling": 1000,
     "modulate_conditioning": False, "retrieve_attention_scores": False,

@@ -94,11 +94,11 @@ class Block(nn.Module):
         self.norm3, self.mlp = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False), mlp(dim)
         self.scale1, self.scale2, self.scale3 = (nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(3))
         self.table = nn.Parameter(torch.zeros(6, dim))
-        nn.init.ones_(self.table.data[2::3])            # the two gates start open: LayerScale already starts small
+        nn.init.ones_(self.table.data[2::3])       # the two gates start open: LayerScale already starts small
 
     def forward(self, x, time, text_kv, mask):
         """x (B, N, D), time (B, 6, D), text_kv and mask of the caption -> (B, N, D)."""
-        shift1, scale1, gate1, shift3, scale3, gate3 = (time + self.table)[:, :, None].unbind(1)     # (B, 1, D)
+        shift1, scale1, gate1, shift3, scale3, gate3 = (time + self.table)[:, :, None].unbind(1)   # (B, 1, D)
         x = x + self.scale1 * gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
         x = x + self.scale2 * self.cross(self.norm2(x), text_kv, mask)
         return x + self.scale3 * gate3 * self.mlp(modulate(self.norm3(x), shift3, scale3))
@@ -117,7 +117,7 @@ class DiT(nn.Module):
         self.patch_embed = nn.Linear(channels * patch * patch, dim)
         self.register_buffer("position", position_embedding(size // patch, dim), persistent=False)
         self.time_embed = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.time_table = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))          # adaLN-single, shared by all
+        self.time_table = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))      # adaLN-single, shared by all
         self.text_embed = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.refine = nn.ModuleList(RefinerBlock(dim, heads, layer_scale) for _ in range(2))
         self.blocks = nn.ModuleList(Block(dim, heads, layer_scale) for _ in range(depth))
@@ -133,7 +133,7 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         for layer in (self.time_embed[0], self.time_embed[2]):
             nn.init.normal_(layer.weight, std=0.02)
-        nn.init.zeros_(self.time_table[1].weight)       # at the start every block is modulated by its table alone
+        nn.init.zeros_(self.time_table[1].weight)   # at the start every block is modulated by its table alone
         nn.init.zeros_(self.out.weight)                 # and the prediction is zero
 
     def condition(self, text, mask, coherence=None):
@@ -151,7 +151,7 @@ class DiT(nn.Module):
         p, n = self.patch, self.size // self.patch
         tokens = x.reshape(-1, self.channels, n, p, n, p).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         tokens = self.patch_embed(tokens) + self.position                            # (B, N, D)
-        t = 1000 * (1 - gamma.float())                                               # the paper's step, 0 .. 1000
+        t = 1000 * (1 - gamma.float())                                           # the paper's step, 0 .. 1000
         time = self.time_embed(sinusoids(t, 256).to(self.out.weight.dtype))          # (B, D)
         modulation = self.time_table(time).unflatten(-1, (6, self.dim))              # (B, 6, D)
         for block, kv in zip(self.blocks, text_kv):

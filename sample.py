@@ -28,7 +28,7 @@ from cutmix import UserError, command_line, complete, read_jsonl
 from encode import encode_text, fetch, load_text_encoder, load_vae
 
 MODELS = {"dit": model_dit.DiT, "cad": model_cad.CAD}
-VAE, TEXT_ENCODER = "stabilityai/sd-vae-ft-ema", "google/flan-t5-xl"    # where a checkpoint does not name its own
+VAE, TEXT_ENCODER = "stabilityai/sd-vae-ft-ema", "google/flan-t5-xl"  # where a checkpoint does not name its own
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def ddim(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2, progress=
             eps, state = model.denoise(torch.cat([x, x]).float(), g.float().expand(2 * B), both, state)
             eps_cond, eps_null = eps.double().chunk(2)
             eps = eps_cond + guidance * (eps_cond - eps_null)
-        else:       # pure noise has nothing to amplify: no guidance at the first step; its latents serve both halves
+        else:  # pure noise has nothing to amplify: no guidance at the first step; its latents serve both halves
             eps, state = model.denoise(x.float(), g.float().expand(B), captions, state)
             eps = eps.double()
             if guidance and state is not None:
@@ -285,7 +285,7 @@ def finish(out, rows, names, jobs, layout):
     with complete(out / "samples.jsonl") as path:
         path.write_text("".join(json.dumps({"file": f, "prompt": p, "seed": s}, ensure_ascii=False) + "\n"
                                 for f, p, s in jobs), encoding="utf-8")
-    if layout == "dpg":                     # its tools take every picture of the folder for a grid: no sheet there
+    if layout == "dpg":                # its tools take every picture of the folder for a grid: no sheet there
         return print(f"{len(rows)} grids in {out}")
     shown = jobs[:64]
     with complete(out / "sheet.png") as path:

@@ -214,7 +214,7 @@ def train_vae(folder, minutes, seed=0):
         return image
 
     def to_tensor(images):
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1       # (B, 3, 64, 64)
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1     # (B, 3, 64, 64)
 
     torch.manual_seed(seed)
     vae = encode.AutoencoderKL(latent_channels=8, block_out_channels=(32, 32, 64), layers_per_block=1,
@@ -232,7 +232,7 @@ def train_vae(folder, minutes, seed=0):
             mean, std = (z.float() for z in vae.encode(x))
             error = vae.decode(mean + std * torch.randn_like(mean)).float() - x
         edges = (x - F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, 1)).abs().mean(1, keepdim=True)
-        weight = 1 + 2 * edges / edges.mean()                           # what tells shapes apart is at their edges
+        weight = 1 + 2 * edges / edges.mean()                      # what tells shapes apart is at their edges
         loss = (weight * (error.abs() + error ** 2)).mean() / weight.mean()
         loss = loss + 2e-3 * 0.5 * (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean()
         optimizer.zero_grad()
@@ -309,15 +309,15 @@ def make_prompts(out, count, seed):
 # ------------------------------------------------------------------------------------------------------------
 # The detector, without a network: patches of colour are compared with all shapes in all sizes, also half hidden
 
-CHROMA = np.array(list(COLORS.values()), float) @ (np.eye(3) - 1 / 3)               # colours without their grey
+CHROMA = np.array(list(COLORS.values()), float) @ (np.eye(3) - 1 / 3)             # colours without their grey
 RADII = np.linspace(2.1, 5.3, 40) ** 2
 THRESHOLD = 0.7
 BOX3 = np.ones((3, 3))
-U = np.uint64               # a mask's row is one 64-bit word, bit i is column i: 64 pixels are compared at once
+U = np.uint64             # a mask's row is one 64-bit word, bit i is column i: 64 pixels are compared at once
 
 
 def pack(mask):
-    return np.packbits(mask, -1, bitorder="little").view(U)[..., 0]                 # (..., 64, 64) -> (..., 64)
+    return np.packbits(mask, -1, bitorder="little").view(U)[..., 0]               # (..., 64, 64) -> (..., 64)
 
 
 def count(words):
@@ -364,10 +364,10 @@ def compare(mask, t, x, y):
     at, mask, near, t = np.arange(SIZE)[rows] - y[:, None], mask[rows], near[rows], t[:, None]
     at[at < 0] = SIZE - 1                                               # every template's last row is empty
     whole, core = words[t, at] << x, eroded[t, at] << x                 # (n, rows)
-    missing = core & ~near              # what the mask lacks lies in one rectangle, from its first row and column
+    missing = core & ~near          # what the mask lacks lies in one rectangle, from its first row and column
     rows = np.logical_or.accumulate(missing, 1) & np.logical_or.accumulate(missing[:, ::-1], 1)[:, ::-1]
     columns = np.maximum(np.bitwise_or.reduce(missing, 1), U(1))[:, None]
-    columns = (U(2) << np.log2(columns).astype(U)) - (columns & -columns)           # to its last row and column
+    columns = (U(2) << np.log2(columns).astype(U)) - (columns & -columns)         # to its last row and column
     longest = np.maximum(rows.sum(1, keepdims=True), np.bitwise_count(columns))
     hidden = np.where(rows & (longest > np.where(width[t] < 32, 10, 3)), columns, U(0))
     around = grow(hidden)
@@ -404,7 +404,7 @@ def detect(image):
         area = np.bincount(labels.ravel())
         patches = [i for i in np.argsort(-area) if i and area[i] >= 12][:3]
         found += [fit(np.isin(labels, some), name) for n in (1, 2, 3) for some in combinations(patches, n)]
-    pale = ndimage.binary_erosion((share > 0.2) & (share < 0.65), BOX3)             # a clean object has no faint areas
+    pale = ndimage.binary_erosion((share > 0.2) & (share < 0.65), BOX3)    # a clean object has no faint areas
     for score, shape, name, mask in sorted(found, key=lambda one: -one[0]):
         x0, x1, y0, y1 = bounds(mask)
         if score > THRESHOLD and not (mask & used).any() and pale[y0:y1, x0:x1].sum() < 0.1 * mask.sum():

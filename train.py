@@ -81,7 +81,7 @@ class Batches(torch.utils.data.Dataset):
             mean, std = data.moments(i)
             noise = np.random.default_rng([a.seed, 1, step, index]).standard_normal((2, *mean.shape), np.float32)
             noise = torch.from_numpy(noise)
-            x_0.append((mean + std * noise[0]) * data.meta["scaling_factor"])     # a new draw of x_0 every time
+            x_0.append((mean + std * noise[0]) * data.meta["scaling_factor"])   # a new draw of x_0 every time
             eps.append(noise[1])
             texts.append(data.null if dropped[index] else data.text(i))
         lengths = torch.tensor([len(text) for text in texts])
@@ -210,7 +210,7 @@ def arguments(argv):
     parser.add_argument("--benchmark", action="store_true", help="time training steps on random data, and nothing else")
     args = parser.parse_args(argv)
     args.preset = args.preset or {"dit": "L/2", "cad": "L"}[args.model]
-    args.schedule_steps = args.schedule_steps or 2 * args.steps         # the paper stops half-way through its schedule
+    args.schedule_steps = args.schedule_steps or 2 * args.steps  # the paper stops half-way through its schedule
     if args.preset not in PRESETS[args.model]:
         raise UserError(f"--preset {args.preset}: {args.model} has {', '.join(PRESETS[args.model])}")
     for name in ("p", "tau", "drop", "ema"):
@@ -360,7 +360,7 @@ def main(argv=None):
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step + 1, args.lr, args.warmup, args.schedule_steps, args.rate)
-            torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)     # what the network itself draws
+            torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)   # what the network itself draws
             size = len(batch["t"])
             micro = min(args.micro_batch or size, size)
             for start in range(0, size, micro):

@@ -56,7 +56,7 @@ def section_cutmix():
             return time.process_time() - start
 
         best = {}
-        for _ in range(3):                                      # in turns, so that a busy machine disturbs all alike
+        for _ in range(3):                               # in turns, so that a busy machine disturbs all alike
             for setting in ("Pillow", *cutmix.SETTINGS, "all"):
                 took = pillow() if setting == "Pillow" else composites(folder, "--setting", setting)
                 best[setting] = min(best.get(setting, 1e9), took / len(files))
@@ -164,7 +164,7 @@ def section_encode():
 
     rng = torch.Generator().manual_seed(0)
     for dtype in "bfloat16", "float8":
-        with tempfile.TemporaryDirectory() as folder:           # two shards as of flan-t5-xl and 256 x 256 pixels
+        with tempfile.TemporaryDirectory() as folder:       # two shards as of flan-t5-xl and 256 x 256 pixels
             for k in range(2):
                 lengths = torch.randint(100, 200, (400,), generator=rng)
                 shard = encode.pack(torch.randn(int(lengths.sum()), 2048, generator=rng), dtype)

@@ -62,7 +62,7 @@ def tiny_llava(tmp_path_factory):
     torch.manual_seed(0)
     model = LlavaNext(config)
     with torch.no_grad():
-        for weights in model.parameters():              # livelier than the usual start: answers depend on the picture
+        for weights in model.parameters():      # livelier than the usual start: answers depend on the picture
             if weights.dim() > 1:
                 weights.mul_(6)
     model.save_pretrained(path)
@@ -178,7 +178,7 @@ def test_wherever_a_run_was_torn_it_ends_with_the_same_bytes(tmp_path):
     for batch in [ITEMS[k:k + 4] for k in range(0, len(ITEMS), 4)]:
         ends.append([ends[-1][k] + sum(len(line) + 1 for line in whole[name].splitlines()
                                        if json.loads(line)["file"] in batch) for k, name in enumerate(whole)])
-    states = []                                         # all that a kill can leave: a batch's skipped lines come first
+    states = []                                # all that a kill can leave: a batch's skipped lines come first
     for before, after in itertools.pairwise(ends):
         states += [(before[0], size) for size in range(before[1], after[1] + 1, 9)]
         states += [(size, after[1]) for size in range(before[0], after[0] + 1, 9)]
@@ -290,10 +290,10 @@ def test_pruned_embeddings_are_the_kept_subset_in_order(tiny_llava, pictures, ke
     model, processor, _, prompt = loaded(tiny_llava)
     views = processor.image_processor(images=images_of(pictures, 1)[0], return_tensors="pt")["pixel_values"][0]
     quadrant = np.kron([[1, 2], [3, 4]], np.ones((4, 4), int))                  # (8, 8) patches of 7 pixels
-    newline = np.where(np.isin(quadrant, kept).any(1), 1, 0)[:, None]           # ends each row that has something
+    newline = np.where(np.isin(quadrant, kept).any(1), 1, 0)[:, None]       # ends each row that has something
     grid = np.concatenate([np.isin(quadrant, kept), newline], axis=1).astype(bool)
     if kept == [0]:
-        grid[0, -1] = True                              # one newline ends the whole view, as for a single view
+        grid[0, -1] = True                             # one newline ends the whole view, as for a single view
     image = np.concatenate([np.ones(16, bool), grid.ravel()])
     k = prompt.index(4)
     places = np.concatenate([np.ones(k, bool), image, np.ones(len(prompt) - k - 1, bool)])
@@ -361,7 +361,7 @@ def test_composites_are_shown_the_views_of_their_setting_with_the_papers_prompt(
     assert {row["setting"] for row in rows} == {"1/2", "1/4", "1/9", "1/16"}
     assert [kept for kept, _, _ in seen] == [caption.kept_patches(row["setting"], row["box"], 64) for row in rows]
     assert all(len(kept) == views for kept, views, _ in seen)
-    assert len(seen[0][2]) == 6 + len(re.findall(r"\w+|[.,]", caption.PROMPT_CUTMIX))       # <s> user : <image> ... ASSISTANT :
+    assert len(seen[0][2]) == 6 + len(re.findall(r"\w+|[.,]", caption.PROMPT_CUTMIX))  # <s> user : <image> ... ASSISTANT :
     seen.clear()
     caption.main([*common, "--out", str(tmp_path / "d.jsonl"), "--no-prune"])
     assert all(kept == [0, 1, 2, 3, 4] for kept, _, _ in seen) and len(seen) == len(rows)

@@ -84,7 +84,7 @@ def test_boxes_are_those_of_the_paper_and_all_of_them_occur(setting, size):
     assert seen <= permitted
     if len(permitted) < 300:
         assert seen == permitted
-    else:                               # at 256 pixels there are thousands of places: their whole extent is reached
+    else:                         # at 256 pixels there are thousands of places: their whole extent is reached
         for side in range(4):
             assert abs(min(box[side] for box in seen) - min(box[side] for box in permitted)) <= 2
             assert abs(max(box[side] for box in seen) - max(box[side] for box in permitted)) <= 2
@@ -125,7 +125,7 @@ def test_a_composite_is_the_base_outside_the_box_and_the_second_photo_inside(set
     paste64 = paste.crop((0, 33, 64, 97)) if setting == "1/2" else paste
     inside = np.asarray(picture)[y0:y1, x0:x1]
     if setting == "1/2":
-        assert np.array_equal(inside, np.asarray(paste64.crop(box)))            # full resolution, its own half
+        assert np.array_equal(inside, np.asarray(paste64.crop(box)))           # full resolution, its own half
     else:
         assert np.array_equal(inside, np.asarray(paste64.resize((x1 - x0, y1 - y0), Image.Resampling.HAMMING)))
     outside = np.ones((64, 64), bool)
@@ -174,7 +174,7 @@ def test_a_part_of_a_fitted_picture_is_that_part(size):
 def test_exif_rotation_is_applied_and_a_damaged_exif_block_ignored(tmp_path):
     upright = photo(3, (64, 64))
     exif = Image.Exif()
-    exif[0x0112] = 6                                    # the camera lay on its side: turn by 270 degrees to see it
+    exif[0x0112] = 6                               # the camera lay on its side: turn by 270 degrees to see it
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "side.jpg", quality=95, exif=exif)
     upright.save(tmp_path / "broken.jpg", quality=95, exif=b"Exif\x00\x00MM\x00\x2a\x00\x00\xff\xff\x00\x01")
     for name in ("side.jpg", "broken.jpg"):
@@ -266,7 +266,7 @@ def test_partners_are_uniform_over_the_images_of_other_classes():
     starts = np.cumsum([0, *sizes[:-1]])
     job = cutmix.Job("", Path(), np.array([b"x"] * 11), starts, "all", 64, 1, 0)
     rng = np.random.default_rng(0)
-    counts = Counter(cutmix.partner(job, 5, rng) for _ in range(6000))          # 5 is in the third class: 4 ... 8
+    counts = Counter(cutmix.partner(job, 5, rng) for _ in range(6000))      # 5 is in the third class: 4 ... 8
     assert set(counts) == {0, 1, 2, 3, 9, 10}
     assert all(abs(n - 1000) < 150 for n in counts.values())
 
@@ -328,7 +328,7 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_redoes_nothing(tmp_path, wor
         now = {path: path.stat().st_mtime_ns for path in out.glob("*/*.jpg")}
         time.sleep(0.2)
         assert now == {path: path.stat().st_mtime_ns for path in out.glob("*/*.jpg")}
-        assert all(now[path] == when for path, when in before.items())          # nothing that was whole is redone
+        assert all(now[path] == when for path, when in before.items())      # nothing that was whole is redone
         before = now
     assert kills >= 2
     run(*command[2:])
@@ -413,17 +413,24 @@ def test_a_dead_worker_is_reported(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------
 # Sheets, JSONL, speed
 
+def cutmix_job(small):
+    files = [os.fsencode(file) for file in cutmix.list_images(small / "photos")]
+    return cutmix.Job(str(small / "photos"), Path(), np.array(files), np.arange(4) * 6, "all", 32, 1, 0)
+
+
 def test_the_sheets_show_every_setting_and_mark_tau(small, tmp_path):
     cutmix.main(["--images", str(small / "photos"), "--out", str(tmp_path), "--size", "32", "--preview", "--noise",
                  "--tau", "0.35"])
     preview, noise = Image.open(tmp_path / "preview.png"), Image.open(tmp_path / "noise.png")
     assert preview.height >= 4 * 32 and preview.width >= 6 * 32
-    red = (np.asarray(noise) == (255, 0, 0)).all(-1).all(0)                     # columns that are red from top to bottom
+    red = (np.asarray(noise) == (255, 0, 0)).all(-1).all(0)          # columns that are red from top to bottom
     column = np.flatnonzero(red).mean()
-    assert abs(column - (50 + 4 * 38 - 3)) <= 1                                 # between t = 0.3 and t = 0.4
+    assert abs(column - (50 + 4 * 198 - 3)) <= 1                                # between t = 0.3 and t = 0.4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["noise.png", "preview.png"]
-    strips = np.asarray(noise)[26:26 + 32].astype(float)
-    assert strips[:, 50:82].std() > 5 and strips[:, 50 + 380:82 + 380].std() > 80    # t = 0 a picture, t = 1 noise
+    shown = np.asarray(noise)[44:44 + 192:6, 50:50 + 192:6].astype(int)  # the first picture, six times enlarged
+    picture, row = cutmix.composite(cutmix_job(small), 0, "1/2")
+    assert row["setting"] == "1/2" and np.array_equal(shown, np.asarray(picture))       # t = 0: no noise
+    assert np.asarray(noise)[44:236, 50 + 1980:242 + 1980].std() > 80                   # t = 1: nothing else
 
 
 def test_jsonl_with_a_torn_last_line_is_read_and_other_damage_named(tmp_path):
@@ -443,7 +450,7 @@ def test_jsonl_with_a_torn_last_line_is_read_and_other_damage_named(tmp_path):
 def test_the_help_shows_a_command_that_works_and_every_default():
     said = run("--help").stdout
     assert "python cutmix.py --images imagenet/train --out cutmix-all --setting all" in said
-    assert said.count("(default:") >= 8
+    assert said.count("(default:") == 6 and "None)" not in said
 
 
 def test_importing_cutmix_does_not_import_torch():

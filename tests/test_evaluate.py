@@ -94,14 +94,14 @@ def test_prdc_is_that_of_its_definition(n, m, D, k, dtype):
 
 
 def test_prdc_decides_ties_and_near_ties_as_exact_arithmetic_does():
-    grid = np.stack(np.meshgrid(*[np.arange(5.0)] * 3), -1).reshape(-1, 3).astype(np.float32)   # ties everywhere
+    grid = np.stack(np.meshgrid(*[np.arange(5.0)] * 3), -1).reshape(-1, 3).astype(np.float32)  # ties everywhere
     moved = grid[RNG(0).permutation(125)[:90]] + np.float32(1)
     for offset in 0, 1000:                                  # far from the origin float32 products lose digits
         for k in 1, 3, 7:
             assert evaluate.prdc(grid + offset, moved + offset, k) == pytest.approx(brute_force(grid, moved, k))
-    x = RNG(1).normal(size=(200, 50)).astype(np.float32)    # a set against itself: borders are outside the balls
+    x = RNG(1).normal(size=(200, 50)).astype(np.float32)  # a set against itself: borders are outside the balls
     assert evaluate.prdc(x, x, 3) == pytest.approx({"precision": 1, "recall": 1, "density": 1, "coverage": 1})
-    doubled = np.concatenate([x, x])                        # every nearest neighbour at distance 0: balls are empty
+    doubled = np.concatenate([x, x])                  # every nearest neighbour at distance 0: balls are empty
     assert evaluate.prdc(doubled, x, 1) == {"precision": 0, "recall": 1, "density": 0, "coverage": 0}
 
 
@@ -295,7 +295,7 @@ def test_every_pair_must_stand_in_the_relation():
     cat, near, far, other = [0, 0, 10, 10], [30, 0, 40, 10], [90, 0, 99, 10], [-90, 0, -80, 10]
     assert verdict({"cat": things(cat), "dog": things(near, far)}, metadata)[0] is True
     assert verdict({"cat": things(cat), "dog": things(near, other)}, metadata)[0] is False
-    assert verdict({"cat": things(cat), "dog": things(near, far, other)}, metadata)[0] is True     # first two count
+    assert verdict({"cat": things(cat), "dog": things(near, far, other)}, metadata)[0] is True  # first two count
     assert "no target" in verdict({"cat": things(cat), "dog": things(near)}, metadata)[1]
 
 
@@ -362,7 +362,7 @@ def test_a_no_reaches_grandchildren_and_questions_without_parents_stand_alone():
     assert evaluate.dpg_score({**yes, 1: False}, dependency) == 1 / 5       # only 4 is left
     assert evaluate.dpg_score({**yes, 3: False}, dependency) == 4 / 5
     assert evaluate.dpg_score({**yes, 4: False}, dependency) == 3 / 5
-    assert evaluate.dpg_score({2: True, 1: False}, {1: [0], 2: [1]}) == 0   # by id, not in the order of the dict
+    assert evaluate.dpg_score({2: True, 1: False}, {1: [0], 2: [1]}) == 0  # by id, not in the order of the dict
 
 
 def test_a_parent_with_a_higher_id_counts_as_answered():
@@ -544,7 +544,7 @@ def samples(folder, prompts, **options):
 
 def test_clip_score_is_the_cosine_of_transformers_own_pipeline(models, tmp_path, capsys):
     import transformers as tf
-    prompts = ["a photo of a red dog", "a blue cup", "the bench of a dog " * 30]            # the last one is cut
+    prompts = ["a photo of a red dog", "a blue cup", "the bench of a dog " * 30]         # the last one is cut
     path = samples(tmp_path, prompts, size=(48, 32))
     run("clip", "--samples", path, "--clip", models / "clip")
     model = tf.CLIPModel.from_pretrained(models / "clip").eval()
@@ -622,7 +622,7 @@ def test_clip_explains_what_it_lacks(models, tmp_path, capsys):
 def geneval_folder(folder, *lines, images=2):
     for n, metadata in enumerate(lines):
         pictures(folder / f"{n:05}/samples", images, seed=10 * n)
-        (folder / f"{n:05}/metadata.jsonl").write_text(json.dumps({"prompt": "a photo", **metadata}))   # no newline
+        (folder / f"{n:05}/metadata.jsonl").write_text(json.dumps({"prompt": "a photo", **metadata}))  # no newline
     return folder
 
 
@@ -690,7 +690,7 @@ def test_geneval_detects_judges_and_goes_on_where_it_was_killed(geneval, models,
     verdicts = (folder / "geneval.jsonl").read_text()
     rows = [json.loads(line) for line in log.splitlines()]
     assert len(rows) == 4 and all(0.3 < dog["score"] <= 1 for row in rows for dog in row["objects"]["dog"])
-    assert sum("color" in dog for row in rows for dog in row["objects"]["dog"]) == 2        # one an image of RED_DOG
+    assert sum("color" in dog for row in rows for dog in row["objects"]["dog"]) == 2  # one an image of RED_DOG
     assert first["scores"]["original"]["single_object"] == 1
     assert set(first["weights"]) == {str(detector), str(models / "clip")}
     seen, detect = [], evaluate.detect
@@ -708,7 +708,7 @@ def test_geneval_detects_judges_and_goes_on_where_it_was_killed(geneval, models,
 def test_detections_are_those_of_transformers_where_masks_have_its_size(models, tmp_path):
     from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
     model = Mask2FormerForUniversalSegmentation.from_pretrained(confident_detector(models, tmp_path)).eval()
-    with torch.no_grad():                                   # the detector's queries differ only by their masks
+    with torch.no_grad():                                  # the detector's queries differ only by their masks
         image = Image.fromarray(RNG(5).integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((384, 384))
         found = evaluate.detect(model, image)
         pixels = evaluate.normalised(image.resize((800, 800), Image.Resampling.BILINEAR), *evaluate.IMAGENET)[None]
@@ -717,7 +717,7 @@ def test_detections_are_those_of_transformers_where_masks_have_its_size(models, 
             output.masks_queries_logits, (800, 800), mode="bilinear"), (384, 384), mode="bilinear")
     [expected] = Mask2FormerImageProcessorPil().post_process_instance_segmentation(
         output, threshold=0.3, return_binary_maps=True)
-    things = [(thing["score"], "dog", thing) for thing in found["dog"]]     # it keeps as many as queries: the dogs
+    things = [(thing["score"], "dog", thing) for thing in found["dog"]]  # it keeps as many as queries: the dogs
     theirs = [(segment["score"], evaluate.COCO[segment["label_id"]], mask.bool().numpy())
               for segment, mask in zip(expected["segments_info"], expected["segmentation"])]
     assert len(theirs) == len(things) == len(found["cup"]) == 10
@@ -743,7 +743,7 @@ def test_colour_is_judged_on_the_masked_object_alone():
     seen = []
 
     class Stub:
-        def texts(self, texts):                             # each colour its own direction, in all three templates
+        def texts(self, texts):                        # each colour its own direction, in all three templates
             colors = [color for text in texts for color in evaluate.COLORS if f" {color}" in text]
             return torch.eye(10)[[evaluate.COLORS.index(color) for color in colors]]
 

@@ -27,7 +27,7 @@ TINY = {
 def model(request):
     torch.manual_seed(0)
     model = TINY[request.param]().eval()
-    for parameter in model.parameters():                    # nothing may hide behind a zero of the initialisation
+    for parameter in model.parameters():                # nothing may hide behind a zero of the initialisation
         torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else torch.nn.init.uniform_(parameter, 0.5, 1)
     return model
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -157,7 +158,7 @@ def test_a_killed_run_ends_with_the_log_and_weights_of_one_that_was_not(toy_pape
     whole = run(*command("whole"))
     assert whole.returncode == 0, whole.stderr
     killed = subprocess.Popen([sys.executable, *command("killed", 100_000)], cwd=ROOT, stderr=subprocess.PIPE,
-                              env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (tmp_path / "killed/log.jsonl").exists() or len(read_jsonl(tmp_path / "killed/log.jsonl")) < 3:
         time.sleep(0.02)                                                # step 6: saved at 4, not yet at 8
     killed.send_signal(signal.SIGKILL)
