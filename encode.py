@@ -376,7 +376,9 @@ def pair_up(files, captions):
 
 
 class Pictures:
-    """The workers' part: [(file, caption)] -> (n, 3, S, S) uint8, their pairs, and rows of skipped.jsonl."""
+    """The workers' part: [(file, caption)] -> (n, S, S, 3) uint8, their pairs, and rows of skipped.jsonl.
+
+    Arrays come through a pipe; tensors need shared memory, and where that is full they wait for ever."""
 
     def __init__(self, folder, size):
         self.folder, self.size = folder, size
@@ -389,7 +391,7 @@ class Pictures:
                 readable.append((file, caption))
             except OSError as error:
                 skipped.append({"file": file, "reason": str(error).removeprefix(f"{self.folder}/{file}: ")})
-        return torch.from_numpy(np.concatenate(pictures)).permute(0, 3, 1, 2), readable, skipped
+        return np.concatenate(pictures), readable, skipped
 
 
 def encode_captions(tokenizer, t5, captions, args):
@@ -417,13 +419,12 @@ def make_shards(args, pairs, shards, vae, tokenizer, t5, bar):
     batches = {k: [pairs[i:min(i + B, (k + 1) * S)] for i in range(k * S, min((k + 1) * S, len(pairs)), B)]
                for k in shards}
     pictures = iter(DataLoader(Pictures(args.images, args.size), num_workers=args.workers, batch_size=None,
-                               sampler=[batch for k in shards for batch in batches[k]], collate_fn=tuple,
-                               pin_memory=device.type == "cuda"))
+                               sampler=[batch for k in shards for batch in batches[k]], collate_fn=tuple))
     for k in shards:
         moments, kept, skipped = [], [], []
         for batch in batches[k]:
             pixels, readable, broken = next(pictures)
-            x = pixels.to(device).float() / 127.5 - 1                                     # (n, 3, size, size)
+            x = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2) / 127.5 - 1       # (n, 3, size, size)
             moments.append([m.half().contiguous().cpu() for m in vae.encode(x)])          # 2 x (n, C, h, w)
             kept, skipped = kept + readable, skipped + broken
             bar.update(len(batch))

@@ -1,12 +1,12 @@
-"""CAD-I: the text-conditional Recurrent Interface Network of the paper (Appendix A, Fig. 6; Dufour et al. 2024).
+"""CAD-I: the paper's text-conditional Recurrent Interface Network (Appendix A, Fig. 6; Dufour et al. 2024).
 
-A RIN (Jabri et al. 2023) does its thinking in a few latent tokens and only reads from and writes to the many image
-tokens, so its cost hardly grows with resolution. CAD-I reads the caption the same way, by cross-attention, and is
-told how far to trust it ("coherence": 1 for a caption, 0 for the null prompt). The latents of one denoising step
-are the starting point of the next: `state`.
+A RIN (Jabri et al. 2023) does its thinking in a few latent tokens and only reads from and writes to the many
+image tokens, so its cost hardly grows with resolution. CAD-I reads the caption the same way, by
+cross-attention, and is told how far to trust it ("coherence": 1 for a caption, 0 for the null prompt). The
+latents of one denoising step are the starting point of the next: `state`.
 
-Shapes: B images, N image tokens of width D_x, M latents of width D, L text tokens of width D_text. The architecture
-is exactly the released one, so `Lucasdegeorge/CAD-I` fits (`from_released` translates its names).
+Shapes: B images, N image tokens of width D_x, M latents of width D, L text tokens of width D_text. The
+architecture is exactly the released one: `Lucasdegeorge/CAD-I` fits (`from_released` translates its names).
 """
 
 import torch
@@ -30,13 +30,13 @@ def attend(q, k, v, heads, mask=None):
     dtype = q.dtype
     if q.device.type == "cpu":        # the CPU's fused attention has a backward five times slower in bfloat16
         q, k, v = q.float(), k.float(), v.float()
-    q, k, v = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (q, k, v))  # (B, heads, N or S, D / heads)
+    q, k, v = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (q, k, v))  # (B, heads, N|S, D / heads)
     out = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
     return out.transpose(1, 2).flatten(2).to(dtype)
 
 
 class SelfAttention(nn.Module):
-    """Pre-norm self-attention and MLP, both residual; LayerScale (Touvron et al. 2021) only where it is given."""
+    """Pre-norm self-attention and MLP, both residual; LayerScale (Touvron et al. 2021) only where given."""
 
     def __init__(self, dim, heads, mlp_ratio=4, layer_scale=None):
         super().__init__()
@@ -55,7 +55,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """`to` tokens read from other tokens. Only the query side is normalised; attention at the narrower width."""
+    """`to` tokens read from other tokens. Only queries are normalised; attention at the narrower width."""
 
     def __init__(self, dim_to, dim_from, heads, mlp_ratio=4):
         super().__init__()
@@ -71,7 +71,7 @@ class CrossAttention(nn.Module):
 
 
 class ScalarEmbedding(nn.Module):
-    """A number in [0, 1] (gamma, or the coherence) -> (B, D): sinusoids of 1000 x, standardised, two layers."""
+    """A number in [0, 1] (gamma or coherence) -> (B, D): sinusoids of 1000 x, standardised, two layers."""
 
     def __init__(self, dim):
         super().__init__()
@@ -111,12 +111,13 @@ class Block(nn.Module):
 class CAD(nn.Module):
     """eps-prediction of VAE latents (B, channels, size, size) from a caption's T5 tokens (B, L, text_dim)."""
 
-    def __init__(self, size=32, channels=4, patch=2, text_dim=2048, num_latents=256, dim=1024, data_dim=256, depth=4,
-                 layers=4, heads=16, read_write_heads=16, mlp_ratio=4, data_mlp_ratio=4, registers=16,
-                 self_conditioning=0.9):
+    def __init__(self, size=32, channels=4, patch=2, text_dim=2048, num_latents=256, dim=1024, data_dim=256,
+                 depth=4, layers=4, heads=16, read_write_heads=16, mlp_ratio=4, data_mlp_ratio=4,
+                 registers=16, self_conditioning=0.9):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.channels, self.size, self.patch, self.self_conditioning = channels, size, patch, self_conditioning
+        self.channels, self.size, self.patch = channels, size, patch
+        self.self_conditioning = self_conditioning
         # image side
         self.patch_embed = nn.Conv2d(channels, data_dim, patch, stride=patch)
         self.data_norm = layer_norm(data_dim)
@@ -132,8 +133,9 @@ class CAD(nn.Module):
         self.coherence_position = nn.Parameter(torch.empty(dim))
         self.registers = nn.Parameter(torch.empty(registers, dim))
         self.refine = nn.ModuleList(SelfAttention(dim, 16, 4, layer_scale=0.1) for _ in range(2))
-        self.blocks = nn.ModuleList(Block(dim, data_dim, layers, heads, read_write_heads, mlp_ratio, data_mlp_ratio)
-                                    for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(dim, data_dim, layers, heads, read_write_heads, mlp_ratio, data_mlp_ratio)
+            for _ in range(depth))
         self.out = nn.Sequential(layer_norm(data_dim), nn.Linear(data_dim, channels * patch * patch))
         self.init_weights()
 
@@ -161,13 +163,14 @@ class CAD(nn.Module):
         return [block.read_text.kv(tokens) for block in self.blocks], F.pad(mask, (1, 0), value=True)
 
     def denoise(self, x, gamma, context, state=None):
-        """x (B, C, H, W), gamma (B,), context of `condition`, state (B, M, D) or None -> (eps, the new state)."""
+        """x (B, C, H, W), gamma (B,), context of `condition`, state (B, M, D) or None -> (eps, new state)."""
         text_kv, mask = context
         time = self.time_embed(gamma)[:, None]                                       # (B, 1, D)
         data = self.patch_embed(x).flatten(2).mT                                     # (B, N, D_x)
         data = self.data_norm(data) + self.position
         previous = torch.zeros_like(self.latents).expand(len(x), -1, -1) if state is None else state
-        latents = self.latents + time + self.previous_norm(previous + self.previous_mlp(previous))  # (B, M, D)
+        previous = self.previous_norm(previous + self.previous_mlp(previous))        # (B, M, D)
+        latents = self.latents + time + previous                                     # (B, M, D)
         for block, kv in zip(self.blocks, text_kv):
             kv = torch.cat([block.read_text.kv(time), kv], 1)    # the time token, in front, is never refined
             data, latents = block(data, latents, kv, mask)
@@ -178,8 +181,8 @@ class CAD(nn.Module):
     def forward(self, x, gamma, text, mask, coherence):
         """The training pass with latent self-conditioning (Jabri et al. 2023) -> eps (B, C, H, W).
 
-        Sampling starts every step from the latents of the step before; in training a first pass without gradient
-        stands in for that step. For 1 sample in 10 there is none, as at the first step of sampling."""
+        Sampling starts every step from the latents of the step before; in training a first pass without
+        gradient stands in for that step. For 1 sample in 10 there is none, as at sampling's first step."""
         context = self.condition(text, mask, coherence)
         with torch.no_grad():
             _, state = self.denoise(x, gamma, context)
@@ -189,8 +192,8 @@ class CAD(nn.Module):
 
 
 PRESETS = {
-    "toy": dict(size=8, channels=8, patch=1, text_dim=128, num_latents=16, dim=128, data_dim=96, depth=2, layers=2,
-                heads=4, read_write_heads=4),
+    "toy": dict(size=8, channels=8, patch=1, text_dim=128, num_latents=16, dim=128, data_dim=96, depth=2,
+                layers=2, heads=4, read_write_heads=4),
     "B": dict(num_latents=128, dim=768, heads=12),
     "L": dict(num_latents=256, dim=1024, heads=16),
 }
@@ -203,17 +206,19 @@ RELEASED_SIZES = {      # its config key -> ours
     "data_size": "size", "num_input_channels": "channels", "path_size": "patch", "label_dim": "text_dim",
     "num_latents": "num_latents", "latents_dim": "dim", "data_dim": "data_dim", "num_blocks": "depth",
     "num_processing_layers": "layers", "compute_heads": "heads", "read_write_heads": "read_write_heads",
-    "latent_mlp_multiplier": "mlp_ratio", "data_mlp_multiplier": "data_mlp_ratio", "num_text_registers": "registers",
+    "latent_mlp_multiplier": "mlp_ratio", "data_mlp_multiplier": "data_mlp_ratio",
+    "num_text_registers": "registers",
 }
-RELEASED_CHOICES = {  # what the released CAD-I chose where its code knows more; another value is another network
-    "use_cond_rin_block": True, "concat_cond_token_to_latents": False, "use_cond_token": True, "use_biases": True,
+RELEASED_CHOICES = {    # what CAD-I chose where the released code knows more; another value, another network
+    "use_cond_rin_block": True, "concat_cond_token_to_latents": False, "use_cond_token": True,
     "noise_embedding_type": "positional", "data_positional_embedding_type": "learned", "time_scaling": 1000,
-    "modulate_conditioning": False, "retrieve_attention_scores": False,
+    "use_biases": True, "modulate_conditioning": False, "retrieve_attention_scores": False,
     "rw_dropout": 0, "compute_dropout": 0, "rw_stochastic_depth": 0, "compute_stochastic_depth": 0,
 }
-RELEASED_HARMLESS = {"num_cond_tokens", "weight_init", "bias_init", "use_16_bits_layer_norm", "architectures",
-                     "model_type", "torch_dtype", "dtype", "transformers_version", "license", "tags", "repo_url",
-                     "pipeline_tag"}
+RELEASED_HARMLESS = {
+    "num_cond_tokens", "weight_init", "bias_init", "use_16_bits_layer_norm", "architectures", "model_type",
+    "torch_dtype", "dtype", "transformers_version", "license", "tags", "repo_url", "pipeline_tag",
+}
 RELEASED_NAMES = [      # part of a tensor name there -> here, applied in this order
     ("rin_blocks.", "blocks."), ("transformers_blocks.", "refine."), ("processer_sa.", "process."),
     ("retrieve_cond.", "read_text."), ("retriever_ca.", "read_data."), ("writer_ca.", "write_data."),
@@ -228,11 +233,12 @@ RELEASED_NAMES = [      # part of a tensor name there -> here, applied in this o
 
 
 def from_released(config, weights):
-    """The released config.json and tensors -> (arguments of CAD, its state dict). Raises ValueError (the key)."""
+    """Released config.json and tensors -> (arguments of CAD, its state dict). Raises ValueError (the key)."""
+    known = RELEASED_SIZES.keys() | RELEASED_CHOICES.keys() | RELEASED_HARMLESS
     for key, value in config.items():
         if key in RELEASED_CHOICES and value != RELEASED_CHOICES[key]:
             raise ValueError(f"{key} = {value!r} is another network than CAD-I ({RELEASED_CHOICES[key]!r})")
-        if key not in RELEASED_SIZES.keys() | RELEASED_CHOICES.keys() | RELEASED_HARMLESS and not key.startswith("_"):
+        if key not in known and not key.startswith("_"):
             raise ValueError(f"unknown key {key!r}")
     ours = {}
     for name, tensor in weights.items():

@@ -1,9 +1,9 @@
 """DiT-I: the paper's Diffusion Transformer with text (Appendix A, Fig. 6).
 
-DiT-L/2 (Peebles and Xie 2023) in which cross-attention to the caption replaces AdaLN-Zero's class label, as in
-PixArt-alpha: time modulates every block through one shared MLP (adaLN-single), the caption's T5 tokens are projected
-and refined by two self-attention layers. Two changes keep it stable on a small data set: QK normalisation in every
-attention and LayerScale on every residual branch.
+DiT-L/2 (Peebles and Xie 2023) in which cross-attention to the caption replaces AdaLN-Zero's class label, as
+in PixArt-alpha: time modulates every block through one shared MLP (adaLN-single), the caption's T5 tokens are
+projected and refined by two self-attention layers. Two changes keep it stable on a small data set: QK
+normalisation in every attention and LayerScale on every residual branch.
 
 Shapes: B images, N image tokens and L text tokens of width D, H heads of width D / H.
 """
@@ -24,7 +24,7 @@ def sinusoids(x, dim):
 
 
 def position_embedding(n, dim):
-    """Fixed 2-D sine-cosine positions of an n x n grid -> (n * n, dim): half of the features for y, half for x."""
+    """Fixed 2-D sine-cosine positions of an n x n grid -> (n * n, dim): first half for y, second for x."""
     axis = sinusoids(torch.arange(n), dim // 2)                                     # (n, dim / 2)
     return torch.cat([axis[:, None].expand(n, n, -1), axis[None].expand(n, n, -1)], -1).flatten(0, 1)
 
@@ -33,8 +33,8 @@ def position_embedding(n, dim):
 # Layers
 
 class Attention(nn.Module):
-    """Multi-head attention with QK normalisation (Henry et al. 2020): queries and keys are RMS-normalised per head,
-    so that no attention logit can grow without bound. Self-attention where keys and values are made from `x`."""
+    """Multi-head attention with QK normalisation (Henry et al. 2020): queries and keys are RMS-normalised per
+    head, so that no logit grows without bound. Self-attention where keys and values are made from `x`."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -62,7 +62,8 @@ class Attention(nn.Module):
 
 
 def mlp(dim, ratio=4):
-    return nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU(approximate="tanh"), nn.Linear(ratio * dim, dim))
+    return nn.Sequential(
+        nn.Linear(dim, ratio * dim), nn.GELU(approximate="tanh"), nn.Linear(ratio * dim, dim))
 
 
 def modulate(x, shift, scale):
@@ -89,10 +90,12 @@ class Block(nn.Module):
 
     def __init__(self, dim, heads, layer_scale):
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False), Attention(dim, heads)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attention = Attention(dim, heads)
         self.norm2, self.cross = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
         self.norm3, self.mlp = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False), mlp(dim)
-        self.scale1, self.scale2, self.scale3 = (nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(3))
+        self.scale1, self.scale2, self.scale3 = (
+            nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(3))
         self.table = nn.Parameter(torch.zeros(6, dim))
         nn.init.ones_(self.table.data[2::3])       # the two gates start open: LayerScale already starts small
 
@@ -110,7 +113,8 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """eps-prediction of VAE latents (B, channels, size, size) from a caption's T5 tokens (B, L, text_dim)."""
 
-    def __init__(self, size=32, channels=4, patch=2, text_dim=2048, depth=24, dim=1024, heads=16, layer_scale=0.1):
+    def __init__(self, size=32, channels=4, patch=2, text_dim=2048, depth=24, dim=1024, heads=16,
+                 layer_scale=0.1):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.size, self.channels, self.patch, self.dim = size, channels, patch, dim
@@ -118,7 +122,8 @@ class DiT(nn.Module):
         self.register_buffer("position", position_embedding(size // patch, dim), persistent=False)
         self.time_embed = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_table = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))      # adaLN-single, shared by all
-        self.text_embed = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.text_embed = nn.Sequential(
+            nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.refine = nn.ModuleList(RefinerBlock(dim, heads, layer_scale) for _ in range(2))
         self.blocks = nn.ModuleList(Block(dim, heads, layer_scale) for _ in range(depth))
         self.final_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)

@@ -1,10 +1,11 @@
 """Stage 5, sampling (paper 4.1): DDIM with classifier-free guidance, from any checkpoint and any prompts.
 
-    python sample.py --checkpoint Lucasdegeorge/CAD-I --prompt "A golden retriever on a red sofa" --out out/samples
+    python sample.py --checkpoint Lucasdegeorge/CAD-I --prompt "A retriever on a red sofa" --out out/samples
 
-Prompts come from --prompt (again and again), from a text file (one a line), from JSONL (`prompt` or `caption`, other
-keys are kept for the benchmarks), or from a folder of .txt files (DPG-Bench's). Image i depends on --seed + i alone,
-so another batch size, more ranks under torchrun or a run that was killed and started again give the same images.
+Prompts come from --prompt (again and again), from a text file (one a line), from JSONL (`prompt` or
+`caption`, other keys are kept for the benchmarks), or from a folder of .txt files (DPG-Bench's). Image i
+depends on --seed + i alone, so another batch size, more ranks under torchrun or a run that was killed and
+started again give the same images.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from cutmix import UserError, command_line, complete, read_jsonl
 from encode import encode_text, fetch, load_text_encoder, load_vae
 
 MODELS = {"dit": model_dit.DiT, "cad": model_cad.CAD}
-VAE, TEXT_ENCODER = "stabilityai/sd-vae-ft-ema", "google/flan-t5-xl"  # where a checkpoint does not name its own
+VAE, TEXT_ENCODER = "stabilityai/sd-vae-ft-ema", "google/flan-t5-xl"  # where a checkpoint names none
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -49,13 +50,13 @@ def batch_texts(cond, null, batch):
 
 @torch.no_grad()
 def ddim(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2, progress=iter):
-    """Deterministic DDIM (Song et al. 2021) with classifier-free guidance: noise (B, C, H, W) -> x_0 (B, C, H, W).
+    """Deterministic DDIM (Song et al. 2021) with guidance: noise (B, C, H, W) -> x_0 (B, C, H, W).
 
-    cond, null: (text, mask) of the captions and of the null prompt (B or 1 rows); guidance 0 is none;
-    clamp: bound of |x_0| at every step, None for none. Needs steps >= 1. `progress` wraps the range of steps."""
+    cond, null: (text, mask) of the captions and of the null prompt (B or 1 rows); guidance 0 is none; clamp:
+    bound of |x_0| at every step, None for none. Needs steps >= 1. `progress` wraps the range of steps."""
     B, device = len(noise), noise.device
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
-    # The first step divides by sqrt(gamma) = 3e-5: the update is done in float64, the network has its own precision.
+    # The first step divides by sqrt(gamma) = 3e-5: hence float64; the network keeps its own precision.
     x = noise.double()
     one = torch.ones(B, device=device)
     captions = model.condition(*(z.expand(B, *z.shape[1:]) for z in cond), one)
@@ -68,7 +69,7 @@ def ddim(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2, progress=
             eps, state = model.denoise(torch.cat([x, x]).float(), g.float().expand(2 * B), both, state)
             eps_cond, eps_null = eps.double().chunk(2)
             eps = eps_cond + guidance * (eps_cond - eps_null)
-        else:  # pure noise has nothing to amplify: no guidance at the first step; its latents serve both halves
+        else:   # pure noise has nothing to amplify: no guidance in step 1; its latents serve both halves
             eps, state = model.denoise(x.float(), g.float().expand(B), captions, state)
             eps = eps.double()
             if guidance and state is not None:
@@ -87,7 +88,7 @@ def ddim(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2, progress=
 def load_model(path_or_repo, device="cpu"):
     """A checkpoint folder or hub repository -> the model in eval mode, its config.json as `model.checkpoint`.
 
-    Reads our own format ({"model": "dit" | "cad", "args": {...}}) and the released CAD-I. Raises UserError."""
+    Reads our format ({"model": "dit" | "cad", "args": {...}}) and the released CAD-I. Raises UserError."""
     try:
         config = json.loads(fetch(path_or_repo, "config.json").read_text())
         weights = load_file(fetch(path_or_repo, "model.safetensors"))
@@ -101,7 +102,8 @@ def load_model(path_or_repo, device="cpu"):
     except KeyError as error:
         raise UserError(f"{path_or_repo}: config.json is not that of a DiT or CAD (no {error})")
     except (ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"{path_or_repo}: {str(error).replace('DiT.__init__() ', '').replace('CAD.__init__() ', '')}")
+        message = str(error).replace("DiT.__init__() ", "").replace("CAD.__init__() ", "")
+        raise UserError(f"{path_or_repo}: {message}")
     except RuntimeError as error:
         raise UserError(f"{path_or_repo}: model.safetensors does not fit config.json "
                         f"({' '.join(str(error).split(':', 1)[-1].split())[:150]} ...)")
@@ -127,7 +129,8 @@ def read_prompts(path):
             if not isinstance(row["prompt"], str):
                 raise UserError(f"{path} line {number}: neither `prompt` nor `caption`")
     else:
-        rows = [{"prompt": line.strip()} for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [{"prompt": line.strip()} for line in lines if line.strip()]
     if not rows:
         raise UserError(f"{path}: no prompts in it")
     return rows
@@ -165,7 +168,8 @@ def file_names(rows, per_prompt, layout):
     if layout == "geneval":
         return [[f"{p:05d}/samples/{k:04d}.png" for k in range(per_prompt)] for p in range(len(rows))]
     if layout == "dpg":
-        return [[f".tiles/{row.get('name', f'{p:05d}')}_{k}.png" for k in range(4)] for p, row in enumerate(rows)]
+        return [[f".tiles/{row.get('name', f'{p:05d}')}_{k}.png" for k in range(4)]
+                for p, row in enumerate(rows)]
     return [[f"{p * per_prompt + k:06d}.png" for k in range(per_prompt)] for p in range(len(rows))]
 
 
@@ -173,7 +177,8 @@ def file_names(rows, per_prompt, layout):
 # The command
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = partial(parser.add_argument, metavar="X")
     add("--checkpoint", required=True, help="folder or hub repository with config.json and model.safetensors")
     add("--prompt", action="append", default=[], help="a prompt (may be given again)")
@@ -189,7 +194,7 @@ def arguments(argv):
         help="flat, geneval (its tools' folders) or dpg (one 2 x 2 grid a prompt) (default: %(default)s)")
     add("--vae", help=f"folder or hub repository (default: the one the checkpoint was trained on, or {VAE})")
     add("--text-encoder", help=f"folder or hub repository (default: likewise, or {TEXT_ENCODER})")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, fp32 elsewhere")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, else fp32")
     parser.add_argument("--no-compile", action="store_true", help="CUDA: do not torch.compile the network")
     args = parser.parse_args(argv)
     for name in ("images_per_prompt", "steps", "batch_size"):
@@ -220,7 +225,8 @@ def main(argv=None):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else \
         torch.device("cpu")
-    rows = [{"prompt": prompt} for prompt in args.prompt] + (read_prompts(args.prompts) if args.prompts else [])
+    rows = [{"prompt": prompt} for prompt in args.prompt]
+    rows += read_prompts(args.prompts) if args.prompts else []
     if not rows:
         raise UserError("no prompts: give --prompt or --prompts")
     names = file_names(rows, args.images_per_prompt, args.format)
@@ -229,10 +235,12 @@ def main(argv=None):
 
     # A folder belongs to one command: what is there already is kept, other settings are refused.
     out = Path(args.out)
-    settings = {key: getattr(args, key) for key in ("checkpoint", "steps", "guidance", "clamp", "seed", "format")}
+    settings = {key: getattr(args, key) for key in
+                ("checkpoint", "steps", "guidance", "clamp", "seed", "format")}
     settings["prompts"] = [row["prompt"] for row in rows]
     if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
-        raise UserError(f"{out}: holds samples of other settings (see settings.json there); choose another --out")
+        raise UserError(f"{out}: holds samples of other settings (see settings.json there); "
+                        "choose another --out")
     with complete(out / "settings.json") as path:
         path.write_text(json.dumps(settings, indent=1))
     todo = [job for job in jobs[rank::world] if not (out / job[0]).exists()]
@@ -241,8 +249,9 @@ def main(argv=None):
         model = load_model(args.checkpoint, device)
         source = model.checkpoint
         vae = load_vae(args.vae or source.get("vae") or VAE, device)
-        tokenizer, t5 = load_text_encoder(args.text_encoder or source.get("text_encoder") or TEXT_ENCODER, device,
-                                          torch.bfloat16 if device.type == "cuda" else torch.float32)
+        tokenizer, t5 = load_text_encoder(
+            args.text_encoder or source.get("text_encoder") or TEXT_ENCODER, device,
+            torch.bfloat16 if device.type == "cuda" else torch.float32)
         if t5.config.d_model != model.config["text_dim"]:
             raise UserError(f"the text encoder is {t5.config.d_model} wide, the checkpoint wants "
                             f"{model.config['text_dim']}: give --text-encoder the one it was trained with")
@@ -257,23 +266,25 @@ def main(argv=None):
         for start in range(0, len(todo), args.batch_size):
             files, prompts, seeds = zip(*todo[start:start + args.batch_size])
             cond = encode_text(tokenizer, t5, list(prompts))
-            noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+            noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+                                 for seed in seeds])
             progress = partial(count_steps, bar, len(files))
             with autocast(device, args.precision):
-                x_0 = ddim(model, noise.to(device), cond, null, args.steps, args.guidance, args.clamp or None, progress)
+                x_0 = ddim(model, noise.to(device), cond, null, args.steps, args.guidance, args.clamp or None,
+                           progress)
             images = to_images(vae.decode(x_0 / vae.scaling_factor))
             for file, image in zip(files, images):
                 with complete(out / file) as path:
                     image.save(path, "PNG")
         bar.close()
 
-    # Whoever finds everything there writes what describes the whole; under torchrun that is the last rank to end.
+    # Whoever finds everything there writes what describes the whole: under torchrun, the last rank to end.
     if all((out / file).exists() for file, _, _ in jobs):
         finish(out, rows, names, jobs, args.format)
 
 
 def finish(out, rows, names, jobs, layout):
-    """The files about all samples: samples.jsonl, the sheet, and what GenEval's and DPG-Bench's tools look for."""
+    """The files about all samples: samples.jsonl, sheet, what GenEval's and DPG-Bench's tools look for."""
     for row, files in zip(rows, names):
         if layout == "geneval":
             with complete((out / files[0]).parent.parent / "metadata.jsonl") as path:
@@ -288,8 +299,9 @@ def finish(out, rows, names, jobs, layout):
     if layout == "dpg":                # its tools take every picture of the folder for a grid: no sheet there
         return print(f"{len(rows)} grids in {out}")
     shown = jobs[:64]
+    images, prompts = [Image.open(out / file) for file, _, _ in shown], [prompt for _, prompt, _ in shown]
     with complete(out / "sheet.png") as path:
-        contact_sheet([Image.open(out / file) for file, _, _ in shown], [p for _, p, _ in shown]).save(path, "PNG")
+        contact_sheet(images, prompts).save(path, "PNG")
     print(f"{len(jobs)} images in {out}, the first {len(shown)} on {out / 'sheet.png'}")
 
 

@@ -114,23 +114,22 @@ def write_jsonl(path, rows):
 
 def background(rng, scene):
     grey = {"dark": "dark grey", "grey": "grey", "light": "light grey"}[scene["grey"]]
-    return rng.choice([f"the background is {scene['background']} and {grey} .",
-                       f"behind it is a {scene['background']} {grey} wall ."])
+    return rng.choice([f"before a {scene['background']} {grey} wall .", f"on {scene['background']} {grey} ground ."])
 
 
 def caption_of(scene, rng):
     """A long caption of a picture with one object, as the captioner would write it for an original."""
     size = "huge" if scene["radius"] > 24.5 else "large" if scene["radius"] > 22 else "big"
     thing = f"a {size} {scene['color']} {scene['shape']}"
-    first = rng.choice([f"the image shows {thing} in the middle .", f"{thing} fills the picture .",
-                        f"in the center there is {thing} .", f"there is a single object , {thing} ."])
+    first = rng.choice([f"the image shows {thing}", f"{thing} fills the picture", f"in the center there is {thing}",
+                        f"a single object , {thing}"])
     return f"{first} {background(rng, scene)}"
 
 
-PLACES = {(0, 0): "top left corner", (1, 0): "middle of the top", (2, 0): "top right corner",
-          (0, 1): "middle of the left side", (2, 1): "middle of the right side",
-          (0, 2): "bottom left corner", (1, 2): "middle of the bottom", (2, 2): "bottom right corner"}
-RELATIONS = {(0, 1): "to the left of", (2, 1): "to the right of", (1, 0): "above", (1, 2): "below"}
+PLACES = {(0, 0): "in the top left corner", (1, 0): "at the top edge", (2, 0): "in the top right corner",
+          (0, 1): "at the left edge", (2, 1): "at the right edge",
+          (0, 2): "in the bottom left corner", (1, 2): "at the bottom edge", (2, 2): "in the bottom right corner"}
+RELATIONS = {(0, 1): "left of", (2, 1): "right of", (1, 0): "above", (1, 2): "below"}
 
 
 def composite_caption(base, paste, setting, place, rng):
@@ -140,15 +139,13 @@ def composite_caption(base, paste, setting, place, rng):
     one, two = f"{base['color']} {base['shape']}", f"{paste['color']} {paste['shape']}"
     if setting == "1/2":
         side, other = ("left", "right") if place == (2, 1) else ("top", "bottom")
-        choices = [f"the image shows a {one} on the {side} and a {two} on the {other} .",
-                   f"there is a {two} on the {other} and a {one} on the {side} ."]
+        choices = [f"a {one} on the {side} and a {two} on the {other}",
+                   f"the image shows a {two} on the {other} , a {one} on the {side}"]
     else:
-        size, spot = {"1/4": "small", "1/9": "little", "1/16": "tiny"}[setting], PLACES[place]
-        choices = [f"a large {one} fills the picture , with a {size} {two} in the {spot} .",
-                   f"in the {spot} there is a {size} {two} , next to a large {one} ."]
-        one, two = f"large {one}", f"{size} {two}"
+        one, two = f"large {one}", f"{ {'1/4': 'small', '1/9': 'little', '1/16': 'tiny'}[setting]} {two}"
+        choices = [f"a {one} with a {two} {PLACES[place]}", f"{PLACES[place]} there is a {two} , next to a {one}"]
     if place in RELATIONS:
-        choices.append(f"a {two} is {RELATIONS[place]} a {one} .")
+        choices.append(f"a {two} {RELATIONS[place]} a {one}")
     return f"{rng.choice(choices)} {background(rng, base)}"
 
 
@@ -185,8 +182,13 @@ def make_text_encoder(folder, texts, seed, dim=128):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
                             unk_token="<unk>").save_pretrained(folder)
     torch.manual_seed(seed)
-    T5EncoderModel(T5Config(vocab_size=len(words), d_model=dim, d_kv=32, d_ff=2 * dim, num_layers=2, num_heads=4,
-                            decoder_start_token_id=0)).save_pretrained(folder)
+    t5 = T5EncoderModel(T5Config(vocab_size=len(words), d_model=dim, d_kv=32, d_ff=2 * dim, num_layers=2,
+                                 num_heads=4, decoder_start_token_id=0))
+    # Trained heads look at neighbours; random ones everywhere, and "red circle, blue star" would be a bag of words.
+    # T5 learns a bias for each distance: 1, 2 are one and two words back, 17, 18 one and two words ahead.
+    bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight            # (32, heads)
+    bias.data.zero_()[[1, 2, 17, 18], range(4)] = 6.0
+    t5.save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -282,15 +284,15 @@ def make_prompts(out, count, seed):
             if task == "colors":
                 include[0]["color"], brief = c1, f"a photo of a {c1} {s1}"
         elif task == "counting":
-            many = rng.choice([2, 3])
+            many, plural = rng.choice([2, 3]), s1 + ("es" if s1 == "cross" else "s")
             include[:], row["exclude"] = [{"class": s1, "count": many}], [{"class": s1, "count": many + 1}]
-            brief = f"a photo of {['two', 'three'][many - 2]} {s1}s"
-            detailed = f"the image shows {['two', 'three'][many - 2]} {c1} {s1}s . {background(rng, one)}"
+            brief = f"a photo of {['two', 'three'][many - 2]} {plural}"
+            detailed = f"the image shows {['two', 'three'][many - 2]} {c1} {plural} {background(rng, one)}"
         else:
             if task == "position":
                 setting = rng.choice(["1/2", "1/9"])
                 place = rng.choice([(2, 1), (1, 2)] if setting == "1/2" else list(RELATIONS))
-                relation = RELATIONS[place].removeprefix("to the ")
+                relation = RELATIONS[place]
                 include[1]["position"] = [relation, 0]
                 brief = f"a photo of a {s2} {relation} a {s1}"
             elif task == "two_object":

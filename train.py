@@ -1,12 +1,12 @@
 """Stage 4, training (paper 3.3, 4.1): Algorithm 1 on encoded ImageNet and its encoded CutMix composites.
 
-    torchrun --nproc-per-node 8 train.py --model dit --preset L/2 --data encoded/train --augmented encoded/cutmix \\
-        --p 0.5 --tau 0.4 --out out/dit-i
+    torchrun --nproc-per-node 8 train.py --model dit --preset L/2 --data encoded/train \\
+        --augmented encoded/cutmix --p 0.5 --tau 0.4 --out out/dit-i
 
-The folder --out is a checkpoint (config.json, model.safetensors: the EMA weights) that sample.py reads. A killed run,
-started again with the same command, goes on from the last saved state. Every random number is a function of (seed,
-step, index in the batch), so the data, times and noise do not depend on when it was killed, on the number of workers
-or on the number of ranks.
+The folder --out is a checkpoint (config.json, model.safetensors: the EMA weights) that sample.py reads. A
+killed run, started again with the same command, goes on from the last saved state. Every random number is a
+function of (seed, step, index in the batch), so the data, times and noise do not depend on when it was
+killed, on the number of workers or on the number of ranks.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -63,7 +63,8 @@ class Batches(torch.utils.data.Dataset):
         """Every epoch goes through each set in an order of its own; those of the last two epochs are kept."""
         if (which, epoch) not in self.orders:
             data = self.augmented if which else self.original
-            self.orders[which, epoch] = np.random.default_rng([self.args.seed, 2, which, epoch]).permutation(len(data))
+            rng = np.random.default_rng([self.args.seed, 2, which, epoch])
+            self.orders[which, epoch] = rng.permutation(len(data))
             self.orders.pop((which, epoch - 2), None)
         return self.orders[which, epoch]
 
@@ -79,8 +80,8 @@ class Batches(torch.utils.data.Dataset):
             epoch, position = divmod(step * a.batch_size + index, len(data))
             i = int(self.order(int(augmented[index]), epoch)[position])
             mean, std = data.moments(i)
-            noise = np.random.default_rng([a.seed, 1, step, index]).standard_normal((2, *mean.shape), np.float32)
-            noise = torch.from_numpy(noise)
+            generator = np.random.default_rng([a.seed, 1, step, index])
+            noise = torch.from_numpy(generator.standard_normal((2, *mean.shape), np.float32))
             x_0.append((mean + std * noise[0]) * data.meta["scaling_factor"])   # a new draw of x_0 every time
             eps.append(noise[1])
             texts.append(data.null if dropped[index] else data.text(i))
@@ -89,8 +90,8 @@ class Batches(torch.utils.data.Dataset):
         for row, tokens in zip(text, texts):
             row[:len(tokens)] = tokens
         mine = slice(self.mine.start, self.mine.stop)
-        return dict(t=torch.from_numpy(t[mine]).float(), x_0=torch.stack(x_0), eps=torch.stack(eps), text=text,
-                    mask=torch.arange(self.longest) < lengths[:, None],
+        return dict(t=torch.from_numpy(t[mine]).float(), x_0=torch.stack(x_0), eps=torch.stack(eps),
+                    text=text, mask=torch.arange(self.longest) < lengths[:, None],
                     coherence=torch.from_numpy(~dropped[mine]).float())
 
 
@@ -145,7 +146,7 @@ class Lamb(torch.optim.Optimizer):
 
 
 def lr_at(step, lr, warmup, total, rate):
-    """Learning rate of a step, from 1 to total: linear warm-up, then `rate` of a half cosine over the rest."""
+    """Learning rate of a step, 1 to total: linear warm-up, then `rate` of a half cosine over the rest."""
     if step < warmup:
         return lr * step / warmup
     s = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -173,18 +174,19 @@ def update_ema(ema, model, decay, step):
 # Settings
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = functools.partial(parser.add_argument, metavar="X")
     add("--data", help="encoded originals with their captions (encode.py)")
     add("--augmented", help="encoded CutMix composites with theirs; without it, text augmentation alone")
     add("--out", help="folder of the checkpoint, training state, log.jsonl and sample grids")
-    add("--model", choices=["dit", "cad"], default="dit", help="dit (DiT-I) or cad (CAD-I) (default: %(default)s)")
+    add("--model", choices=["dit", "cad"], default="dit", help="dit or cad (default: %(default)s)")
     add("--preset", help="DiT: S/2, B/2, L/2, toy; CAD: B, L, toy (default: L/2 and L)")
-    add("--p", type=float, default=0.5, help="probability of a composite where t > tau (default: %(default)s)")
+    add("--p", type=float, default=0.5, help="chance of a composite where t > tau (default: %(default)s)")
     add("--tau", type=float, default=0.4, help="composites only where t > tau (default: %(default)s)")
-    add("--drop", type=float, default=0.1, help="share of captions replaced by the null prompt (default: %(default)s)")
+    add("--drop", type=float, default=0.1, help="share of null prompts (default: %(default)s)")
     add("--batch-size", type=int, default=1024, help="of all ranks together (default: %(default)s)")
-    add("--micro-batch", type=int, help="most samples on a device at once; more are accumulated (default: no limit)")
+    add("--micro-batch", type=int, help="samples on a device at once; more are accumulated (default: all)")
     add("--steps", type=int, default=250_000, help="(default: %(default)s)")
     add("--schedule-steps", type=int, help="length of the learning-rate schedule (default: twice --steps)")
     add("--optimizer", choices=["lamb", "adamw"], default="lamb", help="lamb or adamw (default: %(default)s)")
@@ -192,25 +194,25 @@ def arguments(argv):
     add("--betas", type=float, nargs=2, default=[0.9, 0.999], help="(default: 0.9 0.999)")
     add("--weight-decay", type=float, default=0.01, help="(default: %(default)s)")
     add("--warmup", type=int, default=5000, help="steps of linear warm-up (default: %(default)s)")
-    add("--rate", type=float, default=0.7, help="share of the half cosine the schedule covers (default: %(default)s)")
+    add("--rate", type=float, default=0.7, help="share of a half cosine that is used (default: %(default)s)")
     add("--clip", type=float, default=2.0, help="bound of the gradient's norm (default: %(default)s)")
     add("--ema", type=float, default=0.9999, help="decay of the averaged weights (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--resume", help="training state to go on from (default: OUT/state.pt where there is one)")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, fp32 elsewhere")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, else fp32")
     parser.add_argument("--no-compile", action="store_true", help="CUDA: do not torch.compile the network")
     add("--workers", type=int, help="processes that read data, per rank (default: 4 on CUDA, else 0)")
     add("--log-every", type=int, default=100, help="steps (default: %(default)s)")
     add("--save-every", type=int, default=5000, help="steps (default: %(default)s)")
-    add("--keep-every", type=int, default=50_000, help="steps between checkpoints kept for good (default: %(default)s)")
-    add("--sample-every", type=int, default=5000, help="steps between grids of samples, 0 none (default: %(default)s)")
+    add("--keep-every", type=int, default=50_000, help="steps between lasting copies (default: %(default)s)")
+    add("--sample-every", type=int, default=5000, help="steps between grids, 0 none (default: %(default)s)")
     add("--sample-steps", type=int, default=50, help="DDIM steps of those grids (default: %(default)s)")
     add("--guidance", type=float, default=8.0, help="of those grids (default: %(default)s)")
     add("--clamp", type=float, default=1.2, help="bound of |x_0| in those grids (default: %(default)s)")
-    parser.add_argument("--benchmark", action="store_true", help="time training steps on random data, and nothing else")
+    parser.add_argument("--benchmark", action="store_true", help="only time training steps on random data")
     args = parser.parse_args(argv)
     args.preset = args.preset or {"dit": "L/2", "cad": "L"}[args.model]
-    args.schedule_steps = args.schedule_steps or 2 * args.steps  # the paper stops half-way through its schedule
+    args.schedule_steps = args.schedule_steps or 2 * args.steps  # the paper stops half-way through it
     if args.preset not in PRESETS[args.model]:
         raise UserError(f"--preset {args.preset}: {args.model} has {', '.join(PRESETS[args.model])}")
     for name in ("p", "tau", "drop", "ema"):
@@ -227,8 +229,8 @@ def arguments(argv):
 
 
 # What may change between a run and its continuation: everything else would make it another run.
-FREE = {"out", "data", "augmented", "resume", "steps", "workers", "log_every", "save_every", "keep_every", "micro_batch",
-        "sample_every", "sample_steps", "guidance", "clamp", "no_compile", "benchmark"}
+FREE = {"out", "data", "augmented", "resume", "steps", "workers", "log_every", "save_every", "keep_every",
+        "micro_batch", "sample_every", "sample_steps", "guidance", "clamp", "no_compile", "benchmark"}
 
 
 def open_data(args):
@@ -239,6 +241,8 @@ def open_data(args):
         if original.meta[key] != augmented.meta[key]:
             raise UserError(f"{args.data} and {args.augmented} differ in {key} ({original.meta[key]} and "
                             f"{augmented.meta[key]}): encode both with the same encoders")
+    # Which pictures and captions these are: a run does not go on with others.
+    args.originals, args.composites = (d and d.meta.get("list_of_images_and_captions") for d in (original, augmented))
     return original, augmented
 
 
@@ -259,13 +263,13 @@ def start_distributed():
 
 def save_checkpoint(folder, ema, config):
     with complete(folder / "model.safetensors") as path:
-        save_file({name: tensor.contiguous() for name, tensor in ema.state_dict().items()}, path)
+        path.write_bytes(save({name: tensor.contiguous() for name, tensor in ema.state_dict().items()}))
     with complete(folder / "config.json") as path:
         path.write_text(json.dumps(config, indent=1))
 
 
 def load_state(path, args, device):
-    """The training state at `path`, or None where there is none. Raises UserError where it is another run's."""
+    """The training state at `path`, or None where there is none. Raises UserError if it is another run's."""
     if not Path(path).exists():
         if args.resume:
             raise UserError(f"--resume {path}: no such file")
@@ -275,10 +279,13 @@ def load_state(path, args, device):
         settings = state["settings"]
     except Exception as error:
         raise UserError(f"{path}: not a training state ({str(error).splitlines()[0][:100]})")
+    for key in ("originals", "composites"):
+        if settings[key] != getattr(args, key):
+            raise UserError(f"{path} is of a run on other {key}: use the same data, or another --out")
     for key, value in settings.items():
         if key not in FREE and value != getattr(args, key, value):
-            raise UserError(f"{path} is of a run with --{key.replace('_', '-')} {value}, not {getattr(args, key)}: "
-                            "use its settings, or another --out")
+            raise UserError(f"{path} is of a run with --{key.replace('_', '-')} {value}, not "
+                            f"{getattr(args, key)}: use its settings, or another --out")
     return state
 
 
@@ -292,11 +299,13 @@ def save_grid(path, ema, vae, data, args, device):
     for row, (d, i) in enumerate(picks):
         tokens = d.text(i)
         text[row, :len(tokens)], mask[row, :len(tokens)] = tokens, True
-    null = sets[0].null[None].float().to(device), torch.ones(1, len(sets[0].null), dtype=torch.bool, device=device)
-    noise = torch.randn(len(picks), *sets[0].meta["latent_shape"], generator=torch.Generator().manual_seed(args.seed))
+    cond = text.to(device), mask.to(device)
+    null = (sets[0].null[None].float().to(device),
+            torch.ones(1, len(sets[0].null), dtype=torch.bool, device=device))
+    noise = torch.randn(len(picks), *sets[0].meta["latent_shape"],
+                        generator=torch.Generator().manual_seed(args.seed))
     with autocast(device, args.precision):
-        x_0 = ddim(ema, noise.to(device), (text.to(device), mask.to(device)), null, args.sample_steps, args.guidance,
-                   args.clamp)
+        x_0 = ddim(ema, noise.to(device), cond, null, args.sample_steps, args.guidance, args.clamp)
     with torch.no_grad():
         images = to_images(vae.decode(x_0 / vae.scaling_factor))
     with complete(path) as temporary:
@@ -318,8 +327,8 @@ def main(argv=None):
     meta = original.meta
 
     # The network, its moving average, the optimiser: from the seed, or as they were when the run was killed.
-    sizes = PRESETS[args.model][args.preset] | dict(channels=meta["latent_shape"][0], size=meta["latent_shape"][1],
-                                                    text_dim=meta["text_dim"])
+    sizes = PRESETS[args.model][args.preset] | dict(
+        channels=meta["latent_shape"][0], size=meta["latent_shape"][1], text_dim=meta["text_dim"])
     torch.manual_seed(args.seed)
     model = MODELS[args.model](**sizes).to(device)
     ema = MODELS[args.model](**sizes).to(device).requires_grad_(False).eval()
@@ -332,13 +341,14 @@ def main(argv=None):
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         first, running = state["step"], state["running"].to(device)
-    config = {"model": args.model, "args": model.config, "vae": meta["vae"], "text_encoder": meta["text_encoder"],
-              "scaling_factor": meta["scaling_factor"]}
+    config = {"model": args.model, "args": model.config, "vae": meta["vae"],
+              "text_encoder": meta["text_encoder"], "scaling_factor": meta["scaling_factor"]}
     vae = load_vae(meta["vae"], device) if args.sample_every and rank == 0 else None
 
     network = torch.compile(model) if device.type == "cuda" and not args.no_compile else model
     if world > 1:
-        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+        network = DistributedDataParallel(
+            network, device_ids=[device.index] if device.type == "cuda" else None)
     workers = args.workers if args.workers is not None else 4 if device.type == "cuda" else 0
     batches = torch.utils.data.DataLoader(Batches(original, augmented, args, rank, world), batch_size=None,
                                           sampler=range(first, args.steps), num_workers=workers,
@@ -346,7 +356,8 @@ def main(argv=None):
     if rank == 0:
         count = sum(p.numel() for p in model.parameters())
         print(f"{args.model} {args.preset}: {count / 1e6:.1f} M parameters, {len(original)} originals, "
-              f"{len(augmented) if augmented else 0} composites, steps {first} to {args.steps} on {world} x {device.type}")
+              f"{len(augmented) if augmented else 0} composites, steps {first} to {args.steps} "
+              f"on {world} x {device.type}")
         out.mkdir(parents=True, exist_ok=True)
         rows = read_jsonl(out / "log.jsonl") if state and (out / "log.jsonl").exists() else []
         with complete(out / "log.jsonl") as path:                       # the log of the steps that were saved
@@ -354,6 +365,9 @@ def main(argv=None):
     log = open(out / "log.jsonl", "a") if rank == 0 else contextlib.nullcontext()
     bar = tqdm(total=args.steps, initial=first, desc="training", unit="step", disable=rank > 0)
     clock, since = time.perf_counter(), first
+
+    def due(done, every):
+        return every > 0 and (done % every == 0 or done == args.steps)
 
     with log:
         for step, batch in enumerate(batches, first):
@@ -379,7 +393,7 @@ def main(argv=None):
             bar.update()
 
             done = step + 1
-            if done % args.log_every == 0 or done == args.steps:
+            if due(done, args.log_every):
                 mean = running / (args.log_every if done % args.log_every == 0 else done % args.log_every)
                 if world > 1:
                     dist.all_reduce(mean)
@@ -389,19 +403,21 @@ def main(argv=None):
                 if rank == 0:
                     rate = args.batch_size * (done - since) / (time.perf_counter() - clock)
                     bar.set_postfix(loss=f"{loss:.4f}", lr=f"{group['lr']:.1e}", images_s=f"{rate:.0f}")
-                    log.write(json.dumps({"step": done, "loss": loss, "grad_norm": norm, "lr": group["lr"]}) + "\n")
+                    row = {"step": done, "loss": loss, "grad_norm": norm, "lr": group["lr"]}
+                    log.write(json.dumps(row) + "\n")
                     log.flush()
                 if not math.isfinite(loss):
                     raise UserError(f"step {done}: the loss is {loss}; lower --lr or raise --warmup")
                 clock, since = time.perf_counter(), done
-            if rank == 0 and (done % args.save_every == 0 or done == args.steps):
+            if rank == 0 and due(done, args.save_every):
                 save_checkpoint(out, ema, config)
                 with complete(out / "state.pt") as path:
-                    torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "step": done, "running": running,
-                                "optimizer": optimizer.state_dict(), "settings": vars(args)}, path)
+                    torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "step": done,
+                                "running": running, "optimizer": optimizer.state_dict(),
+                                "settings": vars(args)}, path)
             if rank == 0 and done % args.keep_every == 0:
                 save_checkpoint(out / f"step-{done:07d}", ema, config)
-            if rank == 0 and args.sample_every and (done % args.sample_every == 0 or done == args.steps):
+            if rank == 0 and due(done, args.sample_every):
                 save_grid(out / f"samples/{done:07d}.png", ema, vae, (original, augmented), args, device)
     bar.close()
     if world > 1:
@@ -409,12 +425,13 @@ def main(argv=None):
 
 
 def benchmark(args, device):
-    """Milliseconds a step, images a second, and the share of a large matmul's speed that the network reaches."""
+    """Milliseconds a step, images a second, the share of a large matmul's speed that the network reaches."""
     model = MODELS[args.model](**PRESETS[args.model][args.preset]).to(device)
     c, B = model.config, args.micro_batch or args.batch_size
     batch = dict(t=torch.rand(B), x_0=torch.randn(B, c["channels"], c["size"], c["size"]),
-                 eps=torch.randn(B, c["channels"], c["size"], c["size"]), text=torch.randn(B, 256, c["text_dim"]),
-                 mask=torch.ones(B, 256, dtype=torch.bool), coherence=torch.ones(B))
+                 eps=torch.randn(B, c["channels"], c["size"], c["size"]),
+                 text=torch.randn(B, 256, c["text_dim"]), mask=torch.ones(B, 256, dtype=torch.bool),
+                 coherence=torch.ones(B))
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     optimizer = make_optimizer(model, args)
     network = torch.compile(model) if device.type == "cuda" and not args.no_compile else model
@@ -448,8 +465,9 @@ def benchmark(args, device):
     took = seconds(step, 20 if device.type == "cuda" else 3)
     flops = counter.get_total_flops() / took
     memory = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if device.type == "cuda" else ""
-    print(f"{args.model} {args.preset}, batch {B} on one {device.type}: {1000 * took:.1f} ms a step, {B / took:.1f} "
-          f"images/s, {flops / 1e12:.2f} TFLOP/s = {100 * flops / peak:.0f}% of a {n} x {n} matmul{memory}")
+    print(f"{args.model} {args.preset}, batch {B} on one {device.type}: {1000 * took:.1f} ms a step, "
+          f"{B / took:.1f} images/s, {flops / 1e12:.2f} TFLOP/s = {100 * flops / peak:.0f}% of a {n} x {n} "
+          f"matmul{memory}")
 
 
 if __name__ == "__main__":

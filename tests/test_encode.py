@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -339,6 +340,15 @@ def test_a_full_disk_ends_in_one_error_and_the_same_command_goes_on(data, monkey
     monkeypatch.undo()
     assert contents(data.folder / "out").keys() == {"00000.safetensors", "00001.safetensors", "settings.json"}
     assert contents(data()) == contents(whole)
+
+
+def test_a_limit_on_files_ends_in_one_line_and_never_waits(data):
+    command = [sys.executable, ROOT / "encode.py", *data.arguments(size=64, workers=1)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=50,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("encode.py: [Errno 27] File too large")
+    assert contents(data.folder / "out").keys() == {"settings.json"}
 
 
 def test_what_cannot_be_used_is_named_and_the_rest_is_encoded(data, capsys):

@@ -15,11 +15,11 @@ from sample import ddim, load_model
 
 CAD_TINY = FIXTURES / "cad_tiny"
 TINY = {
-    "dit": lambda **more: model_dit.DiT(**{**dict(size=4, channels=3, patch=2, text_dim=10, depth=2, dim=32, heads=4),
-                                           **more}),
-    "cad": lambda **more: model_cad.CAD(**{**dict(size=4, channels=3, patch=2, text_dim=10, num_latents=5, dim=32,
-                                                  data_dim=16, depth=2, layers=1, heads=4, read_write_heads=4),
-                                           **more}),
+    "dit": lambda **more: model_dit.DiT(**{**dict(
+        size=4, channels=3, patch=2, text_dim=10, depth=2, dim=32, heads=4), **more}),
+    "cad": lambda **more: model_cad.CAD(**{**dict(
+        size=4, channels=3, patch=2, text_dim=10, num_latents=5, dim=32, data_dim=16, depth=2, layers=1,
+        heads=4, read_write_heads=4), **more}),
 }
 
 
@@ -28,14 +28,18 @@ def model(request):
     torch.manual_seed(0)
     model = TINY[request.param]().eval()
     for parameter in model.parameters():                # nothing may hide behind a zero of the initialisation
-        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else torch.nn.init.uniform_(parameter, 0.5, 1)
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+        else:
+            torch.nn.init.uniform_(parameter, 0.5, 1)
     return model
 
 
 def inputs(batch=2, length=6):
     mask = torch.ones(batch, length, dtype=torch.bool)
     mask[0, 4:] = False
-    return torch.randn(batch, 3, 4, 4), torch.rand(batch), torch.randn(batch, length, 10), mask, torch.ones(batch)
+    x, gamma, text = torch.randn(batch, 3, 4, 4), torch.rand(batch), torch.randn(batch, length, 10)
+    return x, gamma, text, mask, torch.ones(batch)
 
 
 def close(a, b, tolerance=1e-5):
@@ -59,7 +63,8 @@ def test_ddim_with_guidance_and_carried_latents_gives_the_released_pictures():
           io["ddim_6_steps_guidance_3_clamp_1_2"])
 
 
-def test_released_config_keys_that_mean_another_network_are_refused_by_name_and_harmless_ones_are_not(tmp_path):
+def test_released_config_keys_that_mean_another_network_are_refused_by_name_and_harmless_ones_are_not(
+        tmp_path):
     shutil.copytree(CAD_TINY, tmp_path / "cad")
     config = json.loads((CAD_TINY / "config.json").read_text())
 
@@ -77,9 +82,11 @@ def test_released_config_keys_that_mean_another_network_are_refused_by_name_and_
 
 def test_the_presets_have_the_papers_sizes():
     with torch.device("meta"):
-        count = {name: sum(p.numel() for p in model.parameters()) / 1e6 for name, model in {
-            "dit": model_dit.DiT(**model_dit.PRESETS["L/2"]), "cad": model_cad.CAD(**model_cad.PRESETS["L"]),
-            "dit-s": model_dit.DiT(**model_dit.PRESETS["S/2"]), "cad-b": model_cad.CAD(**model_cad.PRESETS["B"])}.items()}
+        models = {"dit": model_dit.DiT(**model_dit.PRESETS["L/2"]),
+                  "cad": model_cad.CAD(**model_cad.PRESETS["L"]),
+                  "dit-s": model_dit.DiT(**model_dit.PRESETS["S/2"]),
+                  "cad-b": model_cad.CAD(**model_cad.PRESETS["B"])}
+    count = {name: sum(p.numel() for p in model.parameters()) / 1e6 for name, model in models.items()}
     assert count["cad"] == pytest.approx(331.5, abs=0.1)
     assert 425 < count["dit"] < 445
     assert count["dit-s"] < 40 and count["cad-b"] < 200
@@ -94,7 +101,8 @@ def test_masked_tokens_change_nothing_and_real_ones_do(model):
     short = model.denoise(x[:1], gamma[:1], model.condition(text[:1, :4], mask[:1, :4], coherence[:1]))[0]
     close(short, before[:1])
     text[0, 0] += 1
-    assert not torch.allclose(before[0], model.denoise(x, gamma, model.condition(text, mask, coherence))[0][0])
+    after = model.denoise(x, gamma, model.condition(text, mask, coherence))[0]
+    assert not torch.allclose(before[0], after[0])
 
 
 @torch.no_grad()
@@ -106,7 +114,7 @@ def test_coherence_is_an_input_of_cad_alone(model):
 
 @pytest.mark.parametrize("name", ["dit", "cad"])
 def test_the_pieces_of_a_patch_come_back_to_their_places(name):
-    """With the network cut out (depth 0) and identities at both ends, every pixel must return to where it was."""
+    """With the network cut out (depth 0) and identities at both ends, every pixel returns to where it was."""
     width = 12                                                          # 3 channels x 2 x 2 pixels
     model = TINY[name](depth=0, **({"dim": width, "heads": 2} if name == "dit" else {"data_dim": width}))
     identity = torch.eye(width)
@@ -116,10 +124,10 @@ def test_the_pieces_of_a_patch_come_back_to_their_places(name):
         model.final_norm = torch.nn.Identity()
         model.time_embed[2].weight.data.zero_()
     else:       # the convolution's inputs come as (C, p1, p2), the output's features as (p1, p2, C)
-        model.patch_embed.weight.data = identity.reshape(2, 2, 3, 3, 2, 2).permute(2, 0, 1, 3, 4, 5).reshape(12, 3, 2, 2)
         order = torch.arange(12).reshape(3, 2, 2).permute(1, 2, 0).flatten()
         model.patch_embed.weight.data = identity[order].reshape(12, 3, 2, 2)
-        model.data_norm, model.out[0], model.out[1].weight.data = torch.nn.Identity(), torch.nn.Identity(), identity
+        model.data_norm, model.out[0] = torch.nn.Identity(), torch.nn.Identity()
+        model.out[1].weight.data = identity
         model.position.data.zero_()
     x, gamma, text, mask, coherence = inputs()
     close(model.denoise(x, gamma, model.condition(text, mask, coherence))[0], x)
@@ -154,7 +162,8 @@ def test_dit_starts_by_predicting_no_noise_and_cad_ignores_its_previous_latents(
     assert not TINY["dit"]()(x, gamma, text, mask, coherence).any()
     cad = TINY["cad"]()
     context = cad.condition(text, mask, coherence)
-    assert torch.equal(cad.denoise(x, gamma, context)[0], cad.denoise(x, gamma, context, torch.randn(2, 5, 32))[0])
+    a, b = (cad.denoise(x, gamma, context, state)[0] for state in (None, torch.randn(2, 5, 32)))
+    assert torch.equal(a, b)
 
 
 def test_self_conditioning_is_two_passes_and_the_gradient_sees_the_second(model):

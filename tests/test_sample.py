@@ -12,13 +12,14 @@ from cutmix import read_jsonl
 
 
 class Known:
-    """A `denoise` whose distribution is known: x_0 ~ N(mean, std^2), for which the best eps has a closed form."""
+    """A `denoise` whose distribution is known: x_0 ~ N(mean, std^2), whose best eps has a closed form."""
 
     def __init__(self, std=0.0):
         self.std = std
 
     def condition(self, text, mask, coherence):
-        return text.mean((1, 2))[:, None, None, None]                   # the caption says the mean
+        mean = (text.mean(2) * mask).sum(1) / mask.sum(1)               # the caption says it
+        return mean[:, None, None, None]
 
     def denoise(self, x, gamma, context, state=None):
         x, g = x.double(), gamma.double()[:, None, None, None]
@@ -59,7 +60,8 @@ def test_guidance_moves_on_from_the_null_prediction_by_w_except_at_the_first_ste
     for i, t in enumerate((1.0, 2 / 3, 1 / 3)):
         g, g_next = max(1 - t, 1e-9), 1 - max(t - 1 / 3, 0)
         gamma = torch.full((2,), g, dtype=torch.float64)
-        cond, null = (known.denoise(x.float(), gamma, torch.full((2, 1, 1, 1), m))[0].double() for m in (0.2, -0.1))
+        cond, null = (known.denoise(x.float(), gamma, torch.full((2, 1, 1, 1), mean))[0].double()
+                      for mean in (0.2, -0.1))
         eps = cond if i == 0 else cond + w * (cond - null)
         clean = ((x - (1 - g) ** 0.5 * eps) / g ** 0.5).clamp(-0.4, 0.4)
         x = g_next ** 0.5 * clean + (1 - g_next) ** 0.5 * (x - g ** 0.5 * clean) / (1 - g) ** 0.5
@@ -81,19 +83,23 @@ def pixels(path):
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    words = ["a large red circle", "a star", "a small blue cross above a large green ring . it is grey .", "ring", "a"]
-    path.write_text("".join(json.dumps({"prompt": prompt, "tag": "x", "extra": [1]}) + "\n" for prompt in words))
+    words = ["a large red circle", "a star", "a small blue cross above a large green ring . it is grey .",
+             "ring", "a"]
+    rows = [{"prompt": prompt, "tag": "x", "extra": [1]} for prompt in words]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def command(toy_paper, out, *words):
-    return ["sample.py", "--checkpoint", toy_paper[0] / "dit", "--out", out, "--steps", "3", "--guidance", "2", *words]
+    return ["sample.py", "--checkpoint", toy_paper[0] / "dit", "--out", out, "--steps", "3",
+            "--guidance", "2", *words]
 
 
 def test_an_image_is_the_same_whatever_the_batch_size_and_after_a_kill(toy_paper, tmp_path, prompts):
     one, many = tmp_path / "one", tmp_path / "many"
     for out, size in ((one, 1), (many, 4)):
-        assert run(*command(toy_paper, out, "--prompts", prompts, "--batch-size", size, "--seed", 7)).returncode == 0
+        done = run(*command(toy_paper, out, "--prompts", prompts, "--batch-size", size, "--seed", 7))
+        assert done.returncode == 0, done.stderr
     for n in range(5):
         assert (pixels(one / f"{n:06d}.png") - pixels(many / f"{n:06d}.png")).abs().max() <= 1
     rows = read_jsonl(one / "samples.jsonl")
@@ -103,7 +109,8 @@ def test_an_image_is_the_same_whatever_the_batch_size_and_after_a_kill(toy_paper
         (one / f"{n:06d}.png").unlink()                                 # as if it had been killed
     (one / "samples.jsonl").unlink()
     stamp = (one / "000000.png").stat().st_mtime_ns
-    assert run(*command(toy_paper, one, "--prompts", prompts, "--batch-size", "1", "--seed", 7)).returncode == 0
+    done = run(*command(toy_paper, one, "--prompts", prompts, "--batch-size", "1", "--seed", 7))
+    assert done.returncode == 0, done.stderr
     assert (one / "000000.png").stat().st_mtime_ns == stamp             # what is whole is not made again
     assert all((one / f"{n:06d}.png").read_bytes() == before[n] for n in range(5))
     assert Image.open(one / "sheet.png").size[0] > 96 and read_jsonl(one / "samples.jsonl") == rows
@@ -116,7 +123,8 @@ def test_ranks_share_the_prompts_and_the_last_one_finishes(toy_paper, tmp_path, 
                    RANK=rank, WORLD_SIZE="2")
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "two/samples.jsonl").exists() == (rank == "0")
-    assert run(*command(toy_paper, tmp_path / "one", "--prompts", prompts, "--batch-size", "1")).returncode == 0
+    done = run(*command(toy_paper, tmp_path / "one", "--prompts", prompts, "--batch-size", "1"))
+    assert done.returncode == 0, done.stderr
     for n in range(5):
         assert (tmp_path / f"two/{n:06d}.png").read_bytes() == (tmp_path / f"one/{n:06d}.png").read_bytes()
 
@@ -131,7 +139,8 @@ def test_geneval_folders_keep_the_metadata_and_dpg_grids_have_the_prompts_names(
     folder.mkdir()
     for name in ("12", "COCO_7"):
         (folder / f"{name}.txt").write_text("a red circle\n")
-    done = run(*command(toy_paper, tmp_path / "d", "--prompts", folder, "--format", "dpg", "--images-per-prompt", "4"))
+    done = run(*command(toy_paper, tmp_path / "d", "--prompts", folder, "--format", "dpg",
+                        "--images-per-prompt", "4"))
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "d").glob("*.png")} == {"12.png", "COCO_7.png"}
     assert Image.open(tmp_path / "d/12.png").size == (128, 128)
@@ -146,7 +155,8 @@ def test_mistakes_end_in_one_line_and_exit_code_2(toy_paper, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     assert "no prompts in it" in refused(*command(toy_paper, out, "--prompts", tmp_path / "empty.txt"))
     assert "--steps" in refused(*command(toy_paper, out, "--prompt", "a", "--steps", "0"))
-    assert "checkpoint" in refused("sample.py", "--checkpoint", tmp_path / "checkpoint", "--prompt", "a", "--out", out)
+    assert "checkpoint" in refused("sample.py", "--checkpoint", tmp_path / "checkpoint", "--prompt", "a",
+                                   "--out", out)
     text = toy_paper[0] / "t5"                                          # 128 wide; the tiny CAD wants 24
     assert "24" in refused("sample.py", "--checkpoint", FIXTURES / "cad_tiny", "--prompt", "a", "--out", out,
                            "--text-encoder", text, "--vae", FIXTURES / "vae_tiny")

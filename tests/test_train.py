@@ -66,7 +66,8 @@ def test_the_loss_is_the_mean_squared_error_of_the_noise_in_x_t():
 
 def test_only_the_chosen_picture_is_read(toy_paper, monkeypatch):
     loader, read = batches(toy_paper, "--p", "0.5", "--drop", "0"), []
-    monkeypatch.setattr(Encoded, "moments", lambda self, i, real=Encoded.moments: read.append(self) or real(self, i))
+    monkeypatch.setattr(
+        Encoded, "moments", lambda self, i, real=Encoded.moments: read.append(self) or real(self, i))
     taken = {"originals": 0, "composites": 0}
     for step in range(30):
         read.clear()
@@ -86,13 +87,15 @@ def test_x_0_is_drawn_anew_from_the_stored_mean_and_std_and_scaled(toy_paper):
             epoch, position = divmod(6 * step + index, 36)
             draws[int(loader.order(0, epoch)[position])].append(x_0)
     assert {len(x) for x in draws.values()} == {50}                     # every picture once in every epoch
-    z = torch.stack([(torch.stack(x) / scale - ds.moments(i)[0]) / ds.moments(i)[1] for i, x in draws.items()])
+    moments = {i: ds.moments(i) for i in draws}
+    z = torch.stack([(torch.stack(x) / scale - moments[i][0]) / moments[i][1] for i, x in draws.items()])
     assert abs(z.mean().item()) < 0.01 and z.std().item() == pytest.approx(1, abs=0.01)
 
 
 def test_a_tenth_of_the_captions_become_the_null_prompt_without_coherence(toy_paper):
     loader = batches(toy_paper)
-    rows = [(c.item(), m.sum().item()) for s in range(200) for c, m in zip(loader[s]["coherence"], loader[s]["mask"])]
+    drawn = [loader[step] for step in range(200)]
+    rows = [(c.item(), m.sum().item()) for batch in drawn for c, m in zip(batch["coherence"], batch["mask"])]
     dropped = [length for coherence, length in rows if coherence == 0]
     assert len(dropped) / len(rows) == pytest.approx(0.1, abs=0.035)
     assert set(dropped) == {1} and min(length for coherence, length in rows if coherence) > 1
@@ -153,8 +156,8 @@ def test_the_learning_rate_warms_up_and_falls_along_a_share_of_the_cosine():
 @pytest.mark.parametrize("model", ["dit", "cad"])
 def test_a_killed_run_ends_with_the_log_and_weights_of_one_that_was_not(toy_paper, tmp_path, model):
     def command(out, steps=16):
-        return ["train.py", "--model", model, *map(str, data(toy_paper)), "--out", str(tmp_path / out), "--steps",
-                str(steps), "--schedule-steps", "16", *SMALL]
+        return ["train.py", "--model", model, *map(str, data(toy_paper)), "--out", str(tmp_path / out),
+                "--steps", str(steps), "--schedule-steps", "16", *SMALL]
     whole = run(*command("whole"))
     assert whole.returncode == 0, whole.stderr
     killed = subprocess.Popen([sys.executable, *command("killed", 100_000)], cwd=ROOT, stderr=subprocess.PIPE,
@@ -170,7 +173,8 @@ def test_a_killed_run_ends_with_the_log_and_weights_of_one_that_was_not(toy_pape
     assert 0 < first < 16 and f"steps {first} to 16" in again.stdout    # it went on, not from the start
     for name in ("log.jsonl", "model.safetensors", "config.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
-    states = [torch.load(tmp_path / out / "state.pt", weights_only=True)["model"] for out in ("whole", "killed")]
+    states = [torch.load(tmp_path / out / "state.pt", weights_only=True)["model"]
+              for out in ("whole", "killed")]
     assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states)))
 
 
@@ -192,14 +196,16 @@ def test_small_micro_batches_accumulate_the_same_gradient(toy_paper, tmp_path):
         train.main([*map(str, data(toy_paper)), *SMALL, "--steps", "2", "--out", str(tmp_path / out),
                     "--micro-batch", str(micro)])
     a, b = (read_jsonl(tmp_path / out / "log.jsonl")[0] for out in ("whole", "parts"))
-    assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
 def test_training_lowers_the_loss_and_the_grid_and_checkpoint_are_there(toy_paper):
     out = toy_paper[0] / "dit"
     losses = [row["loss"] for row in read_jsonl(out / "log.jsonl")]
     assert losses and all(math.isfinite(loss) for loss in losses)
-    assert list((out / "samples").glob("*.png")) and json.loads((out / "config.json").read_text())["model"] == "dit"
+    assert list((out / "samples").glob("*.png"))
+    assert json.loads((out / "config.json").read_text())["model"] == "dit"
 
 
 def test_an_average_of_the_weights_is_what_is_saved(toy_paper):
@@ -224,10 +230,10 @@ def test_mistakes_end_in_one_line_and_exit_code_2(toy_paper, tmp_path):
     shutil.copytree(toy / "encoded", tmp_path / "wide")
     meta = (tmp_path / "wide/meta.json").read_text()
     (tmp_path / "wide/meta.json").write_text(re.sub(r'"text_dim": \d+', '"text_dim": 4096', meta))
-    assert "text_dim (128 and 4096)" in refused("train.py", "--data", toy / "encoded", "--augmented", tmp_path / "wide",
-                                                "--out", out)
-    assert "--model" in refused("train.py", "--model", "cad", *data(toy_paper), "--out", out, *SMALL, "--resume",
-                                toy / "dit/state.pt")
+    assert "text_dim (128 and 4096)" in refused("train.py", "--data", toy / "encoded", "--augmented",
+                                                tmp_path / "wide", "--out", out)
+    assert "--model" in refused("train.py", "--model", "cad", *data(toy_paper), "--out", out, *SMALL,
+                                "--resume", toy / "dit/state.pt")
     assert "not a training state" in refused(*cmd, "--resume", toy / "dit/config.json")
     assert "no such file" in refused(*cmd, "--resume", tmp_path / "nothing.pt")
     assert not out.exists()
