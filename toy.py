@@ -1,12 +1,12 @@
-"""Stage 0, the toy paper: a toy ImageNet that is drawn, and the whole method run on it in minutes on a laptop.
+"""Stage 0, the toy paper: a toy ImageNet that is drawn, and the whole method run on it in minutes.
 
     python toy.py
 
-The world: 64 x 64 pictures of one centred, frame-filling object. Its class is its shape; colour, size and background
-vary and are not in the class name, as with ImageNet's photos. The stages are the real ones, called as a user would
-call them (each command is printed before it runs). Only three things stand in for what a laptop cannot run: a
-captioner that knows what was drawn (for LLaVA), a small autoencoder (for Stable Diffusion's) and a tiny random T5.
-Ends with a miniature GenEval and OUT/report.html. Killed and started again, it goes on where it was.
+The world: 64 x 64 pictures of one centred, frame-filling object. Its class is its shape; colour, size and
+background vary and are not in the class name, as with ImageNet's photos. The stages are the real ones, each
+command is printed before it runs. Only three things stand in for what a laptop cannot run: a captioner that
+knows what was drawn (for LLaVA), a small autoencoder (for Stable Diffusion's) and a tiny random T5. Ends with
+a miniature GenEval and OUT/report.html. Killed, it goes on with the same command.
 """
 
 import argparse
@@ -60,17 +60,19 @@ def polygon(shape):
         return [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5))
                 for i, r in enumerate([1.0, 0.42] * 5)]
     a, b = 0.3, 0.95                                                            # a cross: its arms
-    return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+    return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a),
+            (-a, -a)]
 
 
 def draw(scene, scale=4):
-    """A scene (shape, color, radius, x, y in pixels, grey, background) -> 64 x 64 RGB image, without jagged edges."""
+    """A scene (shape, color, radius, x, y in pixels, grey, background) -> 64 x 64 RGB image, antialiased."""
     side, cell, grey = SIZE * scale, 8 * scale, GREYS[scene["grey"]]
     image = Image.new("RGB", (side, side), (grey,) * 3)
     pen, second = ImageDraw.Draw(image), (grey + (14 if grey < 128 else -14),) * 3
-    for row, column in product(range(8), range(8)):
-        if scene["background"] == "striped" and row % 2 or scene["background"] == "checkered" and (row + column) % 2:
-            pen.rectangle([column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1], fill=second)
+    odd = {"plain": lambda x, y: 0, "striped": lambda x, y: y % 2, "checkered": lambda x, y: (x + y) % 2}
+    for x, y in product(range(8), range(8)):
+        if odd[scene["background"]](x, y):
+            pen.rectangle([x * cell, y * cell, (x + 1) * cell - 1, (y + 1) * cell - 1], fill=second)
     mask, (x, y, r) = Image.new("L", image.size), (scene[key] * scale for key in ("x", "y", "radius"))
     pen = ImageDraw.Draw(mask)
     if scene["shape"] in ("circle", "ring"):
@@ -86,8 +88,9 @@ def draw(scene, scale=4):
 def random_scene(rng, shape=None):
     radius = rng.uniform(20, 27)
     jitter = min(4, 31 - radius)
-    return {"shape": shape or rng.choice(SHAPES), "color": rng.choice(list(COLORS)), "radius": round(radius, 1),
-            "x": round(32 + rng.uniform(-jitter, jitter), 1), "y": round(32 + rng.uniform(-jitter, jitter), 1),
+    x, y = (round(32 + rng.uniform(-jitter, jitter), 1) for _ in "xy")
+    return {"shape": shape or rng.choice(SHAPES), "color": rng.choice(list(COLORS)),
+            "radius": round(radius, 1), "x": x, "y": y,
             "grey": rng.choice(list(GREYS)), "background": rng.choice(BACKGROUNDS)}
 
 
@@ -114,21 +117,23 @@ def write_jsonl(path, rows):
 
 def background(rng, scene):
     grey = {"dark": "dark grey", "grey": "grey", "light": "light grey"}[scene["grey"]]
-    return rng.choice([f"before a {scene['background']} {grey} wall .", f"on {scene['background']} {grey} ground ."])
+    kind = f"{scene['background']} {grey}"
+    return rng.choice([f"before a {kind} wall .", f"on {kind} ground ."])
 
 
 def caption_of(scene, rng):
     """A long caption of a picture with one object, as the captioner would write it for an original."""
     size = "huge" if scene["radius"] > 24.5 else "large" if scene["radius"] > 22 else "big"
     thing = f"a {size} {scene['color']} {scene['shape']}"
-    first = rng.choice([f"the image shows {thing}", f"{thing} fills the picture", f"in the center there is {thing}",
-                        f"a single object , {thing}"])
+    first = rng.choice([f"the image shows {thing}", f"{thing} fills the picture",
+                        f"in the center there is {thing}", f"a single object , {thing}"])
     return f"{first} {background(rng, scene)}"
 
 
 PLACES = {(0, 0): "in the top left corner", (1, 0): "at the top edge", (2, 0): "in the top right corner",
           (0, 1): "at the left edge", (2, 1): "at the right edge",
-          (0, 2): "in the bottom left corner", (1, 2): "at the bottom edge", (2, 2): "in the bottom right corner"}
+          (0, 2): "in the bottom left corner", (1, 2): "at the bottom edge",
+          (2, 2): "in the bottom right corner"}
 RELATIONS = {(0, 1): "left of", (2, 1): "right of", (1, 0): "above", (1, 2): "below"}
 
 
@@ -143,7 +148,8 @@ def composite_caption(base, paste, setting, place, rng):
                    f"the image shows a {two} on the {other} , a {one} on the {side}"]
     else:
         one, two = f"large {one}", f"{ {'1/4': 'small', '1/9': 'little', '1/16': 'tiny'}[setting]} {two}"
-        choices = [f"a {one} with a {two} {PLACES[place]}", f"{PLACES[place]} there is a {two} , next to a {one}"]
+        choices = [f"a {one} with a {two} {PLACES[place]}",
+                   f"{PLACES[place]} there is a {two} , next to a {one}"]
     if place in RELATIONS:
         choices.append(f"a {two} {RELATIONS[place]} a {one}")
     return f"{rng.choice(choices)} {background(rng, base)}"
@@ -160,8 +166,9 @@ def place_of(box, setting):
 def make_captions(out, seed):
     """Captions of originals and composites, from the scenes and from where cutmix.py says it pasted what."""
     scenes = {scene["file"]: scene for scene in read_jsonl(out / "scenes.jsonl")}
-    write_jsonl(out / "captions.jsonl", [{"file": file, "caption": caption_of(scene, random.Random(f"{seed} {file}"))}
-                                         for file, scene in scenes.items()])
+    rows = [{"file": file, "caption": caption_of(scene, random.Random(f"{seed} {file}"))}
+            for file, scene in scenes.items()]
+    write_jsonl(out / "captions.jsonl", rows)
     rows = []
     for row in read_jsonl(out / "cutmix/cutmix.jsonl"):
         base, paste, setting = scenes[row["base"]], scenes[row["paste"]], row["setting"]
@@ -172,7 +179,7 @@ def make_captions(out, seed):
 
 
 def make_text_encoder(folder, texts, seed, dim=128):
-    """A tiny T5 with random weights and a tokenizer of the words in `texts`, saved as any T5 on the hub is."""
+    """A tiny random T5 and a tokenizer of the words in `texts`, saved as any T5 on the hub is."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
     words = ["<pad>", "</s>", "<unk>", *sorted({word for text in texts for word in text.split()})]
@@ -184,8 +191,8 @@ def make_text_encoder(folder, texts, seed, dim=128):
     torch.manual_seed(seed)
     t5 = T5EncoderModel(T5Config(vocab_size=len(words), d_model=dim, d_kv=32, d_ff=2 * dim, num_layers=2,
                                  num_heads=4, decoder_start_token_id=0))
-    # Trained heads look at neighbours; random ones everywhere, and "red circle, blue star" would be a bag of words.
-    # T5 learns a bias for each distance: 1, 2 are one and two words back, 17, 18 one and two words ahead.
+    # Trained heads look at neighbours, random ones everywhere: a caption would be a bag of words.
+    # T5 has a bias for each distance: 1, 2 are one and two words back, 17, 18 one and two words ahead.
     bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight            # (32, heads)
     bias.data.zero_()[[1, 2, 17, 18], range(4)] = 6.0
     t5.save_pretrained(folder)
@@ -197,7 +204,7 @@ def make_text_encoder(folder, texts, seed, dim=128):
 def train_vae(folder, minutes, seed=0):
     """Trains the toy's AutoencoderKL, on from what is in `folder` already, and saves it there in float16.
 
-    Its pictures are littered with shrunken ones, as cutmix.py will paste them, so that small objects survive."""
+    Its pictures are littered with shrunken ones, as cutmix.py pastes them, so that small objects survive."""
     rng = random.Random(seed)
     pool = [draw(random_scene(rng)) for _ in range(9000)]
     small = {side: [np.asarray(image.resize((side, side), Image.Resampling.LANCZOS)) for image in pool]
@@ -254,7 +261,8 @@ def train_vae(folder, minutes, seed=0):
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.half().contiguous() for name, tensor in average.items()},
               folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **vae.config}, indent=1) + "\n")
+    config = {"_class_name": "AutoencoderKL", **vae.config}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -264,7 +272,7 @@ TASKS = ["single_object", "two_object", "counting", "colors", "position", "color
 
 
 def make_prompts(out, count, seed):
-    """OUT/prompts-short.jsonl and OUT/prompts-long.jsonl, with GenEval's metadata (`tag`, `include`, `exclude`)."""
+    """OUT/prompts-short.jsonl and OUT/prompts-long.jsonl, with GenEval's metadata (`tag`, `include`, ...)."""
     short, long = [], []
     for task, n in product(TASKS, range(count)):
         rng = random.Random(f"{seed} {task} {n}")
@@ -309,7 +317,7 @@ def make_prompts(out, count, seed):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The detector, without a network: patches of colour are compared with all shapes in all sizes, also half hidden
+# The detector, without a network: patches of colour against all shapes in all sizes, also half hidden ones
 
 CHROMA = np.array(list(COLORS.values()), float) @ (np.eye(3) - 1 / 3)             # colours without their grey
 RADII = np.linspace(2.1, 5.3, 40) ** 2
@@ -338,7 +346,7 @@ def grow(words):
 
 
 def unmix(image):
-    """Each pixel's nearest palette colour and its share of the pixel; greys have no chroma, so mixing is linear."""
+    """Each pixel's nearest palette colour and its share of the pixel (linear: greys have no chroma)."""
     x = np.asarray(image.convert("RGB"), float) @ (np.eye(3) - 1 / 3)
     color = (x @ (CHROMA / np.linalg.norm(CHROMA, axis=1, keepdims=True)).T).argmax(2)
     return color, (x * CHROMA[color]).sum(2) / (CHROMA ** 2).sum(1)[color]
@@ -346,8 +354,10 @@ def unmix(image):
 
 @lru_cache
 def templates():
-    """All shapes and sizes at the upper left, 4 half-pixel shifts of each: masks, eroded, shape, width, height, area."""
-    scenes = [{"shape": shape, "radius": radius, "y": y, "x": x, "color": "red", "grey": "dark", "background": "plain"}
+    """All shapes and sizes at the upper left, 4 half-pixel shifts of each -> masks, eroded masks, shapes,
+    widths, heights, areas."""
+    plain = {"color": "red", "grey": "dark", "background": "plain"}
+    scenes = [{"shape": shape, "radius": radius, "y": y, "x": x, **plain}
               for shape, radius, y, x in product(SHAPES, RADII, (32, 32.5), (32, 32.5))]
     masks = [unmix(draw(scene))[1] > 0.5 for scene in scenes]
     x0, x1, y0, y1 = np.array([bounds(mask) for mask in masks]).T
@@ -358,11 +368,13 @@ def templates():
 
 
 def compare(mask, t, x, y):
-    """Scores of the templates number t (n,) with corners at x, y (n,) for a mask: their IoU outside of a rectangle
-    that may hide a part of the object, less for hiding much and for wrong edges."""
+    """Scores of the templates number t (n,) with corners at x, y (n,) for a mask: their IoU outside of a
+    rectangle that may hide a part of the object, less for hiding much and for wrong edges."""
     words, eroded, _, width, height, _ = templates()
-    x, y, near = x.clip(0, SIZE - width[t])[:, None].astype(U), y.clip(0, SIZE - height[t]), grow(mask[None])[0]
-    rows = slice(min(y.min(), np.nonzero(mask)[0][0]), max((y + height[t]).max(), np.nonzero(mask)[0][-1] + 1))
+    x, y = x.clip(0, SIZE - width[t])[:, None].astype(U), y.clip(0, SIZE - height[t])
+    near = grow(mask[None])[0]
+    filled = np.nonzero(mask)[0]
+    rows = slice(min(y.min(), filled[0]), max((y + height[t]).max(), filled[-1] + 1))
     at, mask, near, t = np.arange(SIZE)[rows] - y[:, None], mask[rows], near[rows], t[:, None]
     at[at < 0] = SIZE - 1                                               # every template's last row is empty
     whole, core = words[t, at] << x, eroded[t, at] << x                 # (n, rows)
@@ -373,15 +385,17 @@ def compare(mask, t, x, y):
     longest = np.maximum(rows.sum(1, keepdims=True), np.bitwise_count(columns))
     hidden = np.where(rows & (longest > np.where(width[t] < 32, 10, 3)), columns, U(0))
     around = grow(hidden)
-    right, wrong = count(whole & mask & ~hidden), count(mask & (~whole | hidden)) + count(whole & ~mask & ~around)
+    right = count(whole & mask & ~hidden)
+    wrong = count(mask & (~whole | hidden)) + count(whole & ~mask & ~around)
     share, edge = count(whole & around & ~mask) / count(whole), count(whole & ~core & ~around) + 1
     return right / (right + wrong) - 0.1 * share - 0.25 * wrong / edge - (share > 0.78)
 
 
 def fit(mask, color):
-    """A patch of colour -> (score, shape, color, mask): templates at the corners of its bounds, then near the best."""
+    """A patch of colour -> (score, shape, color, mask): templates at its corners, then near the best ones."""
     _, _, shapes, width, height, area = templates()
-    (x0, x1, y0, y1), part, words, shift = bounds(mask), mask.sum() / area, pack(mask), np.arange(len(area)) % 4
+    (x0, x1, y0, y1), words = bounds(mask), pack(mask)
+    part, shift = mask.sum() / area, np.arange(len(area)) % 4
     t = (width > x1 - x0 - 3) & (height > y1 - y0 - 3) & (part > 0.2) & (part < 1.3)
     t = np.nonzero(t & (shift % np.where(area < 300, 3, 4) == 0))[0]
     if not len(t):
@@ -398,8 +412,8 @@ def fit(mask, color):
 
 
 def detect(image):
-    """RGB image, 64 x 64 -> {shape: [{"box": [x0, y0, x1, y1] of what is visible, "score", "color"}, ...]}, most
-    confident first: GenEval's detections. Two patches of a colour may be one object that something lies across."""
+    """RGB image, 64 x 64 -> {shape: [{"box": [x0, y0, x1, y1] of what is visible, "score", "color"}, ...]},
+    most confident first, as GenEval's. Two patches of a colour may be one object with something across it."""
     (color, share), found, objects, used = unmix(image), [], {}, np.zeros((SIZE, SIZE), bool)
     for number, name in enumerate(COLORS):
         labels = ndimage.label((color == number) & (share > 0.5), BOX3)[0]
@@ -419,12 +433,12 @@ def detect(image):
 # Scores
 
 def score(folder, rows):
-    """GenEval's verdict on each image of a `--format geneval` folder -> list of (file, row, right, reason)."""
+    """GenEval's verdict on each image of a `--format geneval` folder -> [(file, row, right, reason), ...]."""
     results = []
     for p, row in enumerate(rows):
         for file in sorted((folder / f"{p:05d}" / "samples").glob("*.png")):
-            right, reason = geneval_verdict(detect(Image.open(file)), row, lambda found, shape: found["color"])
-            results.append((file, row, right, reason))
+            objects = detect(Image.open(file))
+            results.append((file, row, *geneval_verdict(objects, row, lambda found, shape: found["color"])))
     return results
 
 
@@ -462,31 +476,36 @@ def curve(rows, width=720, height=220):
 def report(out, tables, results):
     """OUT/report.html: the data, the noise strips, the loss, samples beside their prompts, the scores."""
     def cards(items, scale=2):
-        return '<div class="cards">' + "".join(f"<figure>{embed(image, scale, note)}<figcaption>{text}</figcaption>"
-                                               "</figure>" for image, text, note in items) + "</div>"
+        figures = (f"<figure>{embed(image, scale, note)}<figcaption>{text}</figcaption></figure>"
+                   for image, text, note in items)
+        return f'<div class="cards">{"".join(figures)}</div>'
 
     def examples(folder, captions):
         rows = read_jsonl(out / captions)
-        return cards([(Image.open(out / folder / row["file"]).convert("RGB"), html.escape(row["caption"]), row["file"])
+        return cards([(Image.open(out / folder / row["file"]), html.escape(row["caption"]), row["file"])
                       for row in rows[::max(1, len(rows) // 8)][:8]])
     head = "".join(f"<th>{task.replace('_', ' ')}</th>" for task in [*TASKS, "overall"])
-    body = "".join(f"<tr><td>{name}</td>" + "".join(f"<td>{value:.2f}</td>" for value in table.values()) + "</tr>"
-                   for name, table in tables.items())
+    body = ""
+    for name, table in tables.items():
+        cells = "".join(f"<td>{value:.2f}</td>" for value in table.values())
+        body += f"<tr><td>{name}</td>{cells}</tr>"
     shown = ""
     for task in TASKS:
         some = [r for r in results if r[1]["tag"] == task][:12]
+        verdict = {True: '<b class="right">right</b> ', False: '<b class="wrong">wrong</b> '}
         shown += f"<h3>{task.replace('_', ' ')}</h3>" + cards(
-            [(Image.open(file), f'<b class="{"right" if right else "wrong"}">{"right" if right else "wrong"}</b> '
-              f'{html.escape(row["prompt"])}', reason) for file, row, right, reason in some])
+            [(Image.open(file), verdict[bool(right)] + html.escape(row["prompt"]), reason)
+             for file, row, right, reason in some])
     page = f"""<!doctype html><meta charset="utf-8"><title>The toy paper</title>
-<style>body {{ font: 14px sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em }} h2 {{ margin-top: 2em }}
+<style>body {{ font: 14px sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em }}
+h2 {{ margin-top: 2em }}
 .cards {{ display: flex; flex-wrap: wrap; gap: 12px }} figure {{ margin: 0; width: 128px; font-size: 11px }}
 figure img {{ image-rendering: pixelated }} td, th {{ padding: 3px 10px; text-align: right }}
 td:first-child {{ text-align: left }} .right {{ color: #080 }} .wrong {{ color: #b00 }} </style>
 <h1>How far can we go with a toy ImageNet?</h1>
 <p>One DiT-I with long captions (TA) and CutMix composites (IA), trained by <code>python toy.py</code>.</p>
 <h2>Scores</h2><table><tr><th></th>{head}</tr>{body}</table>
-<p>A miniature of GenEval: share of images that are as asked, over {len(results)} images for each kind of prompt.</p>
+<p>A miniature of GenEval: share of images that are as asked, of {len(results)} for each kind of prompt.</p>
 <h2>Samples for long prompts</h2><p>Point at an image for the reason of its verdict.</p>{shown}
 <h2>Originals and their long captions</h2>{examples("images", "captions.jsonl")}
 <h2>CutMix composites and theirs</h2>{examples("cutmix", "captions-cutmix.jsonl")}
@@ -525,7 +544,7 @@ def main(argv=None):
     out, seed, tau = Path(args.out), args.seed, 0.4
     settings = {"images": args.images, "prompts": args.prompts, "seed": seed}
     if (out / "toy.json").exists() and json.loads((out / "toy.json").read_text()) != settings:
-        raise UserError(f"{out} holds a toy paper with other settings ({out / 'toy.json'}); choose another --out")
+        raise UserError(f"{out} has other settings (in toy.json); use them or choose another --out")
     with complete(out / "toy.json") as path:
         path.write_text(json.dumps(settings))
     vae = VAE.relative_to(Path.cwd()) if VAE.is_relative_to(Path.cwd()) else VAE
@@ -533,26 +552,28 @@ def main(argv=None):
     print(f"A toy ImageNet of {args.images} pictures in {out}, drawn", flush=True)
     if not (out / "scenes.jsonl").exists():
         make_world(out, args.images, seed)
-    run(cutmix, "--images", out / "images", "--out", out / "cutmix", "--size", SIZE, "--seed", seed, "--workers", 0)
-    run(cutmix, "--images", out / "images", "--out", out / "cutmix", "--size", SIZE, "--seed", seed, "--noise",
-        "--tau", tau)
+    mixed = ["--images", out / "images", "--out", out / "cutmix", "--size", SIZE, "--seed", seed]
+    run(cutmix, *mixed, "--workers", 0)
+    run(cutmix, *mixed, "--noise", "--tau", tau)
     run(caption, "aio", "--images", out / "images", "--out", out / "captions-aio.jsonl")
-    print("\nLong captions, from the scenes (in LLaVA's stead); short and long prompts; a tiny T5", flush=True)
+    print("\nLong captions from the scenes (in LLaVA's stead), short and long prompts, a tiny T5", flush=True)
     make_captions(out, seed)
     make_prompts(out, args.prompts, seed)
     if not (out / "t5/model.safetensors").exists():
-        names = ("captions.jsonl", "captions-cutmix.jsonl", "captions-aio.jsonl", "prompts-short.jsonl", "prompts-long.jsonl")
-        make_text_encoder(out / "t5", [row.get("caption") or row["prompt"] for name in names
-                                       for row in read_jsonl(out / name)], seed)
+        names = ["captions", "captions-cutmix", "captions-aio", "prompts-short", "prompts-long"]
+        rows = [row for name in names for row in read_jsonl(out / f"{name}.jsonl")]
+        make_text_encoder(out / "t5", [row.get("caption") or row["prompt"] for row in rows], seed)
     encoders = ["--vae", vae, "--text-encoder", out / "t5", "--size", SIZE, "--workers", 0]
-    run(encode, "--images", out / "images", "--captions", out / "captions.jsonl", "--out", out / "encoded", *encoders)
-    run(encode, "--images", out / "cutmix", "--captions", out / "captions-cutmix.jsonl", "--out",
-        out / "encoded-cutmix", *encoders)
-    run(train, "--model", "dit", "--preset", "toy", "--data", out / "encoded", "--augmented", out / "encoded-cutmix",
-        "--p", 0.5, "--tau", tau, "--out", out / "dit", "--steps", args.steps, "--batch-size", 64,
-        "--optimizer", "adamw", "--lr", 3e-3, "--betas", 0.9, 0.98, "--warmup", 50, "--schedule-steps", args.steps,
-        "--rate", 1, "--clip", 1, "--ema", 0.99, "--seed", seed, "--log-every", 20, "--save-every", 100,
-        "--sample-every", 500, "--sample-steps", 30, "--guidance", 3, "--clamp", 3)
+    for images, captions, encoded in (("images", "captions", "encoded"),
+                                      ("cutmix", "captions-cutmix", "encoded-cutmix")):
+        run(encode, "--images", out / images, "--captions", out / f"{captions}.jsonl", "--out", out / encoded,
+            *encoders)
+    run(train, "--model", "dit", "--preset", "toy", "--data", out / "encoded", "--augmented",
+        out / "encoded-cutmix", "--p", 0.5, "--tau", tau, "--out", out / "dit", "--steps", args.steps,
+        "--batch-size", 64, "--optimizer", "adamw", "--lr", 3e-3, "--betas", 0.9, 0.98, "--warmup", 50,
+        "--schedule-steps", args.steps, "--rate", 1, "--clip", 1, "--ema", 0.99, "--seed", seed,
+        "--log-every", 20, "--save-every", 100, "--sample-every", 500, "--sample-steps", 30, "--guidance", 3,
+        "--clamp", 3)
     tables, results = {}, {}
     for kind in ("short", "long"):
         run(sample, "--checkpoint", out / "dit", "--prompts", out / f"prompts-{kind}.jsonl", "--out",

@@ -242,7 +242,8 @@ def open_data(args):
             raise UserError(f"{args.data} and {args.augmented} differ in {key} ({original.meta[key]} and "
                             f"{augmented.meta[key]}): encode both with the same encoders")
     # Which pictures and captions these are: a run does not go on with others.
-    args.originals, args.composites = (d and d.meta.get("list_of_images_and_captions") for d in (original, augmented))
+    args.originals = original.meta.get("list_of_images_and_captions")
+    args.composites = augmented and augmented.meta.get("list_of_images_and_captions")
     return original, augmented
 
 
