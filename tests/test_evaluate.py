@@ -769,7 +769,7 @@ def test_colour_embeddings_average_the_benchmarks_three_templates(models):
     image = Image.fromarray(RNG(3).integers(0, 256, (40, 40, 3), dtype=np.uint8))
     means = [sum(clip.texts([template.format(color)])[0] for template in (
         "a photo of a {} dog", "a photo of a {}-colored dog", "a photo of a {} object")) for color in evaluate.COLORS]
-    scores = [float(F.cosine_similarity(mean, clip.pictures([clip.prepare(image.crop((4, 4, 30, 36)))])[0], 0))
+    scores = [float(F.cosine_similarity(mean, clip.images([image.crop((4, 4, 30, 36))])[0], 0))
               for mean in means]
     color = evaluate.color_judge(lambda: clip)(image, {"box": [4, 4, 30, 36]}, "dog")
     assert color == evaluate.COLORS[int(np.argmax(scores))]
