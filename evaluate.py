@@ -2,9 +2,9 @@
 
     python evaluate.py quality --real imagenet/val --fake samples
 
-`quality` and `clip` make Table 1, `geneval` Table 2, `dpg` Table 3; `compare` sets results side by side. Each
-prints its table in Markdown and adds to results.json beside the images (scores, settings, hashes of the weights,
-counts, versions). `evaluate.py COMMAND --help` says what a command needs.
+`quality` and `clip` make Table 1, `geneval` Table 2, `dpg` Table 3; `compare` sets results side by side.
+Each prints its table in Markdown and adds to results.json beside the images (scores, settings, hashes of the
+weights, counts, versions). `evaluate.py COMMAND --help` says what a command needs.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from encode import fetch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # mean, deviation of pixels: DINOv2, Mask2Former
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)              # CLIP
-CLIP = "openai/clip-vit-large-patch14"
+INCEPTION, CLIP = "pt_inception-2015-12-05-6726825d.pth", "openai/clip-vit-large-patch14"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -76,9 +76,9 @@ def prdc(real, fake, k=3):
     """Precision, recall (Kynkäänniemi et al. 2019), density, coverage (Naeem et al. 2020), as clovaai's prdc.
 
     real (N, D), fake (M, D), arrays or tensors -> {"precision", "recall", "density", "coverage"}. A sample's
-    ball reaches to the k-th neighbour in its own set, itself not counted; its border is outside. 128 rows at a
-    time, so memory grows with N + M, not N x M. Distances are float32; the few too close to a border for that
-    are computed again in float64. Raises UserError for k samples or fewer."""
+    ball reaches to the k-th neighbour in its own set, itself not counted; its border is outside. 128 rows at
+    a time, so memory grows with N + M, not N x M. Distances are float32; the few too close to a border for
+    that are computed again in float64. Raises UserError for k samples or fewer."""
     real, fake = (x if x.dtype == torch.float64 else x.float() for x in map(torch.as_tensor, (real, fake)))
     if not 1 <= k < min(len(real), len(fake)):
         raise UserError(f"k = {k} neighbours need more than k images: real {len(real)}, fake {len(fake)}")
@@ -99,7 +99,7 @@ def prdc(real, fake, k=3):
         radius = torch.empty(len(z), dtype=torch.float64, device=z.device)
         for rows, d in distances(z, zz, z, zz):                             # (128, N)
             d[torch.arange(len(rows)), rows] = torch.inf                    # nobody is his own neighbour
-            near = d.topk(min(k + 8, len(z) - 1), largest=False).indices    # 8 more: float32 may misplace some
+            near = d.topk(min(k + 8, len(z) - 1), largest=False).indices    # 8 more, as float32 may misplace
             radius[rows] = exact(x[rows, None], x[near]).kthvalue(k).values
         return radius
 
@@ -120,7 +120,8 @@ def prdc(real, fake, k=3):
         pairs += len(i)
         recalled[inside(rows, d, Q[None])[0]] = True        # r_i in the ball of f_j
     precision, recall, coverage = (float(x.double().mean()) for x in (precise, recalled, covered))
-    return {"precision": precision, "recall": recall, "density": pairs / (k * len(fake)), "coverage": coverage}
+    density = pairs / (k * len(fake))
+    return {"precision": precision, "recall": recall, "density": density, "coverage": coverage}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ class Conv(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches {name: [(channels, kernel, stride), ...]} side by side; kernel "fork" is 1 x 3 beside 3 x 1."""
+    """Branches {name: [(channels, kernel, stride), ...]} side by side; kernel "fork": 1 x 3 beside 3 x 1."""
 
     def __init__(self, width, pool, **branches):
         super().__init__()
@@ -214,11 +215,9 @@ class Inception(nn.Module):
         if weights is not None:
             try:
                 self.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-            except OSError as error:
-                raise UserError(f"{weights}: {error.strerror}") from None
-            except Exception:  # noqa: BLE001               a wrong file fails in any of a dozen ways
-                raise UserError(f"{weights}: not the Inception weights of FID "
-                                "(pt_inception-2015-12-05-6726825d.pth or torch-fidelity's)") from None
+            except Exception as error:  # noqa: BLE001      a wrong file fails in any of a dozen ways
+                reason = getattr(error, "strerror", None) or "not the Inception weights of FID"
+                raise UserError(f"{weights}: {reason} ({INCEPTION} or torch-fidelity's)") from None
 
     def load_state_dict(self, state, *options, **more):
         kept = {name: x for name, x in state.items() if not name.startswith(("fc.", "AuxLogits."))}
@@ -238,8 +237,7 @@ class Inception(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # Images and models from outside
 
-def read(path):
-    return open_image(path, 1 << 16)                        # no JPEG is so large that it gets reduced
+read = functools.partial(open_image, size=1 << 16)          # no JPEG is so large that it gets reduced
 
 
 def normalised(image, mean, std):
@@ -249,8 +247,8 @@ def normalised(image, mean, std):
 
 
 def batches(folder, files, load, size, total=None):
-    """Yields ([file], [load(path)]) of up to `size` files, while threads load the next ones. What cannot be read
-    is left out: skipped.jsonl names it, stderr the first; UserError where that is all `total` images."""
+    """Yields ([file], [load(path)]) of up to `size` files, while threads load the next ones. What cannot be
+    read is left out: skipped.jsonl names it, stderr the first; UserError where that is all `total` images."""
     def attempt(file):
         try:
             return file, load(Path(folder, file))
@@ -258,7 +256,7 @@ def batches(folder, files, load, size, total=None):
             skipped[file] = str(error)
     skipped, coming, total = {}, [], total or len(files)
     parts = [files[i:i + size] for i in range(0, len(files), size)]
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor() as pool:
         for part in tqdm([*parts, []], disable=len(parts) < 3):
             loaded, coming = coming, [pool.submit(attempt, file) for file in part]
             loaded = [pair for pair in (future.result() for future in loaded) if pair]
@@ -280,9 +278,8 @@ def write_jsonl(path, rows):
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def stamp(path):
-    status = os.stat(path)
-    return f"{status.st_size}:{status.st_mtime_ns}"
+def stamp(folder, file):
+    return "{0.st_size}:{0.st_mtime_ns}".format(os.stat(Path(folder, file)))
 
 
 @functools.cache
@@ -296,42 +293,44 @@ def weights_hash(name):
     return sha256(fetch(name, "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"))
 
 
+@functools.cache
 def pretrained(name, kind, companion=None, **options):
-    """Folder or hub id -> (model of class `kind` in eval mode on DEVICE, its `companion`: a tokenizer or processor).
-
-    UserError where there is none, or the weights are those of another class."""
+    """Folder or hub id -> (model of transformers' class `kind` in eval mode on DEVICE, its `companion`: a
+    tokenizer or processor). UserError where there is none, or the weights are those of another class."""
+    import transformers
     weights_hash(name)                                      # says so where there is no such model
     try:
-        model, info = kind.from_pretrained(name, output_loading_info=True, **options)
-        companion = companion and companion.from_pretrained(name)
+        model, info = getattr(transformers, kind).from_pretrained(name, output_loading_info=True, **options)
+        companion = companion and getattr(transformers, companion).from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{name}: does not load as {kind.__name__} ({reason})") from None
+        raise UserError(f"{name}: does not load as {kind} ({reason})") from None
     if len(info["missing_keys"]) > len(model.state_dict()) / 10:
         raise UserError(f"{name}: these are not the weights of a {type(model).__name__}")
     return model.eval().to(DEVICE), companion
 
 
 def judged(folder, files, log, models, judge, given):
-    """Yields (file, image, row) for each image: what models say of it, from the JSONL file `given` by the user, or
-    else {"file", **judge(file, image)}, kept in folder/log (with what the caller adds to it), so that a killed
-    run goes on; judged again where the image or `models` (hashes) have changed. Raises UserError."""
+    """Yields (file, image, row), a row being what models say of the image: from the JSONL file `given` by the
+    user, or else judge(file, image), kept in folder/log with what the caller adds to it, so that a killed run
+    goes on there; judged again where the image or `models` (hashes) have changed. Raises UserError."""
     path, rows = Path(given or Path(folder, log)), {}
     for row in read_jsonl(path) if given or path.exists() else []:
         file = row.get("file")
-        if file in files and (given or row["models"] == models and row["stamp"] == stamp(Path(folder, file))):
+        made_of = row.get("models"), row.get("stamp")
+        if file in files and (given or made_of == (models, stamp(folder, file))):
             rows[file] = row
     missing = [file for file in files if file not in rows]
-    if given and missing:
-        raise UserError(f"{given}: no line for {missing[0]} and {len(missing) - 1} more images")
     if not given:
         write_jsonl(path, rows.values())                    # without a torn line
+    elif missing:
+        raise UserError(f"{given}: no line for {missing[0]} and {len(missing) - 1} more images")
     for [file], [image] in batches(folder, files, read, 1):
         row = rows.get(file) or {"file": file, **judge(file, image)}
         yield file, image, row
         if file not in rows:
             with open(path, "a", encoding="utf-8") as out:
-                out.write(json.dumps({**row, "models": models, "stamp": stamp(Path(folder, file))}) + "\n")
+                out.write(json.dumps({**row, "models": models, "stamp": stamp(folder, file)}) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -343,8 +342,8 @@ NETWORKS, SAVE_EVERY = ("inception", "dino"), 128           # batches
 def features(source, args, models):
     """A folder of images, or a file of --save-stats -> {"inception": (N, 2048), "dino": (N, 1024)} float32.
 
-    A folder's are kept in its .features/, a file for each `models` (hashes): a later run computes only those of
-    new or changed images. Raises UserError."""
+    A folder's are kept in its .features/, a file for each `models` (hashes): a later run computes only those
+    of new or changed images. Raises UserError."""
     if source.endswith(".safetensors"):
         try:
             with safe_open(source, "pt") as stored:
@@ -354,8 +353,9 @@ def features(source, args, models):
         except (OSError, SafetensorError, TypeError, KeyError, ValueError):
             raise UserError(f"{source}: not a file that --save-stats wrote") from None
     files, rows, old = list_images(source), {}, {}          # rows: {file: its two features}
-    stamps = {file: stamp(Path(source, file)) for file in files}
-    path = Path(source, ".features", hashlib.sha256("".join(models).encode()).hexdigest()[:16] + ".safetensors")
+    stamps = {file: stamp(source, file) for file in files}
+    key = hashlib.sha256("".join(models).encode()).hexdigest()[:16]
+    path = Path(source, ".features", f"{key}.safetensors")
     if path.exists():
         with safe_open(path, "pt") as stored:
             old = json.loads(stored.metadata()["stamps"])
@@ -366,7 +366,7 @@ def features(source, args, models):
         kept = {file: stamps[file] for file in files if file in rows}
         table = dict(zip(NETWORKS, map(torch.stack, zip(*map(rows.get, kept)))))
         if save:
-            with contextlib.suppress(OSError, SafetensorError), complete(path) as temporary:   # read-only folder
+            with contextlib.suppress(OSError, SafetensorError), complete(path) as temporary:     # read-only
                 save_file(table, temporary, {"stamps": json.dumps(kept)})
         return table
 
@@ -377,8 +377,7 @@ def features(source, args, models):
 
     todo = [file for file in files if file not in rows]
     if todo:
-        from transformers import Dinov2Model
-        inception, dino = Inception(args.inception).to(DEVICE), pretrained(args.dino, Dinov2Model)[0]
+        inception, dino = Inception(args.inception).to(DEVICE), pretrained(args.dino, "Dinov2Model")[0]
     for count, (names, images) in enumerate(batches(source, todo, load, 64, len(files)), 1):
         x, y = (torch.stack(part).to(DEVICE) for part in zip(*images))  # (B, 3, 299, 299), (B, 3, 224, 224)
         with torch.no_grad():
@@ -394,12 +393,10 @@ def quality(args):
     if not args.fake and not args.save_stats:
         raise UserError("give --fake, or --save-stats: --real alone has nothing to be compared with")
     if not args.inception:
-        name = "pt_inception-2015-12-05-6726825d.pth"
-        args.inception = str(Path(torch.hub.get_dir(), "checkpoints", name))
+        args.inception = os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION)
         if not os.path.exists(args.inception):
-            os.makedirs(os.path.dirname(args.inception), exist_ok=True)
-            url = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{name}"
-            torch.hub.download_url_to_file(url, args.inception, hash_prefix="6726825d")
+            url = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
+            torch.hub.load_state_dict_from_url(url, weights_only=True, check_hash=True)
     weights = {args.inception: sha256(args.inception), args.dino: weights_hash(args.dino)}
     models = list(weights.values())
     real = features(args.real, args, models)
@@ -408,44 +405,37 @@ def quality(args):
             save_file(real, path, {"models": json.dumps(models)})
     if args.fake:
         fake = features(args.fake, args, models)
-        counts = {"real": len(real["dino"]), "fake": len(fake["dino"])}
-        (inception, dino), (inception_fake, dino_fake) = (
-            [side[name].to(DEVICE) for name in NETWORKS] for side in (real, fake))
-        scores = {"fid": frechet_distance(inception, inception_fake),
-                  "fid_dino": frechet_distance(dino, dino_fake), **prdc(dino, dino_fake, args.k)}
-        skipped = 0 if args.fake.endswith(".safetensors") else len(list_images(args.fake)) - counts["fake"]
-        finish(args.fake, "quality", args, scores, weights, {**counts, "skipped": skipped})
+        (x, u), (y, v) = ([side[name].to(DEVICE) for name in NETWORKS] for side in (real, fake))
+        scores = {**prdc(u, v, args.k), "fid": frechet_distance(x, y), "fid_dino": frechet_distance(u, v)}
+        counts = {"real": len(x), "fake": len(y), "skipped": len(list_images(args.fake)) - len(y)}
+        finish(args.fake, "quality", args, scores, weights, counts)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Table 1, `clip`: does the image show what the prompt says?
 
-class Clip:
-    """A CLIP of transformers: PIL images, texts -> unit vectors (B, D), on the CPU."""
-
-    def __init__(self, name):
-        from transformers import AutoTokenizer, CLIPModel
-        self.model, self.tokenizer = pretrained(name, CLIPModel, AutoTokenizer)
-        self.size = self.model.config.vision_config.image_size                              # 224
-        self.length = self.model.config.text_config.max_position_embeddings                 # 77
-
-    def prepare(self, image):                               # PIL -> (3, 224, 224): shorter side, centre crop
-        short, size = min(image.size), self.size
+@torch.no_grad()
+def clip_images(name, images):
+    """PIL images -> unit vectors (B, D) of a CLIP, on the CPU."""
+    model, _ = pretrained(name, "CLIPModel", "AutoTokenizer")
+    prepared, size = [], model.config.vision_config.image_size                              # 224
+    for image in images:                                    # shorter side to 224, then centre crop
+        short = min(image.size)
         image = image.resize([int(size * side / short) for side in image.size], Image.Resampling.BICUBIC)
         left, top = (round((side - size) / 2) for side in image.size)
-        return normalised(image.crop((left, top, left + size, top + size)), *OPENAI)
+        prepared.append(normalised(image.crop((left, top, left + size, top + size)), *OPENAI))
+    pooled = model.vision_model(torch.stack(prepared).to(DEVICE)).pooler_output
+    return F.normalize(model.visual_projection(pooled), dim=-1).cpu()
 
-    @torch.no_grad()
-    def images(self, images):
-        x = torch.stack([self.prepare(image) for image in images]).to(DEVICE)
-        return F.normalize(self.model.visual_projection(self.model.vision_model(x).pooler_output), dim=-1).cpu()
 
-    @torch.no_grad()
-    def texts(self, texts):
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.length,
-                                return_tensors="pt").to(DEVICE)
-        pooled = self.model.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
-        return F.normalize(self.model.text_projection(pooled), dim=-1).cpu()
+@torch.no_grad()
+def clip_texts(name, texts):
+    """Texts, cut after 77 tokens -> unit vectors (B, D) of a CLIP, on the CPU."""
+    model, tokenizer = pretrained(name, "CLIPModel", "AutoTokenizer")
+    tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt",
+                       max_length=model.config.text_config.max_position_embeddings).to(DEVICE)
+    pooled = model.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
+    return F.normalize(model.text_projection(pooled), dim=-1).cpu()
 
 
 def clip(args):
@@ -455,42 +445,44 @@ def clip(args):
         raise UserError(f"{args.samples}: no samples in it")
     if not all(isinstance(row.get(key), str) for row in rows for key in ("file", "prompt")):
         raise UserError(f'{args.samples}: every line needs a "file" and a "prompt"')
-    prompts, model, weights = {row["file"]: row["prompt"] for row in rows}, Clip(args.clip), [args.clip]
-    measures, cosines = {"clip": (model.images, model.texts)}, {"clip": [], "jina": []}
+    prompts, weights = {row["file"]: row["prompt"] for row in rows}, {args.clip: weights_hash(args.clip)}
+    measures = {"clip": (functools.partial(clip_images, args.clip), functools.partial(clip_texts, args.clip))}
     if args.trust_remote_code:
-        from transformers import AutoModel
-        jina, _ = pretrained(args.jina, AutoModel, trust_remote_code=True)
-        measures["jina"] = jina.encode_image, jina.encode_text
-        weights.append(args.jina)
+        jina, _ = pretrained(args.jina, "AutoModel", trust_remote_code=True)
+        measures["jina"], weights[args.jina] = (jina.encode_image, jina.encode_text), weights_hash(args.jina)
     else:
         notes.append(f"Jina score left out: {args.jina} brings its own code (--trust-remote-code runs it)")
+    cosines = {name: [] for name in measures}
     for files, images in batches(folder, list(prompts), read, 32):
-        for name, (encode_images, encode_texts) in measures.items():
-            x, y = encode_images(list(images)), encode_texts([prompts[file] for file in files])     # (B, D)
-            cosines[name].append(F.cosine_similarity(*(torch.as_tensor(z).double().cpu() for z in (x, y))))
+        for name, encode in measures.items():
+            pair = zip(encode, (list(images), [prompts[file] for file in files]))
+            x, y = (torch.as_tensor(embed(part)).double().cpu() for embed, part in pair)    # (B, D)
+            cosines[name].append(F.cosine_similarity(x, y))
     scores = {}
-    for name in measures:
-        score = 100 * torch.cat(cosines[name]).clamp(min=0)
+    for name, values in cosines.items():
+        score = 100 * torch.cat(values).clamp(min=0)
         scores[name] = float(score.mean())
         scores[f"{name}_error"] = float(score.std(correction=int(len(score) > 1)) / len(score) ** 0.5)
-    finish(folder, "clip", args, scores, {name: weights_hash(name) for name in weights},
-           {"samples": len(score), "skipped": len(prompts) - len(score)}, notes)
+    counts = {"samples": len(score), "skipped": len(prompts) - len(score)}
+    finish(folder, "clip", args, scores, weights, counts, notes)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Table 2, `geneval`: the objects that are seen, their places and colours, against what the prompt asks for
 
-TASKS = "single_object", "two_object", "counting", "colors", "position", "color_attr"
+TASKS = {"single_object": "One obj. ↑", "two_object": "Two obj. ↑", "counting": "Count. ↑",
+         "colors": "Col. ↑", "position": "Pos. ↑", "color_attr": "Col. attr. ↑"}
 COLORS = "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"
 CONFIDENT, CONFIDENT_COUNTING, MOST = 0.3, 0.9, 16          # detections above this, at most so many a class
 NEAR, TURN = 0.1, 0.5                                       # share of both sizes; of the offset, on one axis
-COCO = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,
-parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,
-suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,
-bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,
-chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,cell phone,
-microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush
-""".replace("\n", "").split(",")
+COCO = """\
+person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,
+parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,
+handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,
+surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,
+broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,
+laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,
+book,clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(",")
 
 
 def relations(a, b):
@@ -539,11 +531,12 @@ def geneval_verdict(objects, metadata, color_of):
 
 
 @torch.no_grad()
-def detect(model, image):
-    """Mask2Former on an RGB PIL image -> {class: [{"box", "score", "mask" (H, W) bool}, ...]}.
+def detect(name, image):
+    """Mask2Former `name` on an RGB PIL image -> {class: [{"box", "score", "mask" (H, W) bool}, ...]}.
 
     As in mmdet, with which GenEval was made: the 100 best (query, class) pairs; score = class probability x
     mean probability of the mask's pixels; masks may overlap; boxes around them, right, bottom exclusive."""
+    model, _ = pretrained(name, "Mask2FormerForUniversalSegmentation")
     names = COCO if len(model.config.id2label) == 80 else model.config.id2label     # GenEval says "tv remote"
     (width, height), scale = image.size, min(800 / min(image.size), 1333 / max(image.size))
     w, h = int(width * scale + 0.5), int(height * scale + 0.5)
@@ -569,23 +562,22 @@ def detect(model, image):
     return found
 
 
-def color_judge(clip):
-    """clip() -> Clip makes color(image, object, class) -> one of ten, by CLIP zero-shot on the object alone:
-    what is outside its mask painted #999, then cropped to its box."""
-    @functools.cache
-    def classifier(name):                                                                   # (10, D)
-        templates = "a photo of a {} " + name, "a photo of a {}-colored " + name, "a photo of a {} object"
-        texts = [clip().texts([template.format(color) for template in templates]).mean(0) for color in COLORS]
-        return F.normalize(torch.stack(texts), dim=-1)
+@functools.cache
+def color_texts(clip, name):
+    """The ten colours of a thing of class `name`, as embeddings (10, D)."""
+    templates = "a photo of a {} " + name, "a photo of a {}-colored " + name, "a photo of a {} object"
+    means = [clip_texts(clip, [text.format(color) for text in templates]).mean(0) for color in COLORS]
+    return F.normalize(torch.stack(means), dim=-1)
 
-    def color(image, thing, name):
-        if "mask" in thing:
-            grey = Image.new("RGB", image.size, "#999")
-            image = Image.composite(image, grey, Image.fromarray(thing["mask"]))
-        x0, y0, x1, y1 = map(round, thing["box"][:4])
-        image = image.crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)))
-        return COLORS[int((classifier(name) @ clip().images([image])[0]).argmax())]
-    return color
+
+def color_of_object(clip, image, thing, name):
+    """One of COLORS, by CLIP zero-shot on the object alone: #999 outside its mask, cropped to its box."""
+    if "mask" in thing:
+        grey = Image.new("RGB", image.size, "#999")
+        image = Image.composite(image, grey, Image.fromarray(thing["mask"]))
+    x0, y0, x1, y1 = map(round, thing["box"][:4])
+    crop = image.crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)))
+    return COLORS[int((color_texts(clip, name) @ clip_images(clip, [crop])[0]).argmax())]
 
 
 def read_geneval(folder):
@@ -607,51 +599,51 @@ def read_geneval(folder):
     return images
 
 
-def geneval_folder(folder, given, models, detector, color):
-    """A folder of images -> scores, counts. Writes detections.jsonl, and geneval.jsonl in GenEval's form."""
-    images, verdicts, right = read_geneval(folder), [], {}
-    for file, image, row in judged(folder, list(images), "detections.jsonl", models,
-                                   lambda file, image: {"objects": detect(detector(), image)}, given):
-        def color_of(thing, name, image=image):
-            thing["color"] = thing.get("color") or color(image, thing, name)
-            return thing["color"]
-        metadata = images[file]
-        floor = CONFIDENT_COUNTING if metadata["tag"] == "counting" else CONFIDENT
-        try:
-            seen = {name: sorted((thing for thing in things if thing["score"] > floor),
-                                 key=lambda thing: -thing["score"])[:MOST]
-                    for name, things in row["objects"].items()}
-            correct, reason = geneval_verdict(seen, metadata, color_of)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise UserError(f"{Path(folder, file)}: its metadata.jsonl or detections lack something "
-                            f"({type(error).__name__}: {error})") from None
-        for things in row["objects"].values():              # masks served for the colours, and are not kept
-            for thing in things:
-                thing.pop("mask", None)
-        verdicts.append({"filename": file, "tag": metadata["tag"], "prompt": metadata["prompt"],
-                         "correct": correct, "reason": reason})
-        right.setdefault(metadata["tag"], []).append(correct)
-    write_jsonl(Path(folder, "geneval.jsonl"), verdicts)
-    scores = {tag: float(np.mean(values)) for tag, values in right.items()}     # a task: mean over its images
-    counts = {"prompts": len({file.split("/")[0] for file in images}), "images": len(verdicts),
-              "skipped": len(images) - len(verdicts)}
-    return {"overall": float(np.mean(list(scores.values()))), **scores}, counts     # overall: mean over tasks
+def verdict_on(folder, file, image, row, metadata, clip):
+    """(correct, reason) for one image and its detections `row`, in which the colours asked for are kept."""
+    floor = CONFIDENT_COUNTING if metadata["tag"] == "counting" else CONFIDENT
+
+    def color_of(thing, name):
+        thing["color"] = thing.get("color") or color_of_object(clip, image, thing, name)
+        return thing["color"]
+    try:
+        seen = {name: [thing for thing in sorted(things, key=lambda thing: -thing["score"])
+                       if thing["score"] > floor][:MOST] for name, things in row["objects"].items()}
+        verdict = geneval_verdict(seen, metadata, color_of)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise UserError(f"{Path(folder, file)}: its metadata.jsonl or detections lack something "
+                        f"({type(error).__name__}: {error})") from None
+    for thing in (thing for things in row["objects"].values() for thing in things):
+        thing.pop("mask", None)                             # it served for the colours, and is not kept
+    return verdict
 
 
 def geneval(args):
     """Table 2: GenEval's six tasks, on --images (original prompts, ◇) and --extended (extended ones, ★)"""
-    from transformers import Mask2FormerForUniversalSegmentation
-    detector = functools.cache(lambda: pretrained(args.detector, Mask2FormerForUniversalSegmentation)[0])
-    color = color_judge(functools.cache(lambda: Clip(args.clip)))           # both are loaded when needed
     folders = [folder for folder in (args.images, args.extended) if folder]
     given = args.detections or [None] * len(folders)
     if len(given) != len(folders):
         raise UserError("--detections: one file for --images, a second one for --extended if it is given")
     weights = {} if args.detections else {name: weights_hash(name) for name in (args.detector, args.clip)}
     scores, counts, notes = {}, {}, []
-    for name, folder, file in zip(("original", "extended"), folders, given):
-        scores[name], counts[name] = geneval_folder(folder, file, list(weights.values()), detector, color)
-        absent = ", ".join(tag for tag in TASKS if tag not in scores[name])
+
+    def judge(file, image):
+        return {"objects": detect(args.detector, image)}
+    for prompts, folder, detections in zip(("original", "extended"), folders, given):
+        images, verdicts, right = read_geneval(folder), [], {}
+        models = list(weights.values())
+        for file, image, row in judged(folder, list(images), "detections.jsonl", models, judge, detections):
+            metadata = images[file]
+            correct, reason = verdict_on(folder, file, image, row, metadata, args.clip)
+            right.setdefault(metadata["tag"], []).append(correct)
+            verdicts.append({"filename": file, "tag": metadata["tag"], "prompt": metadata["prompt"],
+                             "correct": correct, "reason": reason})
+        write_jsonl(Path(folder, "geneval.jsonl"), verdicts)                # in the form of GenEval's results
+        tasks = {tag: float(np.mean(values)) for tag, values in right.items()}      # over a task's images
+        scores[prompts] = {"overall": float(np.mean(list(tasks.values()))), **tasks}    # mean over the tasks
+        counts[prompts] = {"prompts": len({file.split("/")[0] for file in images}), "images": len(verdicts),
+                           "skipped": len(images) - len(verdicts)}
+        absent = ", ".join(tag for tag in TASKS if tag not in tasks)
         notes += [f"{folder}: no prompts of {absent}, overall is without them"] if absent else []
     finish(args.images, "geneval", args, scores, weights, counts, notes)
 
@@ -675,18 +667,17 @@ def dpg_score(answers, dependency):
 def read_questions(path):
     """dpg_bench.csv -> {prompt id: {question id: (question, [parent ids], level-1 category)}}, all lines
     (the official script passes over the first question). Raises UserError."""
-    needed, prompts = {"item_id", "proposition_id", "dependency", "tuple", "question_natural_language"}, {}
+    prompts, needed = {}, {"item_id", "proposition_id", "dependency", "tuple", "question_natural_language"}
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         try:
-            missing = needed.difference(reader.fieldnames or ())
-            if missing:
+            if missing := needed.difference(reader.fieldnames or ()):
                 raise UserError(f"{path}: no column {', '.join(sorted(missing))}")
             for row in reader:
                 category = re.split("[(-]", row["tuple"])[0].strip()        # "attribute - color (car, red)"
                 parents = [int(parent) for parent in row["dependency"].split(",")]
-                prompts.setdefault(row["item_id"], {})[int(row["proposition_id"])] = (
-                    row["question_natural_language"], parents, category)
+                question = row["question_natural_language"], parents, category
+                prompts.setdefault(row["item_id"], {})[int(row["proposition_id"])] = question
         except (ValueError, TypeError, AttributeError, csv.Error) as error:
             raise UserError(f"{path} line {reader.line_num}: not a question of DPG-Bench ({error})") from None
     if not prompts:
@@ -694,21 +685,17 @@ def read_questions(path):
     return prompts
 
 
-def vqa_judge(name):
-    """Folder or hub id of a VQA model -> ask(PIL image, questions) -> [bool]."""
-    from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
-    model, processor = pretrained(name, AutoModelForVisualQuestionAnswering, AutoProcessor)
-
-    @torch.no_grad()
-    def ask(image, questions):
-        inputs = processor([image] * len(questions), questions, padding=True, return_tensors="pt").to(DEVICE)
-        if model.can_generate():                            # BLIP says words, ViLT chooses a label
-            tokens = model.generate(**inputs, max_new_tokens=10)
-            said = processor.batch_decode(tokens, skip_special_tokens=True)
-        else:
-            said = [model.config.id2label[int(n)] for n in model(**inputs).logits.argmax(-1)]
-        return [re.match(r"\W*yes\b", text, re.IGNORECASE) is not None for text in said]
-    return ask
+@torch.no_grad()
+def ask(name, image, questions):
+    """What a VQA model (folder or hub id) says to yes-or-no questions about a PIL image -> [bool]."""
+    model, processor = pretrained(name, "AutoModelForVisualQuestionAnswering", "AutoProcessor")
+    inputs = processor([image] * len(questions), questions, padding=True, return_tensors="pt").to(DEVICE)
+    if model.can_generate():                                # BLIP says words, ViLT chooses a label
+        tokens = model.generate(**inputs, max_new_tokens=10)
+        said = processor.batch_decode(tokens, skip_special_tokens=True)
+    else:
+        said = [model.config.id2label[int(n)] for n in model(**inputs).logits.argmax(-1)]
+    return [re.match(r"\W*yes\b", text, re.IGNORECASE) is not None for text in said]
 
 
 def dpg(args):
@@ -719,17 +706,18 @@ def dpg(args):
         raise UserError(f"{args.images}: no image is named after a prompt of {args.questions}, "
                         f"like {min(prompts)}.png")
     args.judge, weights = args.answers or args.vqa, {} if args.answers else {args.vqa: weights_hash(args.vqa)}
-    ask, sizes, scores, categories = functools.cache(lambda: vqa_judge(args.vqa)), set(), [], {}
+    scores, categories, sizes = [], {}, set()
 
     def judge(file, grid):
         sizes.add(grid.size)
-        (width, height), half = grid.size, grid.width // 2
+        (width, height), half, questions = grid.size, grid.width // 2, prompts[Path(file).stem]
         if width != height or width % 2 or len(sizes) > 1:
-            raise UserError(f"{Path(args.images, file)}: {width} x {height} pixels are not a 2 x 2 grid of square "
-                            "images, as large as the others (sample.py --format dpg makes them)")
-        questions = {str(q): text for q, (text, *_) in prompts[Path(file).stem].items()}
-        quarters = [grid.crop((x, y, x + half, y + half)) for y in (0, half) for x in (0, half)]
-        return {"answers": [dict(zip(questions, ask()(image, list(questions.values())))) for image in quarters]}
+            raise UserError(f"{Path(args.images, file)}: {width} x {height} pixels are not a 2 x 2 grid of "
+                            "square images, as large as the others (sample.py --format dpg makes them)")
+        texts = [text for text, *_ in questions.values()]
+        quarters = (0, 0), (half, 0), (0, half), (half, half)
+        said = [ask(args.vqa, grid.crop((x, y, x + half, y + half)), texts) for x, y in quarters]
+        return {"answers": [dict(zip(map(str, questions), answers)) for answers in said]}
 
     models = [*weights.values(), sha256(args.questions)]
     for file, _, row in judged(args.images, known, "answers.jsonl", models, judge, args.answers):
@@ -738,8 +726,8 @@ def dpg(args):
             answers = [{q: str(one[str(q)]).lower() in ("true", "yes", "1") for q in questions}
                        for one in row["answers"] or [{}]]
         except (KeyError, TypeError):
-            raise UserError(f'{args.judge}: "answers" of {file} must list, for each image, {{question id: true '
-                            f"or false}}, with ids {', '.join(map(str, questions))}") from None
+            raise UserError(f'{args.judge}: "answers" of {file} must list, for each image, {{question id: '
+                            f"true or false}}, with ids {', '.join(map(str, questions))}") from None
         dependency = {q: parents for q, (_, parents, _) in questions.items()}
         scores.append(np.mean([dpg_score(one, dependency) for one in answers]))     # over a prompt's images
         for q, (*_, category) in questions.items():
@@ -750,20 +738,20 @@ def dpg(args):
         notes.append(f"{len(prompts) - len(known)} of {len(prompts)} prompts have no image, "
                      f"{len(files) - len(known)} of {len(files)} images no prompt")
     means = {"overall": np.mean(scores), **{name: np.mean(values) for name, values in categories.items()}}
-    finish(args.images, "dpg", args, {name: 100 * float(value) for name, value in means.items()},
-           {**weights, args.questions: models[-1]},
-           {"prompts": len(scores), "skipped": len(known) - len(scores)}, notes)
+    means = {name: 100 * float(value) for name, value in means.items()}
+    counts = {"prompts": len(scores), "skipped": len(known) - len(scores)}
+    finish(args.images, "dpg", args, means, {**weights, args.questions: models[-1]}, counts, notes)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Tables in the paper's order, results.json, command line
 
-TABLES = [                                                  # title, sections of results.json, {score: heading}
+TABLES = [                                                  # title, sections, {score: heading}
     ("Table 1: image quality, alignment", ("quality", "clip"), {
-        "fid": "FID Inc. ↓", "fid_dino": "FID DINOv2 ↓", "precision": "P ↑", "recall": "R ↑", "density": "D ↑",
-        "coverage": "C ↑", "clip": "CLIPScore ↑", "jina": "Jina ↑"}),
-    ("Table 2: GenEval (◇ original prompts, ★ extended prompts)", ("geneval",), dict(zip(("overall", *TASKS), (
-        "Overall ↑", "One obj. ↑", "Two obj. ↑", "Count. ↑", "Col. ↑", "Pos. ↑", "Col. attr. ↑")))),
+        "fid": "FID Inc. ↓", "fid_dino": "FID DINOv2 ↓", "precision": "P ↑", "recall": "R ↑",
+        "density": "D ↑", "coverage": "C ↑", "clip": "CLIPScore ↑", "jina": "Jina ↑"}),
+    ("Table 2: GenEval (◇ original prompts, ★ extended prompts)", ("geneval",), {
+        "overall": "Overall ↑", **TASKS}),
     ("Table 3: DPG-Bench", ("dpg",), {name: f"{name.capitalize()} ↑" for name in (*CATEGORIES, "overall")})]
 
 
@@ -779,7 +767,7 @@ def print_tables(results):
         rows = [(name, scores) for name, scores in rows if columns.keys() & scores.keys()]
         shown = [key for key in columns if any(key in scores for _, scores in rows)]
         if rows:
-            print(f"\n{title}\n\n| | {' | '.join(columns[key] for key in shown)} |\n|---|{'--:|' * len(shown)}")
+            print(f"\n{title}\n\n| | {' | '.join(map(columns.get, shown))} |\n|---|{'--:|' * len(shown)}")
         for name, scores in rows:
             cells = []
             for key in shown:
@@ -799,7 +787,7 @@ def finish(folder, section, args, scores, weights, counts, notes=()):
     try:
         results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         results[section] = {
-            "scores": scores, "settings": settings, "weights": weights, "counts": counts, "notes": list(notes),
+            "scores": scores, "settings": settings, "weights": weights, "counts": counts, "notes": notes,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     except (ValueError, TypeError):
         raise UserError(f"{path}: not JSON as evaluate.py writes it; move it away") from None
@@ -850,9 +838,9 @@ def main(argv=None):
     add = command(geneval)
     add("--images", required=True, metavar="FOLDER", help="from sample.py --format geneval, original prompts")
     add("--extended", metavar="FOLDER", help="the same from extended prompts")
-    add("--detections", metavar="FILE", nargs="+", help='instead of a detector, lines {"file": '
-        '"00000/samples/0000.png", "objects": {class: [{"box": [x0, y0, x1, y1], "score": 0.9}]}}; with '
-        '"color" where CLIP is not to tell it; a second file for --extended')
+    add("--detections", metavar="FILE", nargs="+", help="instead of a detector, JSONL (for --images, for "
+        '--extended): {"file": "00000/samples/0000.png", "objects": {class: [{"box": [x0, y0, x1, y1], '
+        '"score": 0.9}]}}, with "color" where CLIP is not to tell it')
     add("--detector", default="facebook/mask2former-swin-small-coco-instance", help="folder or hub id")
     add("--clip", default=CLIP, help="CLIP, which tells colours: folder or hub id")
     add = command(dpg)

@@ -105,7 +105,7 @@ def measured(which, n, D):
 
 
 def section_evaluate():
-    """P/R/D/C against whole distance matrices, and the Fréchet distance against scipy's matrix square root."""
+    """P/R/D/C against whole distance matrices, the Fréchet distance against scipy's matrix square root."""
     import multiprocessing
 
     import numpy as np
@@ -118,8 +118,9 @@ def section_evaluate():
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found.append(pool.apply(measured, (which, n, D)))
     (ours, t, memory), (full, t_full, memory_full) = found
-    print(f"evaluate: prdc of {n} and {n} x {D}: {t:.1f} s, {memory / 2 ** 20:.0f} MB; whole matrices {t_full:.1f} s, "
-          f"{memory_full / 2 ** 20:.0f} MB; {t / t_full:.2f} of the time, {memory / memory_full:.3f} of the memory; "
+    print(f"evaluate: prdc of {n} and {n} x {D}: {t:.1f} s, {memory / 2 ** 20:.0f} MB; "
+          f"whole matrices {t_full:.1f} s, {memory_full / 2 ** 20:.0f} MB; "
+          f"{t / t_full:.2f} of the time, {memory / memory_full:.3f} of the memory; "
           f"results differ by at most {max(abs(ours[key] - full[key]) for key in ours):.1e}")
     n, D = int(os.environ.get("BENCHMARK_N", "10000")), int(os.environ.get("BENCHMARK_D", "2048"))
     a, b = (np.random.default_rng(seed).normal(size=(n, D)) * np.geomspace(1, 1e-3, D) for seed in (0, 1))
@@ -131,7 +132,8 @@ def section_evaluate():
     root = scipy.linalg.sqrtm(S_a @ S_b).real
     t_root = time.perf_counter() - start
     theirs = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(S_a + S_b - 2 * root)
-    print(f"evaluate: frechet_distance of {n} and {n} x {D}: {t:.1f} s with covariances; sqrtm alone {t_root:.1f} s; "
+    print(f"evaluate: frechet_distance of {n} and {n} x {D}: {t:.1f} s with covariances; "
+          f"sqrtm alone {t_root:.1f} s; "
           f"{t / t_root:.2f} of its time; {ours:.6g} and {theirs:.6g}")
 
 

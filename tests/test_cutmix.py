@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import cutmix
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SETTINGS = ("1/2", "1/4", "1/9", "1/16")
 
@@ -25,7 +25,8 @@ SETTINGS = ("1/2", "1/4", "1/9", "1/16")
 def photo(seed, size=(60, 45)):
     """A picture that no other seed gives: smooth colours, so that JPEG keeps it nearly as it is."""
     rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    small = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.BICUBIC)
 
 
 def photos(folder, classes=4, each=6, suffix="png", size=(60, 45)):
@@ -34,6 +35,11 @@ def photos(folder, classes=4, each=6, suffix="png", size=(60, 45)):
         for k in range(each):
             photo(100 * c + k, size).save(folder / f"class{c}" / f"{k}.{suffix}")
     return folder
+
+
+def main(*args):
+    """In this process, unless the arguments ask for workers."""
+    cutmix.main(["--workers", "0", *map(str, args)])
 
 
 def run(*args, check=True, **env):
@@ -52,7 +58,7 @@ def rows_of(out):
     return [json.loads(line) for line in (out / "cutmix.jsonl").read_text().splitlines()]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Geometry: against the paper's words, written down again in another way
 
 def allowed(setting, size):
@@ -128,13 +134,14 @@ def test_a_composite_is_the_base_outside_the_box_and_the_second_photo_inside(set
     if setting == "1/2":
         assert np.array_equal(inside, np.asarray(paste64.crop(box)))           # full resolution, its own half
     else:
-        assert np.array_equal(inside, np.asarray(paste64.resize((x1 - x0, y1 - y0), Image.Resampling.HAMMING)))
+        smaller = paste64.resize((x1 - x0, y1 - y0), Image.Resampling.HAMMING)
+        assert np.array_equal(inside, np.asarray(smaller))
     outside = np.ones((64, 64), bool)
     outside[y0:y1, x0:x1] = False
     assert np.array_equal(np.asarray(picture)[outside], np.asarray(base64)[outside])
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Reading images
 
 def test_every_kind_of_picture_becomes_the_same_rgb(tmp_path):
@@ -194,7 +201,8 @@ def test_nothing_is_squashed(tmp_path):
 def test_decoding_a_jpeg_at_reduced_scale_loses_nothing_that_can_be_seen(tmp_path):
     rng = np.random.default_rng(0)
     octaves = [np.asarray(Image.fromarray(rng.integers(0, 256, (5 << k, 6 << k, 3), dtype=np.uint8))
-                          .resize((1504, 1200), Image.Resampling.BICUBIC), np.float32) / 2 ** k for k in range(8)]
+                          .resize((1504, 1200), Image.Resampling.BICUBIC), np.float32) / 2 ** k
+               for k in range(8)]
     big = Image.fromarray((sum(octaves) / 2).astype(np.uint8))                  # a natural photo's spectrum
     big.save(tmp_path / "big.jpg", quality=95)
     with Image.open(tmp_path / "big.jpg") as image:
@@ -204,7 +212,7 @@ def test_decoding_a_jpeg_at_reduced_scale_loses_nothing_that_can_be_seen(tmp_pat
     assert 10 * np.log10(255 ** 2 / (error ** 2).mean()) > 40                   # dB
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The data set
 
 @pytest.fixture(scope="module")
@@ -212,8 +220,7 @@ def small(tmp_path_factory):
     """24 photos of 4 classes, and the composites `all` of 3 passes over them."""
     folder = tmp_path_factory.mktemp("small")
     photos(folder / "photos")
-    cutmix.main(["--images", str(folder / "photos"), "--out", str(folder / "out"), "--size", "32", "--times", "3",
-                 "--workers", "0"])
+    main("--images", folder / "photos", "--out", folder / "out", "--size", 32, "--times", 3)
     return folder
 
 
@@ -222,7 +229,8 @@ def test_each_photo_is_the_base_once_a_pass_and_its_partner_is_of_another_class(
     assert [row["base"] for row in rows] == files * 3
     for i, row in enumerate(rows):
         assert row["file"] == f"00000/{i:09d}.jpg"
-        assert row["base_class"] == row["base"].split("/")[0] and row["paste_class"] == row["paste"].split("/")[0]
+        assert row["base_class"] == row["base"].split("/")[0]
+        assert row["paste_class"] == row["paste"].split("/")[0]
         assert row["base_class"] != row["paste_class"]
         assert tuple(row["box"]) in allowed(row["setting"], 32)
     assert len({(row["base"], row["paste"]) for row in rows}) > 60              # another partner in each pass
@@ -241,11 +249,10 @@ def test_the_manifest_tells_what_is_in_the_picture(small):
 
 
 def test_colours_do_not_bleed_over_a_seam(tmp_path):
-    for c, colour in enumerate(["red", "blue"]):
+    for colour in ("red", "blue"):
         (tmp_path / "photos" / colour).mkdir(parents=True)
         Image.new("RGB", (64, 64), colour).save(tmp_path / "photos" / colour / "0.png")
-    cutmix.main(["--images", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--size", "60", "--setting", "1/9",
-                 "--workers", "0"])
+    main("--images", tmp_path / "photos", "--out", tmp_path / "out", "--size", 60, "--setting", "1/9")
     row = rows_of(tmp_path / "out")[0]
     picture = np.asarray(Image.open(tmp_path / "out" / row["file"])).astype(int)
     x0, y0, x1, y1 = row["box"]
@@ -275,23 +282,21 @@ def test_a_flat_folder_works_and_no_photo_meets_itself(tmp_path):
     (tmp_path / "photos").mkdir()
     for k in range(3):
         photo(k).save(tmp_path / "photos" / f"{k}.png")
-    cutmix.main(["--images", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--size", "16", "--times", "20",
-                 "--workers", "0"])
+    main("--images", tmp_path / "photos", "--out", tmp_path / "out", "--size", 16, "--times", 20)
     rows = rows_of(tmp_path / "out")
     assert len(rows) == 60 and all(row["base"] != row["paste"] and row["base_class"] == "" for row in rows)
 
 
 def test_neither_workers_nor_ranks_change_a_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(cutmix, "A_FOLDER", 5)
-    images = str(photos(tmp_path / "photos"))
-    common = ["--images", images, "--size", "16", "--out"]
-    cutmix.main([*common, str(tmp_path / "one"), "--workers", "0"])
-    cutmix.main([*common, str(tmp_path / "three"), "--workers", "3"])
-    cutmix.main([*common, str(tmp_path / "many"), "--workers", "40"])           # more workers than photos
+    common = ["--images", photos(tmp_path / "photos"), "--size", 16, "--out"]
+    main(*common, tmp_path / "one")
+    main(*common, tmp_path / "three", "--workers", 3)
+    main(*common, tmp_path / "many", "--workers", 40)                           # more workers than photos
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (1, 0):                                 # one after the other: no rank waits for another
         monkeypatch.setenv("RANK", str(rank))
-        cutmix.main([*common, str(tmp_path / "ranks"), "--workers", "0"])
+        main(*common, tmp_path / "ranks")
         assert (tmp_path / "ranks" / "cutmix.jsonl").exists() == (rank == 0)
     one = tree(tmp_path / "one")
     assert len(one) == 24 + 5 + 3 and one == tree(tmp_path / "three") == tree(tmp_path / "many")
@@ -301,9 +306,10 @@ def test_neither_workers_nor_ranks_change_a_byte(tmp_path, monkeypatch):
 def test_two_ranks_at_once_give_the_files_of_one(tmp_path):
     images = photos(tmp_path / "photos", each=500, size=(20, 16))
     run("--images", images, "--out", tmp_path / "one", "--size", 16, "--workers", 0)
-    ranks = [subprocess.Popen([sys.executable, ROOT / "cutmix.py", "--images", images, "--out", tmp_path / "two",
-                               "--size", "16", "--workers", "1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}) for rank in (0, 1)]
+    command = [sys.executable, ROOT / "cutmix.py", "--images", images, "--out", tmp_path / "two"]
+    ranks = [subprocess.Popen([*command, "--size", "16", "--workers", "1"], stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL,
+                              env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"}) for rank in "01"]
     said = [rank.communicate()[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
@@ -347,8 +353,7 @@ def test_broken_photos_are_named_counted_and_never_used(tmp_path, capsys):
     broken = {"class0/zero.jpg", "class1/cut.jpg", "class2/text.png", "class3/gone.jpg"}
     photo(77).save(images / "class3" / "ein Bär, 0.jpg")                        # a space, a comma, not ASCII
     photo(78).save(os.fsencode(images / "class3") + b"/latin-\xe4.png")         # not even UTF-8
-    cutmix.main(["--images", str(images), "--out", str(tmp_path / "out"), "--size", "16", "--times", "4", "--workers",
-                 "2"])
+    main("--images", images, "--out", tmp_path / "out", "--size", 16, "--times", 4, "--workers", 2)
     rows = rows_of(tmp_path / "out")
     skipped = cutmix.read_jsonl(tmp_path / "out" / "skipped.jsonl")
     assert {row["file"] for row in skipped} == broken and len(skipped) == 4
@@ -364,18 +369,19 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path):
     photos(tmp_path / "two", classes=2)
     (tmp_path / "empty").mkdir()
     out = tmp_path / "out"
-    cutmix.main(["--images", str(tmp_path / "two"), "--out", str(tmp_path / "begun"), "--size", "16", "--workers", "0"])
+    begun = ["--images", tmp_path / "two", "--out", tmp_path / "begun", "--size"]
+    main(*begun, 16)
     for args, said in [(["--images", tmp_path / "nowhere", "--out", out], "no such folder"),
                        (["--images", tmp_path / "empty", "--out", out], "no images in it"),
                        (["--images", tmp_path / "one", "--out", out], "one class only"),
                        (["--images", tmp_path / "two", "--out", out, "--size", 4], "--size 4"),
                        (["--images", tmp_path / "two", "--out", out, "--times", 0], "--times 0"),
                        (["--images", tmp_path / "two", "--out", tmp_path / "two" / "out"], "inside --images"),
-                       (["--images", tmp_path / "two", "--out", tmp_path / "begun", "--size", 32], "size 16")]:
+                       ([*begun, 32], "size 16")]:
         done = run(*args, check=False)
         assert done.returncode == 2 and said in done.stderr, (args, done.stderr)
         assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert run("--images", tmp_path / "two", "--out", out, check=False, RANK="2", WORLD_SIZE="2").returncode == 2
+    assert run(*begun, 16, check=False, RANK="2", WORLD_SIZE="2").returncode == 2
     assert not out.exists()
 
 
@@ -387,8 +393,8 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_loses_nothing(tmp_path, worke
     noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     noise.save(images / "class2" / "3.png")             # noise does not compress
     out = tmp_path / "out"
-    limited = ("import resource, sys; sys.path.insert(0, sys.argv[1]); import cutmix; make = cutmix.make\n"
-               "def full(*job): resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); yield from make(*job)\n"
+    limited = ("import resource as r, sys; sys.path.insert(0, sys.argv[1]); import cutmix; make = cutmix.make\n"
+               "def full(*job): r.setrlimit(r.RLIMIT_FSIZE, (2000, 2000)); yield from make(*job)\n"
                "cutmix.make = full; cutmix.command_line(lambda: cutmix.main(sys.argv[2:]))")
     args = ["--images", str(images), "--out", str(out), "--size", "32", "--workers", str(workers)]
     done = subprocess.run([sys.executable, "-c", limited, ROOT, *args], check=False,
@@ -407,15 +413,14 @@ def test_a_dead_worker_is_reported(tmp_path, monkeypatch):
     images = photos(tmp_path / "photos", classes=2)
     monkeypatch.setattr(cutmix, "composite", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(cutmix.UserError, match="killed"):
-        cutmix.main(["--images", str(images), "--out", str(tmp_path / "out"), "--workers", "1"])
+        main("--images", images, "--out", tmp_path / "out", "--workers", 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Sheets, JSONL, speed
 
 def test_the_sheets_show_every_setting_and_mark_tau(small, tmp_path):
-    cutmix.main(["--images", str(small / "photos"), "--out", str(tmp_path), "--size", "32", "--preview", "--noise",
-                 "--tau", "0.35"])
+    main("--images", small / "photos", "--out", tmp_path, "--size", 32, "--preview", "--noise", "--tau", 0.35)
     preview, noise = Image.open(tmp_path / "preview.png"), Image.open(tmp_path / "noise.png")
     assert preview.height >= 4 * 32 and preview.width >= 6 * 32
     red = (np.asarray(noise) == (255, 0, 0)).all(-1).all(0)          # columns that are red from top to bottom
