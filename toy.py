@@ -44,6 +44,7 @@ COLORS = {"red": (222, 40, 40), "yellow": (240, 205, 30), "green": (30, 165, 60)
           "blue": (45, 75, 225), "purple": (160, 50, 185)}
 GREYS = {"dark": 60, "grey": 128, "light": 205}
 BACKGROUNDS = ["plain", "striped", "checkered"]
+SCALE = 2.0             # standard deviation of the scaled latents
 VAE = Path(__file__).resolve().parent / "assets" / "toy-vae"
 
 
@@ -204,7 +205,9 @@ def make_text_encoder(folder, texts, seed, dim=128):
 def train_vae(folder, minutes, seed=0):
     """Trains the toy's AutoencoderKL, on from what is in `folder` already, and saves it there in float16.
 
-    Its pictures are littered with shrunken ones, as cutmix.py pastes them, so that small objects survive."""
+    Its pictures are littered with shrunken ones, as cutmix.py pastes them, so that small objects survive. In
+    the last third the encoder rests and the decoder learns to draw clean shapes from latents that are a little
+    off, as those of a small diffusion model are."""
     rng = random.Random(seed)
     pool = [draw(random_scene(rng)) for _ in range(9000)]
     small = {side: [np.asarray(image.resize((side, side), Image.Resampling.LANCZOS)) for image in pool]
@@ -213,17 +216,17 @@ def train_vae(folder, minutes, seed=0):
 
     def picture():
         image, kind = rng.choice(pool).copy(), rng.random()
-        for _ in range(8 if kind < 0.65 else 0):
+        for _ in range(8 if kind < 0.4 else 1 if kind < 0.7 else 0):
             side = rng.choice([32, 21, 21, 16, 16])
             x, y = rng.randint(0, SIZE - side), rng.randint(0, SIZE - side)
             image[y:y + side, x:x + side] = rng.choice(small[side])
-        if 0.65 < kind < 0.8:
+        if 0.7 < kind < 0.85:
             half = rng.choice([np.s_[:, 32:], np.s_[32:]])
             image[half] = rng.choice(pool)[half]
         return image
 
     def to_tensor(images):
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1     # (B, 3, 64, 64)
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, 64, 64)
 
     torch.manual_seed(seed)
     vae = encode.AutoencoderKL(latent_channels=8, block_out_channels=(32, 32, 64), layers_per_block=1,
@@ -234,30 +237,37 @@ def train_vae(folder, minutes, seed=0):
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99))
     bar, start = tqdm(desc="autoencoder", unit="step"), time.time()
     while (done := (time.time() - start) / 60 / minutes) < 1:
+        whole = done < 2 / 3
+        part = done * 1.5 if whole else done * 3 - 2                # of this phase: warm-up, a half cosine
         for group in optimizer.param_groups:
-            group["lr"] = train.lr_at(done, 2e-3, 0.02, 1, 1)           # warm-up, then the whole half cosine
+            group["lr"] = train.lr_at(part, 2e-3 if whole else 1e-3, 0.02, 1, 1)
+        vae.encoder.requires_grad_(whole)
+        vae.quant_conv.requires_grad_(whole)
         x = to_tensor([picture() for _ in range(64)])
         with torch.autocast("cpu", torch.bfloat16):
             mean, std = (z.float() for z in vae.encode(x))
-            error = vae.decode(mean + std * torch.randn_like(mean)).float() - x
+            off = 0 if whole else 0.4 * torch.rand(64, 1, 1, 1)
+            error = vae.decode(mean + (std ** 2 + off ** 2) ** 0.5 * torch.randn_like(mean)).float() - x
         edges = (x - F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, 1)).abs().mean(1, keepdim=True)
-        weight = 1 + 2 * edges / edges.mean()                      # what tells shapes apart is at their edges
-        loss = (weight * (error.abs() + error ** 2)).mean() / weight.mean()
+        weight = 1 + 2 * edges / edges.mean()                       # what tells shapes apart is at their edges
+        loss = (weight * (error.abs() + error ** 2 * whole)).mean() / weight.mean()
         loss = loss + 2e-3 * 0.5 * (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         for name, tensor in vae.state_dict().items():
-            average[name].lerp_(tensor, max(0.001, 20 / (bar.n + 21)))
+            average[name].lerp_(tensor, max(0.002, 20 / (bar.n + 21)))
         bar.update()
         if bar.n % 50 == 0:
             bar.set_postfix(L1=f"{error.abs().mean().item():.4f}")
     bar.close()
     vae.load_state_dict(average)
-    with torch.no_grad():                                               # scaled latents have unit variance
+    with torch.no_grad():
         mean, std = vae.encode(to_tensor(pool[:1000]))
-    vae.config["scaling_factor"] = round((mean.var() + (std ** 2).mean()).item() ** -0.5, 4)
+    # Scaled latents have a standard deviation of SCALE, not 1 as Stable Diffusion's: noise of one level hides
+    # far more of 8 x 8 positions than of 32 x 32 (Chen 2023); with larger latents it means the same again.
+    vae.config["scaling_factor"] = round(SCALE * (mean.var() + (std ** 2).mean()).item() ** -0.5, 4)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.half().contiguous() for name, tensor in average.items()},
               folder / "diffusion_pytorch_model.safetensors")

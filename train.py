@@ -160,7 +160,7 @@ def make_optimizer(model, args):
               {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
     if args.optimizer == "lamb":
         return Lamb(groups, args.lr, tuple(args.betas))
-    return torch.optim.AdamW(groups, args.lr, tuple(args.betas), foreach=True)
+    return torch.optim.AdamW(groups, args.lr, tuple(args.betas), fused=True)
 
 
 @torch.no_grad()

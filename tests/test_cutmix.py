@@ -393,7 +393,8 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_loses_nothing(tmp_path, worke
     noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     noise.save(images / "class2" / "3.png")             # noise does not compress
     out = tmp_path / "out"
-    limited = ("import resource as r, sys; sys.path.insert(0, sys.argv[1]); import cutmix; make = cutmix.make\n"
+    limited = ("import resource as r, sys; sys.path.insert(0, sys.argv[1])\n"
+               "import cutmix; make = cutmix.make\n"
                "def full(*job): r.setrlimit(r.RLIMIT_FSIZE, (2000, 2000)); yield from make(*job)\n"
                "cutmix.make = full; cutmix.command_line(lambda: cutmix.main(sys.argv[2:]))")
     args = ["--images", str(images), "--out", str(out), "--size", "32", "--workers", str(workers)]
