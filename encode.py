@@ -2,7 +2,7 @@
 
     python encode.py --images imagenet/train --captions captions.jsonl --out encoded/train
 
-Both encoders are frozen and training reads every picture some 200 times, so their work is done once. Kept are
+Training reads every picture some 200 times, so the work of the two frozen encoders is done once. Kept are
 mean and std of the latents (training draws x_0 from them, anew each time) and the last hidden states of T5's
 encoder, at most 256 tokens, unpadded. There are no flipped copies: captions say left and right.
 
@@ -20,6 +20,7 @@ import os
 import re
 import textwrap
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -167,58 +168,43 @@ class AutoencoderKL(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # Loading encoders, from a folder or from the hub
 
-def fetch(path_or_repo, *names):
-    """The first of `names` in a local folder or, where there is no such folder, in a hub repository -> Path.
-
-    Raises UserError: no such folder or repository, hub out of reach, none of the names there."""
-    folder, what = Path(path_or_repo), " or ".join(names)
-    if folder.is_dir():
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name
-        raise UserError(f"{folder}: no {what} in it")
-    # What leads into a folder that exists is a mistyped path: asking the hub would only cost time.
-    if (not re.fullmatch(r"([\w.-]+/)?[\w.-]+", str(path_or_repo)) or folder.exists()
-            or folder.parent != Path(".") and folder.parent.exists()):
-        raise UserError(f"{folder}: no such folder")
-    from huggingface_hub import errors, hf_hub_download
-    for cached, name in itertools.product((True, False), names):    # what is here already needs no network
-        try:
-            return Path(hf_hub_download(str(path_or_repo), name, local_files_only=cached))
-        except Exception as error:  # noqa: BLE001       no such repository, a licence to accept, no network, ...
-            absent = isinstance(error, errors.EntryNotFoundError)
-            if not cached and (not absent or isinstance(error, errors.LocalEntryNotFoundError)):
-                raise UserError(f"{folder}: no such folder, and not on the hub ({one_line(error)})") from None
-    raise UserError(f"{folder}: no {what} in this repository of the hub")
-
-
 def one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def fetch(path_or_repo, *names):
+    """The first of `names` in a local folder or, where there is no such folder, in a hub repository -> Path.
+    Raises UserError: no such folder or repository, hub out of reach, none of the names there."""
+    folder = Path(path_or_repo)
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    mistyped = folder.parent != Path(".") and folder.parent.exists()        # do not wait for the hub
+    if not folder.exists() and not mistyped:
+        from huggingface_hub import errors, hf_hub_download
+        for cached, name in itertools.product((True, False), names):        # what is here needs no network
+            try:
+                return Path(hf_hub_download(str(path_or_repo), name, local_files_only=cached))
+            except Exception as error:  # no such repository, a licence to accept, ...
+                if not cached and not isinstance(error, errors.RemoteEntryNotFoundError):
+                    raise UserError(f"{folder}: no such folder, and not on the hub ({one_line(error)})")
+    raise UserError(f"{folder}: no such folder, or no {' or '.join(names)} in it")
+
+
 def load_vae(path_or_repo, device="cpu", dtype=torch.float32):
     """A folder or hub repository in diffusers' format -> AutoencoderKL in eval mode. Raises UserError.
-
-    Reads the older folders too: config without `scaling_factor`, attention named query/key/value/proj_attn or
-    made of 1 x 1 convolutions, `.bin` for want of safetensors (read with `weights_only=True`); and those of
-    whole pipelines, which have it in `vae/`."""
-    config = fetch(path_or_repo, "config.json", "vae/config.json")
-    file = fetch(path_or_repo, *(f"{folder}diffusion_pytorch_model.{suffix}"
-                                 for suffix in ("safetensors", "bin") for folder in ("", "vae/")))
+    Old: without `scaling_factor`, attention query/key/value/proj_attn or of 1 x 1 convolutions."""
+    config = fetch(path_or_repo, "config.json")
+    weights = fetch(path_or_repo, "diffusion_pytorch_model.safetensors")
+    new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}      # today's names
     try:
-        config = json.loads(config.read_text())
-        if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-            raise ValueError(f"it is a {config['_class_name']}")
-        known = inspect.signature(AutoencoderKL).parameters
-        vae = AutoencoderKL(**{k: v for k, v in config.items() if k in known})
-        weights = (load_file(file) if file.suffix == ".safetensors" else
-                   torch.load(file, map_location="cpu", weights_only=True))
-        new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+        known, config = inspect.signature(AutoencoderKL).parameters, json.loads(config.read_text())
+        vae = AutoencoderKL(**{name: value for name, value in config.items() if name in known})
         vae.load_state_dict({re.sub(r"\.(query|key|value|proj_attn)\.", lambda old: f".{new[old[1]]}.", name):
                              tensor[:, :, 0, 0] if ".attentions." in name and tensor.ndim == 4 else tensor
-                             for name, tensor in weights.items()})
-    except Exception as error:  # noqa: BLE001           half a download, other shapes, code for numbers, ...
-        raise UserError(f"{path_or_repo}: no AutoencoderKL of diffusers ({one_line(error)})") from None
+                             for name, tensor in load_file(weights).items()})
+    except Exception as error:  # noqa: BLE001           half a download, other shapes, text for numbers, ...
+        raise UserError(f"{path_or_repo}: no AutoencoderKL of diffusers ({one_line(error)})")
     return vae.eval().requires_grad_(False).to(device, dtype)
 
 
@@ -230,7 +216,7 @@ def load_text_encoder(path_or_repo, device="cpu", dtype=torch.float32):
         tokenizer = AutoTokenizer.from_pretrained(path_or_repo)
         t5, report = T5EncoderModel.from_pretrained(path_or_repo, dtype=dtype, output_loading_info=True)
     except Exception as error:  # noqa: BLE001           transformers raises almost anything on a wrong folder
-        raise UserError(f"{path_or_repo}: not a T5 with its tokenizer ({one_line(error)})") from None
+        raise UserError(f"{path_or_repo}: not a T5 with its tokenizer ({one_line(error)})")
     for name in [*report["missing_keys"], *report["mismatched_keys"]]:   # they would be random numbers
         raise UserError(f"{path_or_repo}: not a T5 encoder's weights ({name} is missing or does not fit)")
     return tokenizer, t5.eval().requires_grad_(False).to(device)
@@ -239,9 +225,7 @@ def load_text_encoder(path_or_repo, device="cpu", dtype=torch.float32):
 @torch.no_grad()
 def encode_text(tokenizer, t5, captions, max_tokens=256):
     """B captions -> text (B, L, D), the last hidden states, and mask (B, L) bool, True where a token is.
-
-    L is the longest of the batch; a caption of more than `max_tokens` (paper: 256) loses its end. The empty
-    prompt is one token, </s>."""
+    A caption of more than `max_tokens` (paper: 256) loses its end. The empty prompt is one token, </s>."""
     tokens = tokenizer(list(captions), padding=True, truncation=True, max_length=max_tokens,
                        return_tensors="pt").to(t5.device)                                             # (B, L)
     text = t5(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
@@ -251,11 +235,7 @@ def encode_text(tokenizer, t5, captions, max_tokens=256):
 # ------------------------------------------------------------------------------------------------------------
 # Reading an encoded data set
 
-VERSION = 1
-
-
-def shard_name(k):
-    return f"{k:05d}.safetensors"
+shard_name = "{:05d}.safetensors".format
 
 
 def open_shard(path):
@@ -265,14 +245,13 @@ def open_shard(path):
         with safe_open(path, "pt") as shard:
             return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118   it is no dict
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged, delete it and run its encode.py command again ({error})") from None
+        raise UserError(f"{path}: damaged, delete it and run its encode.py command again ({error})")
 
 
 def samples_of(path):
-    """-> {"files", "captions", "skipped"}, lists: a shard's metadata. They are one entry because safetensors
-    writes several in random order, and a shard that is made again must have the same bytes."""
+    """-> {"files", "captions", "skipped"}: a shard's lists, beside its tensors."""
     with safe_open(path, "pt") as shard:
-        return json.loads((shard.metadata() or {})["samples"])
+        return json.loads(shard.metadata()["samples"])
 
 
 def pack(text, text_dtype):
@@ -286,44 +265,33 @@ def pack(text, text_dtype):
 
 def unpack(text, scale=None):
     """What `pack` made -> (n, D) bfloat16."""
-    if scale is None:
-        return text
-    # The bits s eeee mmm, moved into a float16's s 0eeee mmm0000000, are the number / 256: on a CPU six times
-    # as fast as torch's own conversion. From int8 to int16 the sign is copied to bit 14 too: take it away.
-    bits = (text.view(torch.int8).to(torch.int16) << 7) & ~(1 << 14)
-    return (bits.view(torch.float16).float() * (256 * scale)).bfloat16()
+    return text if scale is None else (text.float() * scale).bfloat16()
 
 
 class Encoded:
     """An encoded data set, read through memory maps: a sample costs its bytes. May be pickled and forked.
-
     `len(ds)`, `ds.meta` (dict), `ds.null` (1, D) bfloat16, and for a sample's number i the methods below.
     Raises UserError for a folder that is none, is not finished, or lacks a shard."""
 
     def __init__(self, folder):
-        self.folder = Path(folder)
+        self.folder, self.shards = Path(folder), {}     # those that were opened
         if not (self.folder / "meta.json").is_file():
             raise UserError(f"{folder}: not an encoded data set, or not a finished one (no meta.json)")
         self.meta = json.loads((self.folder / "meta.json").read_text())
-        if self.meta["version"] != VERSION:
-            raise UserError(f"{folder}: format {self.meta['version']}, but this encode.py reads {VERSION}")
         needed = {"null.safetensors", *map(shard_name, range(self.meta["shards"]))}
-        if missing := sorted(needed - set(os.listdir(folder))):
-            raise UserError(f"{folder}: {missing[0]} is missing, run its encode.py command again")
+        for missing in sorted(needed - set(os.listdir(folder))):
+            raise UserError(f"{folder}: {missing} is missing, run its encode.py command again")
         self.null = open_shard(self.folder / "null.safetensors")["text"].clone()
         self.ends = np.cumsum(self.meta["counts"])      # a shard with broken pictures is shorter
-        self.shards, self.samples = {}, {}              # what was opened
 
     def __getstate__(self):
-        return {**self.__dict__, "shards": {}, "samples": {}}
+        return {**self.__dict__, "shards": {}}
 
     def __len__(self):
         return self.meta["count"]
 
     def locate(self, i):
         """-> number of the shard, its tensors, number of the sample in it."""
-        if not 0 <= i < len(self):
-            raise IndexError(i)
         k = int(self.ends.searchsorted(i, "right"))
         if k not in self.shards:
             self.shards[k] = open_shard(self.folder / shard_name(k))
@@ -343,12 +311,8 @@ class Encoded:
     def sample(self, i):
         """-> (file, caption); the file as a path relative to the folder of images."""
         k, _, j = self.locate(i)
-        if k not in self.samples:
-            self.samples[k] = samples_of(self.folder / shard_name(k))
-        return self.samples[k]["files"][j], self.samples[k]["captions"][j]
-
-    def file(self, i):
-        return self.sample(i)[0]
+        samples = samples_of(self.folder / shard_name(k))
+        return samples["files"][j], samples["captions"][j]
 
     def caption(self, i):
         return self.sample(i)[1]
@@ -359,57 +323,48 @@ class Encoded:
 
 def pair_up(files, captions):
     """Images' files and {file: caption} -> [(file, caption)] in the files' order, and rows of skipped.jsonl.
-
     A caption that names a file without its folder (the paper's .tsv) goes to the only image of that name."""
-    pairs, skipped, names = [], [], Counter(file.rsplit("/", 1)[-1] for file in files)
-    unused = dict(captions)
+    pairs, skipped, used = [], [], set()
+    count = Counter(map(os.path.basename, files))
     for file in files:
-        name = file.rsplit("/", 1)[-1]
-        if caption := unused.pop(name if names[name] == 1 and file not in unused else file, None):
-            pairs.append((file, caption))
+        name = os.path.basename(file)
+        used.add(key := name if count[name] == 1 and file not in captions else file)
+        if captions.get(key):
+            pairs.append((file, captions[key]))
         else:
             skipped.append({"file": file, "reason": "no caption"})
-    for file in unused:
-        reason = "images of this name in several folders" if names[file] > 1 else "no such image"
+    for file in [file for file in captions if file not in used]:
+        reason = "images of this name in several folders" if count[file] > 1 else "no such image"
         skipped.append({"file": file, "reason": f"caption, but {reason}"})
     return pairs, skipped
 
 
-class Pictures:
-    """The workers' part: [(file, caption)] -> (n, S, S, 3) uint8, their pairs, and rows of skipped.jsonl.
-
+def load_batch(args, pairs):
+    """The workers' part: [(file, caption)] -> pixels (n, S, S, 3) uint8, their pairs, rows of skipped.jsonl.
     Arrays come through a pipe; tensors need shared memory, and where that is full they wait for ever."""
-
-    def __init__(self, folder, size):
-        self.folder, self.size = folder, size
-
-    def __getitem__(self, pairs):
-        pictures, readable, skipped = [np.empty((0, self.size, self.size, 3), np.uint8)], [], []
-        for file, caption in pairs:
-            try:
-                pictures.append(np.asarray(load_image(f"{self.folder}/{file}", self.size))[None])
-                readable.append((file, caption))
-            except OSError as error:
-                skipped.append({"file": file, "reason": str(error).removeprefix(f"{self.folder}/{file}: ")})
-        return np.concatenate(pictures), readable, skipped
+    pictures, kept, skipped = [], [], []
+    for file, caption in pairs:
+        try:
+            pictures.append(np.asarray(load_image(f"{args.images}/{file}", args.size)))
+            kept.append((file, caption))
+        except OSError as error:
+            skipped.append({"file": file, "reason": str(error).removeprefix(f"{args.images}/{file}: ")})
+    return np.array(pictures, np.uint8).reshape(-1, args.size, args.size, 3), kept, skipped
 
 
 def encode_captions(tokenizer, t5, captions, args):
-    """The captions of a shard -> the tensors that keep their tokens, and the number of tokens of each.
-
+    """The captions of a shard -> the tensors that keep their tokens: offset, text and, in float8, scale.
     In batches of about the same length, so that little is padded, and each different caption once ('An image
     of a tench' comes 1,300 times). Batches depend on nothing but the shard, so neither do its bytes."""
-    different = sorted(set(captions), key=lambda caption: (len(caption), caption))
-    tokens = {}
+    different, tokens = sorted(set(captions), key=lambda caption: (len(caption), caption)), {}
     for i in range(0, len(different), args.batch_size):
         batch = different[i:i + args.batch_size]
         text, mask = encode_text(tokenizer, t5, batch, args.max_tokens)
-        lengths = mask.sum(1).tolist()
-        stored = (tensor.cpu().split(lengths) for tensor in pack(text[mask], args.text_dtype).values())
-        tokens.update(zip(batch, zip(*stored)))         # caption -> (text,) or (text, scale)
-    empty = pack(torch.empty(0, t5.config.d_model), args.text_dtype)
-    columns = zip(empty.values(), *(tokens[caption] for caption in captions))
-    return dict(zip(empty, map(torch.cat, columns))), [len(tokens[caption][0]) for caption in captions]
+        tokens.update(zip(batch, text[mask].cpu().split(mask.sum(1).tolist())))         # each (L_i, D)
+    texts = [torch.empty(0, t5.config.d_model), *(tokens[caption] for caption in captions)]
+    packed = [pack(text, args.text_dtype) for text in texts]
+    return {"offset": torch.tensor([len(text) for text in texts]).cumsum(0),
+            **{name: torch.cat([tensors[name] for tensors in packed]) for name in packed[0]}}
 
 
 @torch.no_grad()
@@ -418,8 +373,8 @@ def make_shards(args, pairs, shards, vae, tokenizer, t5, bar):
     S, B, device = args.shard_images, args.batch_size, vae.quant_conv.weight.device
     batches = {k: [pairs[i:min(i + B, (k + 1) * S)] for i in range(k * S, min((k + 1) * S, len(pairs)), B)]
                for k in shards}
-    pictures = iter(DataLoader(Pictures(args.images, args.size), num_workers=args.workers, batch_size=None,
-                               sampler=[batch for k in shards for batch in batches[k]], collate_fn=tuple))
+    pictures = iter(DataLoader([batch for k in shards for batch in batches[k]], batch_size=None,
+                               collate_fn=partial(load_batch, args), num_workers=args.workers))
     for k in shards:
         moments, kept, skipped = [], [], []
         for batch in batches[k]:
@@ -429,117 +384,70 @@ def make_shards(args, pairs, shards, vae, tokenizer, t5, bar):
             kept, skipped = kept + readable, skipped + broken
             bar.update(len(batch))
         files, captions = [file for file, _ in kept], [caption for _, caption in kept]
-        tensors, lengths = encode_captions(tokenizer, t5, captions, args)
         mean, std = map(torch.cat, zip(*moments))
-        tensors.update(mean=mean, std=std, offset=torch.tensor([0, *lengths]).cumsum(0))
+        tensors = {"mean": mean, "std": std, **encode_captions(tokenizer, t5, captions, args)}
+        # One entry: safetensors writes several in random order, and a shard made again must be the same.
         samples = json.dumps({"files": files, "captions": captions, "skipped": skipped})
-        with complete(Path(args.out) / shard_name(k)) as temporary:
+        with complete(args.out / shard_name(k)) as temporary:
             temporary.write_bytes(save(tensors, {"samples": samples}))
 
 
-def fingerprint(model, *more):
-    """Tells two encoders apart by what they are: the same one may come from another path."""
-    digest = hashlib.sha256(json.dumps(more).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten()[:256].float().cpu().numpy().tobytes())
+def fingerprint(rows, model=None):
+    """Tells lists, and encoders, apart by what they are: the same encoder may come from another path."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode())
+    for name, tensor in model.state_dict().items() if model else ():
+        digest.update(f"{name} {tensor.flatten()[:256].tolist()}".encode())
     return digest.hexdigest()[:16]
 
 
-def same_settings(out, settings):
-    """Data of two kinds never end in one folder: it remembers how it was begun. Raises UserError."""
-    path = out / "settings.json"
-    if not path.exists():
-        with complete(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1))
-    for key, before in json.loads(path.read_text()).items():
-        if settings.get(key) != before:
-            raise UserError(f"{out} was begun with another {key.replace('_', ' ')} ({before}, now "
-                            f"{settings.get(key)}): use another --out, or delete it")
-
-
-def finish(out, meta, skipped):
-    """All shards are there -> skipped.jsonl and then, as the sign of the end, meta.json."""
-    for k in range(meta["shards"]):
-        offset = open_shard(out / shard_name(k))["offset"]
-        meta["counts"].append(len(offset) - 1)
-        meta["longest"] = max([meta["longest"], *offset.diff().tolist()])
-        skipped += samples_of(out / shard_name(k))["skipped"]
-    meta["count"] = sum(meta["counts"])
-    for leftover in out.glob(".[0-9]*.tmp"):            # of killed runs that had more ranks
-        leftover.unlink(missing_ok=True)
-    for name, text in (("skipped.jsonl", "".join(json.dumps(row) + "\n" for row in skipped)),
-                       ("meta.json", json.dumps(meta, indent=1))):
-        with complete(out / name) as temporary:
-            temporary.write_text(text)
-    print(f"{meta['count']} pictures encoded in {out} ({meta['shards']} shards), {len(skipped)} skipped"
-          + (f" (see {out / 'skipped.jsonl'})" if skipped else ""))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Checking one
-
-def check_shard(ds, k):
-    """Looks at every number of a shard -> its number of tokens. Raises UserError."""
-    shard, samples = open_shard(ds.folder / shard_name(k)), samples_of(ds.folder / shard_name(k))
-    n, lengths, meta = ds.meta["counts"][k], shard["offset"].diff(), ds.meta
-    tokens = int(lengths.sum())
-    shapes = {name: (n, *meta["latent_shape"]) for name in ("mean", "std")}
-    shapes.update({"offset": (n + 1,), "text": (tokens, meta["text_dim"])})
-    if meta["text_dtype"] == "float8":
-        shapes["scale"] = (tokens, 1)
-    if ({name: tuple(tensor.shape) for name, tensor in shard.items()} != shapes or shard["offset"][0] != 0
-            or not all(1 <= length <= meta["longest"] for length in lengths.tolist())
-            or not n == len(samples["files"]) == len(samples["captions"])):
-        raise UserError("shapes, offsets or lists that differ from what meta.json says")
-    for i in range(int(ds.ends[k]) - n, int(ds.ends[k])):
-        if not all(tensor.isfinite().all() for tensor in (*ds.moments(i), ds.text(i))):
-            raise UserError(f"values of {ds.file(i)} are not finite")
-    return tokens
-
-
-def check(folder, vae):
-    """Verifies every shard; draws four pictures, decoded from their latents, with their captions."""
-    ds, tokens, damaged = Encoded(folder), 0, 0
-    for k in tqdm(range(ds.meta["shards"]), desc="check", unit="shard"):
+def check(folder):
+    """Verifies every number of every shard; draws four pictures, decoded, with their captions."""
+    ds, damaged = Encoded(folder), 0
+    meta, count, latents = ds.meta, len(ds), ds.meta["latent_shape"]
+    for k, n in enumerate(tqdm(meta["counts"], desc="check", unit="shard")):
         try:
-            tokens += check_shard(ds, k)
+            shard, end = open_shard(ds.folder / shard_name(k)), int(ds.ends[k])
+            lengths = shard["offset"].diff().tolist()
+            wanted = {"mean": [n, *latents], "std": [n, *latents], "offset": [n + 1],
+                      "text": [sum(lengths), meta["text_dim"]]}
+            if (any(list(shard[name].shape) != shape for name, shape in wanted.items()) or shard["offset"][0]
+                    or not all(1 <= length <= meta["longest"] for length in lengths)):
+                raise UserError("shapes or offsets that differ from what meta.json says")
+            for i in range(end - n, end):
+                if not all(tensor.isfinite().all() for tensor in (*ds.moments(i), ds.text(i))):
+                    raise UserError(f"values of {ds.sample(i)[0]} are not finite")
         except (UserError, KeyError) as error:
             damaged += 1
-            print(f"{shard_name(k)}: {'lacks ' if isinstance(error, KeyError) else ''}{error}")
-    n, meta, size = len(ds), ds.meta, ds.meta["size"]
+            print(f"{shard_name(k)}: {error}")
     if damaged:
-        raise UserError(f"{folder}: {damaged} of {meta['shards']} shards are damaged: delete them, run its "
-                        "encode.py command again")
+        raise UserError(f"{folder}: {damaged} of {meta['shards']} shards are damaged: delete them and run "
+                        f"its encode.py command again")
     gib = sum(file.stat().st_size for file in ds.folder.glob("*.safetensors")) / 2 ** 30
-    print(f"{folder}: {n} pictures of {size} x {size}, {meta['shards']} shards, {gib:.2f} GiB, all in order\n"
-          f"  latents {' x '.join(map(str, meta['latent_shape']))}, from {meta['vae']}\n"
-          f"  text    {meta['text_dim']} wide, {meta['text_dtype']}, {tokens / max(n, 1):.1f} tokens each"
-          f", {meta['longest']} at most, from {meta['text_encoder']}")
-    vae, font = load_vae(vae or meta["vae"]), ImageFont.load_default(size=14)
-    side = size * max(1, 192 // size)                   # small pictures are enlarged
-    height = max(side, 192) + 8
-    sheet = Image.new("RGB", (side + 560, 4 * height), "white")
-    for row, i in enumerate(np.linspace(0, n - 1, min(n, 4)).astype(int).tolist()):
-        picture = vae.decode(ds.moments(i)[0][None])[0].permute(1, 2, 0)                           # (S, S, 3)
-        picture = Image.fromarray(((picture + 1) * 127.5).round().clamp(0, 255).byte().numpy())
-        text = "\n".join(textwrap.wrap(f"{ds.file(i)}: {ds.caption(i)}", 75))
-        sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (0, row * height))
-        ImageDraw.Draw(sheet).text((side + 10, row * height), text, "black", font)
+    print(f"{folder}: {count} pictures of {meta['size']} pixels, {meta['shards']} shards, {gib:.2f} GiB\n"
+          f"  latents {' x '.join(map(str, latents))}, from {meta['vae']}\n"
+          f"  text    {meta['text_dim']} wide, {meta['text_dtype']}, at most {meta['longest']} tokens, "
+          f"from {meta['text_encoder']}\n  {ds.folder / 'check.png'}: four of them, decoded")
+    vae, sheet = load_vae(meta["vae"]), Image.new("RGB", (820, 4 * 264), "white")
+    for row, i in enumerate(np.linspace(0, count - 1, min(count, 4)).astype(int).tolist()):
+        pixels = vae.decode(ds.moments(i)[0][None])[0].permute(1, 2, 0) * 127.5 + 127.5            # (S, S, 3)
+        picture = Image.fromarray(pixels.round().clamp(0, 255).byte().numpy())
+        sheet.paste(picture.resize((256, 256), Image.Resampling.BOX), (0, 264 * row))
+        text = "\n".join(textwrap.wrap(": ".join(ds.sample(i)), 75))
+        ImageDraw.Draw(sheet).text((266, 264 * row), text, "black", ImageFont.load_default(size=14))
     with complete(ds.folder / "check.png") as temporary:
         sheet.save(temporary, "PNG")
-    print(f"  {ds.folder / 'check.png'}: four of them, decoded")
 
 
 # ------------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    add = parser.add_argument
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add, ranks_here = parser.add_argument, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     add("--images", metavar="FOLDER", help="pictures: <class>/<file>, or all in one flat folder")
     add("--captions", nargs="+", metavar="FILE", help="captions.jsonl or the paper's .tsv; a later file wins")
-    add("--out", metavar="FOLDER", help="where the shards go")
+    add("--out", metavar="FOLDER", type=Path, help="where the shards go")
     add("--vae", default="stabilityai/sd-vae-ft-ema", help="hub repository or folder, in diffusers' format")
     add("--text-encoder", default="google/flan-t5-xl", help="hub repository or folder of a T5")
     add("--size", type=int, default=256, help="side of the pictures, in pixels")
@@ -547,20 +455,18 @@ def main(argv=None):
     add("--text-dtype", default="bfloat16", choices=["bfloat16", "float8"], help="float8 is half the disk")
     add("--shard-images", type=int, default=1600, help="pictures a shard; 1600 are 1 GiB with 2048-wide text")
     add("--batch-size", type=int, default=64, help="pictures, or captions, encoded at once")
-    add("--workers", type=int, default=max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
-        help="processes that decode pictures; 0 decodes in this one")
+    add("--workers", type=int, default=max(1, os.cpu_count() // ranks_here), help="that decode; 0: none")
     add("--check", metavar="FOLDER", help="verify this data set instead, and draw its check.png")
     args = parser.parse_args(argv)
     if args.check:
-        check(args.check, None if args.vae == parser.get_default("vae") else args.vae)
-        return
+        return check(args.check)
     if not (args.images and args.captions and args.out):
         raise UserError("needs --images, --captions and --out (or --check FOLDER)")
     for name, low in (("size", 8), ("max_tokens", 1), ("shard_images", 1), ("batch_size", 1), ("workers", 0)):
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
     from caption import read_captions
-    (rank, world), out = rank_and_world(), Path(args.out)
+    rank, world = rank_and_world()
     captions = {file: text for path in args.captions for file, text in read_captions(path).items()}
     pairs, skipped = pair_up(list_images(args.images), captions)
     if not pairs:
@@ -569,42 +475,51 @@ def main(argv=None):
     # On CUDA T5 runs in bfloat16. The VAE does not: its means would be 1.0 to 1.2% off (0.2 to 0.5% with the
     # bits of float16, which are those of TF32, the form in which CUDA multiplies in float32 convolutions).
     cuda = torch.cuda.is_available()
-    device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if cuda else "cpu"
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
     vae = load_vae(args.vae, device)
     tokenizer, t5 = load_text_encoder(args.text_encoder, device, torch.bfloat16 if cuda else torch.float32)
+    out, count = args.out, -(-len(pairs) // args.shard_images)
     if args.size % vae.downscale:
         raise UserError(f"--size {args.size}: this autoencoder needs a multiple of {vae.downscale}")
-    listed = hashlib.sha256()
-    for pair in pairs:
-        listed.update(json.dumps(pair).encode())
-    settings = {"version": VERSION, "size": args.size, "max_tokens": args.max_tokens,
-                "text_dtype": args.text_dtype, "images_per_shard": args.shard_images,
-                "precision_of_T5": str(t5.dtype).removeprefix("torch."),
-                "autoencoder": fingerprint(vae, vae.config),
-                "T5": fingerprint(t5, sorted(tokenizer.get_vocab().items())),
-                "list_of_images_and_captions": listed.hexdigest()[:16]}
-    same_settings(out, settings)
+    settings = {"version": 1, "size": args.size, "max_tokens": args.max_tokens, "text_dtype": args.text_dtype,
+                "images_per_shard": args.shard_images, "precision_of_T5": str(t5.dtype),
+                "autoencoder": fingerprint([vae.config], vae),
+                "T5": fingerprint(sorted(tokenizer.get_vocab().items()), t5),
+                "list_of_images_and_captions": fingerprint(pairs)}
+    if not (out / "settings.json").exists():
+        with complete(out / "settings.json") as temporary:
+            temporary.write_text(json.dumps(settings, indent=1))
+    for key, before in json.loads((out / "settings.json").read_text()).items():
+        if before != settings.get(key):                 # data of two kinds never end in one folder
+            raise UserError(f"{out} was begun with another {key.replace('_', ' ')} ({before}, now "
+                            f"{settings.get(key)}): use another --out, or delete it")
 
-    shards, there = -(-len(pairs) // args.shard_images), set(os.listdir(out))
-    todo = [k for k in range(rank, shards, world) if shard_name(k) not in there]
-    if not todo and {"meta.json", "null.safetensors"} <= there:
+    needed, there = {"null.safetensors", *map(shard_name, range(count))}, set(os.listdir(out))
+    if needed | {"meta.json"} <= there:
         print(f"{out}: complete already")
         return
-    count = sum(min(args.shard_images, len(pairs) - k * args.shard_images) for k in todo)
-    with tqdm(total=count, desc="encode", unit="img", disable=None if rank == 0 else True) as bar:
-        make_shards(args, pairs, todo, vae, tokenizer, t5, bar)
-    null, mask = encode_text(tokenizer, t5, [""])
+    mine = [k for k in range(rank, count, world) if shard_name(k) not in there]
+    total = sum(min(args.shard_images, len(pairs) - k * args.shard_images) for k in mine)
+    with tqdm(total=total, desc="encode", unit="img", disable=rank > 0) as bar:
+        make_shards(args, pairs, mine, vae, tokenizer, t5, bar)
+    null, mask = encode_text(tokenizer, t5, [""])                       # (1, 1, D)
     with complete(out / "null.safetensors") as temporary:
-        temporary.write_bytes(save({"text": null[mask].bfloat16().cpu()}))
-    # Ranks never wait: the one that finds all shards there, usually the last, finishes (two would agree).
-    if {shard_name(k) for k in range(shards)} <= set(os.listdir(out)):
-        side = args.size // vae.downscale
-        finish(out, {**settings, "vae": args.vae, "text_encoder": args.text_encoder, "shards": shards,
-                     "counts": [], "latent_shape": [vae.config["latent_channels"], side, side],
-                     "scaling_factor": vae.scaling_factor, "text_dim": null.shape[-1],
-                     "longest": int(mask.sum())}, skipped)
-    else:
+        temporary.write_bytes(save(pack(null[mask].cpu(), "bfloat16")))
+    if not needed <= set(os.listdir(out)):              # ranks never wait: the last one to end does the rest
         print(f"rank {rank}: its share is done; the last rank to end writes {out / 'meta.json'}")
+        return
+    lengths = [open_shard(out / shard_name(k))["offset"].diff().tolist() for k in range(count)]
+    skipped += [row for k in range(count) for row in samples_of(out / shard_name(k))["skipped"]]
+    counts = [len(shard) for shard in lengths]          # pictures in each shard
+    meta = {**settings, "vae": args.vae, "text_encoder": args.text_encoder, "shards": count, "counts": counts,
+            "latent_shape": [vae.config["latent_channels"], *[args.size // vae.downscale] * 2],
+            "text_dim": null.shape[-1], "longest": max(itertools.chain([1], *lengths)),
+            "count": sum(counts), "scaling_factor": vae.scaling_factor}
+    for name, text in (("skipped.jsonl", "".join(json.dumps(row) + "\n" for row in skipped)),
+                       ("meta.json", json.dumps(meta, indent=1))):
+        with complete(out / name) as temporary:
+            temporary.write_text(text)
+    print(f"{out}: {sum(counts)} pictures in {count} shards, {len(skipped)} skipped (see skipped.jsonl)")
 
 
 if __name__ == "__main__":

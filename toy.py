@@ -206,7 +206,7 @@ def train_vae(folder, minutes, seed=0):
     """Trains the toy's AutoencoderKL, on from what is in `folder` already, and saves it there in float16.
 
     Its pictures are littered with shrunken ones, as cutmix.py pastes them, so that small objects survive. In
-    the last third the encoder rests and the decoder learns to draw clean shapes from latents that are a little
+    the last third the encoder rests and the decoder learns to draw clean shapes from latents that are a bit
     off, as those of a small diffusion model are."""
     rng = random.Random(seed)
     pool = [draw(random_scene(rng)) for _ in range(9000)]
@@ -249,7 +249,7 @@ def train_vae(folder, minutes, seed=0):
             off = 0 if whole else 0.4 * torch.rand(64, 1, 1, 1)
             error = vae.decode(mean + (std ** 2 + off ** 2) ** 0.5 * torch.randn_like(mean)).float() - x
         edges = (x - F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, 1)).abs().mean(1, keepdim=True)
-        weight = 1 + 2 * edges / edges.mean()                       # what tells shapes apart is at their edges
+        weight = 1 + 2 * edges / edges.mean()               # what tells shapes apart is at their edges
         loss = (weight * (error.abs() + error ** 2 * whole)).mean() / weight.mean()
         loss = loss + 2e-3 * 0.5 * (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean()
         optimizer.zero_grad()

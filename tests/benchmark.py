@@ -29,9 +29,11 @@ def section_cutmix():
             path = Path(folder) / f"class{k % 10}" / f"{k}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             if k < 20:
-                octaves = [np.asarray(Image.fromarray(rng.integers(0, 256, (3 << o, 4 << o, 3), dtype=np.uint8))
-                                      .resize(size, Image.Resampling.BICUBIC), np.float32) / 1.3 ** o for o in range(8)]
-                Image.fromarray((sum(octaves) / 3.8).clip(0, 255).astype(np.uint8)).save(path, quality=quality)
+                photo = 0
+                for o in range(8):
+                    noise = Image.fromarray(rng.integers(0, 256, (3 << o, 4 << o, 3), dtype=np.uint8))
+                    photo += np.asarray(noise.resize(size, Image.Resampling.BICUBIC), np.float32) / 1.3 ** o
+                Image.fromarray((photo / 3.8).clip(0, 255).astype(np.uint8)).save(path, quality=quality)
             else:
                 os.link(path.parents[1] / f"class{k % 20 % 10}" / f"{k % 20}.jpg", path)
 
@@ -64,8 +66,9 @@ def section_cutmix():
         print(f"cutmix: 500 x 375 pixels, {weight:.0f} kB a file; one core, best of 3; "
               f"Pillow alone (two decodes, one encode) {1e3 * best['Pillow']:.2f} ms")
         for setting in (*cutmix.SETTINGS, "all"):
-            print(f"cutmix: {setting:>4} {1e3 * best[setting]:.2f} ms a composite, {1 / best[setting]:.0f}/s, "
-                  f"{best[setting] / best['Pillow']:.2f} x Pillow alone")
+            took = best[setting]
+            print(f"cutmix: {setting:>4} {1e3 * took:.2f} ms a composite, {1 / took:.0f}/s, "
+                  f"{took / best['Pillow']:.2f} x Pillow alone")
     times = {}
     for count in (2_000, 20_000):
         with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +141,7 @@ def section_evaluate():
 
 
 def section_encode():
-    """What reading a sample costs beside its bytes; what float8 and a bfloat16 VAE lose; that cost is linear."""
+    """What reading a sample costs beside its bytes; what float8 and a bfloat16 VAE lose; cost is linear."""
     import json
 
     import numpy as np
@@ -176,13 +179,14 @@ def section_encode():
                 Path(folder, encode.shard_name(k)).write_bytes(save(shard, {"samples": "{}"}))
             save_file({"text": torch.zeros(1, 2048)}, Path(folder, "null.safetensors"))
             Path(folder, "meta.json").write_text(json.dumps(
-                {"version": encode.VERSION, "shards": 2, "counts": [400, 400], "count": 800}))
+                {"shards": 2, "counts": [400, 400], "count": 800}))
             ds, raw = encode.Encoded(folder), np.memmap(Path(folder, encode.shard_name(0)), np.uint8, "r")
             pieces = np.split(raw[:400 * 150 * 2048 * (1 if dtype == "float8" else 2)], 400)
-            text, copied, moments, bare = map(timed, (ds.text, lambda i, ds=ds: ds.text(i).clone(), ds.moments,
-                                                      lambda i, pieces=pieces: pieces[i % 400].copy()))
-            print(f"encode: reading a sample of 150 {dtype} tokens: {copied:.0f} us ({text:.0f} us before its bytes "
-                  f"are copied), moments {moments:.0f} us; numpy.memmap, as many bytes as the text's: {bare:.0f} us")
+            text, copied, moments, bare = map(timed, (
+                ds.text, lambda i, ds=ds: ds.text(i).clone(), ds.moments,
+                lambda i, pieces=pieces: pieces[i % 400].copy()))
+            print(f"encode: reading a sample of 150 {dtype} tokens: {copied:.0f} us ({text:.0f} us before "
+                  f"its bytes are copied), moments {moments:.0f} us; numpy.memmap, as many bytes: {bare:.0f} us")
 
     x = torch.randn(2000, 2048, generator=rng)
     outlying = x.clone()
@@ -190,8 +194,8 @@ def section_encode():
     for name, text in ("normal", x), ("normal, one feature 100 times as large (the others)", outlying):
         back = encode.unpack(**encode.pack(text, "float8"))
         back, text = (back[:, 8:], text[:, 8:]) if "others" in name else (back, text)
-        print(f"encode: float8 relative error {relative(back, text):.4f}, bfloat16 {relative(text.bfloat16(), text):.4f}"
-              f" ({name})")
+        print(f"encode: relative error of float8 {relative(back, text):.4f}, "
+              f"of bfloat16 {relative(text.bfloat16(), text):.4f} ({name})")
 
     torch.manual_seed(0)
     vae = encode.AutoencoderKL().eval()                         # Stable Diffusion's size, random weights
@@ -207,9 +211,10 @@ def section_encode():
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         folder = Path(folder)
         words = [f"w{i}" for i in range(50)]
-        tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "</s>", *words])}, "</s>"))
+        vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", *words])}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, "</s>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder / "t5")
         T5EncoderModel(T5Config(vocab_size=52, d_model=128, d_kv=32, d_ff=256, num_layers=2,
                                 num_heads=4)).save_pretrained(folder / "t5")
@@ -229,8 +234,9 @@ def section_encode():
                     file.write(json.dumps({"file": f"{i}.png", "caption": caption}) + "\n")
             start = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):
-                encode.main([f"--images={images}", f"--captions={images}.jsonl", f"--out={images}-out", "--workers=0",
-                             f"--vae={folder / 'vae'}", f"--text-encoder={folder / 't5'}", "--size=64"])
+                encode.main([f"--images={images}", f"--captions={images}.jsonl", f"--out={images}-out",
+                             "--workers=0", f"--vae={folder / 'vae'}", f"--text-encoder={folder / 't5'}",
+                             "--size=64"])
             times[count] = (time.perf_counter() - start) / count * 1e3
         x = torch.rand(64, 3, 64, 64).to(memory_format=torch.channels_last)
         with torch.no_grad():
@@ -239,8 +245,8 @@ def section_encode():
             for _ in range(10):
                 vae.encode(x)
         bare = (time.perf_counter() - start) / 640 * 1e3
-        print(f"encode: toy encoders, 64 x 64 pixels: {times[1000]:.2f} ms a picture for 1,000, {times[4000]:.2f} ms for "
-              f"4,000; the VAE's convolutions alone {bare:.2f} ms")
+        print(f"encode: toy encoders, 64 x 64 pixels: {times[1000]:.2f} ms a picture for 1,000, "
+              f"{times[4000]:.2f} ms for 4,000; the VAE's convolutions alone {bare:.2f} ms")
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import encode
 from cutmix import UserError, load_image
 
+ROOT = Path(__file__).resolve().parent.parent
 VAE = Path(__file__).parent / "fixtures" / "vae_tiny"
 WORDS = ["a", "red", "blue", "circle", "square", "star", "cat", "on", "the", "left", "of", ",", ".", "two"]
 
@@ -103,9 +102,7 @@ def test_the_autoencoder_equals_diffusers():
     assert relative(vae.decode(io["latent"]), io["decoded"]) < 1e-5
 
 
-@pytest.mark.parametrize("inside", ["", "vae/"])
-@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-def test_an_old_diffusers_folder_gives_equal_latents(tmp_path, inside, suffix):
+def test_an_old_diffusers_folder_gives_equal_latents(tmp_path):
     config = json.loads((VAE / "config.json").read_text())
     del config["scaling_factor"]
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -116,11 +113,8 @@ def test_an_old_diffusers_folder_gives_equal_latents(tmp_path, inside, suffix):
                 name = name.replace(new, old)
                 tensor = tensor[:, :, None, None].contiguous() if tensor.ndim == 2 else tensor
         weights[name] = tensor
-    folder = tmp_path / inside
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    write = torch.save if suffix == "bin" else save_file
-    write(weights, folder / f"diffusion_pytorch_model.{suffix}")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
     vae, image = encode.load_vae(tmp_path), load_file(VAE / "io.safetensors")["image"]
     assert vae.scaling_factor == 0.18215
     for ours, reference in zip(vae.encode(image), encode.load_vae(VAE).encode(image)):
@@ -130,33 +124,23 @@ def test_an_old_diffusers_folder_gives_equal_latents(tmp_path, inside, suffix):
 CONFIG = (VAE / "config.json").read_text()
 
 
-class Surprise:
-    def __reduce__(self):
-        return os.system, ("touch surprise",)
-
-
-@pytest.mark.parametrize("spoil, message", [
-    (lambda f: (f / "config.json").write_text("{"), "no AutoencoderKL of diffusers"),
-    (lambda f: (f / "config.json").write_text('{"_class_name": "UNet2DModel"}'), "it is a UNet2DModel"),
-    (lambda f: (f / "config.json").unlink(), "no config.json or vae/config.json in it"),
-    (lambda f: (f / "config.json").write_text(CONFIG.replace("16", "24")), "size mismatch"),
-    (lambda f: (f / "diffusion_pytorch_model.safetensors").unlink(), "no diffusion_pytorch_model.safetens"),
-    (lambda f: (f / "diffusion_pytorch_model.safetensors").write_bytes(b"half"), "no AutoencoderKL"),
-    (lambda f: ((f / "diffusion_pytorch_model.safetensors").unlink(),
-                torch.save({"w": Surprise()}, f / "diffusion_pytorch_model.bin")), "no AutoencoderKL")])
-def test_a_folder_that_is_no_autoencoder_ends_in_one_line(tmp_path, monkeypatch, spoil, message):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(VAE, tmp_path / "vae", copy_function=shutil.copyfile)
-    (tmp_path / "vae").chmod(0o755)
-    spoil(tmp_path / "vae")
+@pytest.mark.parametrize("file, content, message", [
+    ("config.json", b"{", "no AutoencoderKL of diffusers"), ("config.json", None, "no config.json in it"),
+    ("config.json", CONFIG.replace("16", "24").encode(), "size mismatch"),
+    ("diffusion_pytorch_model.safetensors", None, "no diffusion_pytorch_model.safetensors in it"),
+    ("diffusion_pytorch_model.safetensors", b"half", "no AutoencoderKL of diffusers")])
+def test_a_folder_that_is_no_autoencoder_ends_in_one_line(tmp_path, file, content, message):
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        if name != file or content:
+            (tmp_path / name).write_bytes(content if name == file else (VAE / name).read_bytes())
     with pytest.raises(UserError, match=message) as error:
-        encode.load_vae(tmp_path / "vae")
-    assert "\n" not in str(error.value) and not (tmp_path / "surprise").exists()
+        encode.load_vae(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_fetch_asks_the_hub_only_for_what_may_be_there(tmp_path, monkeypatch):
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
     asked, online = [], True
 
     def download(repo, name, local_files_only):
@@ -164,7 +148,7 @@ def test_fetch_asks_the_hub_only_for_what_may_be_there(tmp_path, monkeypatch):
         if local_files_only or not online:
             raise LocalEntryNotFoundError("no connection\nsecond line")
         if name != "b":
-            raise EntryNotFoundError.__new__(EntryNotFoundError)
+            raise RemoteEntryNotFoundError.__new__(RemoteEntryNotFoundError)
         return tmp_path / name
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
@@ -172,14 +156,14 @@ def test_fetch_asks_the_hub_only_for_what_may_be_there(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     assert encode.fetch("some/repo", "a", "b") == tmp_path / "b"
     assert asked == [("some/repo", name, cached) for cached in (True, False) for name in "ab"]
-    with pytest.raises(UserError, match="no a or c in this repository"):
+    with pytest.raises(UserError, match="some/repo: no such folder, or no a or c in it"):
         encode.fetch("some/repo", "a", "c")
     asked, online = [], False
     with pytest.raises(UserError, match=r"some/repo: no such .* hub \(no connection second line\)$"):
         encode.fetch("some/repo", "b")
     asked = []
-    for typo in ("runs/mine", "../mine", "/no/where", "a/b/c", "with space"):
-        with pytest.raises(UserError, match="no such folder$"):
+    for typo in ("runs/mine", "../mine", tmp_path / "mine"):
+        with pytest.raises(UserError, match="no such folder"):
             encode.fetch(typo, "b")
     assert not asked
 
@@ -226,13 +210,6 @@ def test_float8_keeps_a_token_to_three_percent_and_outliers_exactly_in_range():
     assert sum(t.nbytes for t in packed.values()) < 0.51 * encode.pack(x, "bfloat16")["text"].nbytes
 
 
-def test_every_float8_number_is_read_as_torch_reads_it():
-    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None]
-    every = every[every.float().isfinite()][:, None]
-    scale = torch.rand(len(every), 1)
-    assert torch.equal(encode.unpack(every, scale), (every.float() * scale).bfloat16())
-
-
 # -----------------------------------------------------------------------------------------------------------
 # The data set
 
@@ -243,7 +220,7 @@ def test_what_is_read_is_what_the_encoders_give(data, t5_folder, text_dtype, bou
     assert len(ds) == 24 and ds.null.shape == (1, 32) and ds.null.dtype == torch.bfloat16
     assert relative(ds.null, encode.encode_text(*t5, [""])[0][0]) < 0.005
     for i, row in enumerate(data.rows):
-        assert (ds.file(i), ds.caption(i)) == (row["file"], row["caption"])
+        assert ds.sample(i) == (row["file"], row["caption"])
         pixels = torch.from_numpy(np.asarray(load_image(data.folder / "images" / row["file"], 32)).copy())
         mean, std = vae.encode(pixels.permute(2, 0, 1)[None] / 127.5 - 1)
         assert relative(ds.moments(i)[0], mean[0]) < 0.001 and relative(ds.moments(i)[1], std[0]) < 0.001
@@ -251,9 +228,6 @@ def test_what_is_read_is_what_the_encoders_give(data, t5_folder, text_dtype, bou
         text = encode.encode_text(*t5, [row["caption"]], 20)[0][0]
         assert ds.text(i).shape == text.shape and ds.text(i).dtype == torch.bfloat16
         assert relative(ds.text(i), text) < bound
-    for i in (-1, 24):
-        with pytest.raises(IndexError):
-            ds.text(i)
     known = {"count": 24, "shards": 5, "counts": [5, 5, 5, 5, 4], "latent_shape": [4, 4, 4], "text_dim": 32,
              "longest": 20, "max_tokens": 20, "scaling_factor": 0.18215, "text_dtype": text_dtype, "size": 32,
              "images_per_shard": 5, "vae": str(VAE), "text_encoder": str(t5_folder), "version": 1}
@@ -363,8 +337,8 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_encoded(data, capsys):
     out = data()
     ds = encode.Encoded(out)
     gone = {2, 7, 12, 23, *range(15, 20)}
-    kept = [row for i, row in enumerate(rows) if i not in gone]
-    assert [{"file": ds.file(i), "caption": ds.caption(i)} for i in range(len(ds))] == kept
+    kept = [(row["file"], row["caption"]) for i, row in enumerate(rows) if i not in gone]
+    assert [ds.sample(i) for i in range(len(ds))] == kept
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert sorted(row["file"] for row in skipped) == sorted(rows[i]["file"] for i in gone)
     reasons = {row["file"]: row["reason"] for row in skipped}
@@ -381,7 +355,7 @@ def test_a_shard_of_broken_pictures_only_is_empty(data):
         (data.folder / "images" / row["file"]).write_bytes(b"")
     ds = encode.Encoded(data(text_dtype="float8"))
     assert ds.meta["counts"] == [5, 0, 5, 5, 4]
-    assert [ds.file(i) for i in (4, 5)] == [data.rows[4]["file"], data.rows[10]["file"]]
+    assert [ds.sample(i)[0] for i in (4, 5)] == [data.rows[4]["file"], data.rows[10]["file"]]
     encode.main(["--check", str(ds.folder)])
 
 
@@ -408,7 +382,7 @@ def test_a_later_captions_file_replaces_what_an_earlier_one_says(data):
     both = [str(data.folder / "captions.jsonl"), str(data.folder / "more.jsonl")]
     encode.main([*data.arguments(), "--captions", *both])
     ds = encode.Encoded(data.folder / "out")
-    assert len(ds) == 24 and (ds.caption(0), ds.caption(1)) == ("a big star", data.rows[1]["caption"])
+    assert len(ds) == 24 and [ds.caption(i) for i in (0, 1)] == ["a big star", data.rows[1]["caption"]]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -453,13 +427,13 @@ def test_check_says_what_is_there_and_draws_four_pictures(data, capsys):
     encode.main(["--check", str(out)])
     said = capsys.readouterr().out
     longest = max(len(row["caption"].split()) for row in data.rows) + 1
-    assert "24 pictures of 32 x 32, 5 shards" in said and "latents 4 x 4 x 4" in said
-    assert "32 wide, bfloat16" in said and f"{longest} at most" in said
+    assert "24 pictures of 32 pixels, 5 shards" in said and "latents 4 x 4 x 4" in said
+    assert "32 wide, bfloat16" in said and f"at most {longest} tokens" in said
     sheet = np.asarray(Image.open(out / "check.png"))
     vae, ds = encode.load_vae(VAE), encode.Encoded(out)
     first = vae.decode(ds.moments(0)[0][None])[0].permute(1, 2, 0).numpy() * 127.5 + 127.5
-    assert np.abs(sheet[:192:6, :192:6] - first.clip(0, 255)).max() <= 1            # 32 pixels, enlarged
-    assert (sheet[:32, 200:] < 128).any()                 # the caption
+    assert np.abs(sheet[4:256:8, 4:256:8] - first.clip(0, 255)).max() <= 1            # 32 pixels, enlarged
+    assert (sheet[:32, 264:] < 128).any()                 # the caption
 
 
 def test_check_names_damaged_shards_which_the_same_command_then_makes_again(data, capsys):
