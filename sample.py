@@ -10,6 +10,7 @@ started again give the same images.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -236,13 +237,13 @@ def main(argv=None):
     # A folder belongs to one command: what is there already is kept, other settings are refused.
     out = Path(args.out)
     settings = {key: getattr(args, key) for key in
-                ("checkpoint", "steps", "guidance", "clamp", "seed", "format")}
+                ("steps", "guidance", "clamp", "seed", "format", "vae", "text_encoder")}
     settings["prompts"] = [row["prompt"] for row in rows]
+    with open(fetch(args.checkpoint, "model.safetensors"), "rb") as weights:
+        settings["weights"] = hashlib.file_digest(weights, "sha256").hexdigest()
     if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
-        raise UserError(f"{out}: holds samples of other settings (see settings.json there); "
+        raise UserError(f"{out}: holds samples of other settings or weights (see its settings.json); "
                         "choose another --out")
-    with complete(out / "settings.json") as path:
-        path.write_text(json.dumps(settings, indent=1))
     todo = [job for job in jobs[rank::world] if not (out / job[0]).exists()]
 
     if todo:
@@ -260,6 +261,8 @@ def main(argv=None):
                             f"{model.config['channels']}: give --vae the one it was trained with")
         if device.type == "cuda" and not args.no_compile and len(todo) >= 4 * args.batch_size:
             model.denoise = torch.compile(model.denoise)
+        with complete(out / "settings.json") as path:       # only now: a command that fails claims nothing
+            path.write_text(json.dumps(settings, indent=1))
         null = encode_text(tokenizer, t5, [""])
         shape = (model.config["channels"], model.config["size"], model.config["size"])
         bar = tqdm(total=len(todo) * args.steps, desc="sampling", unit="step", disable=rank > 0)

@@ -44,7 +44,7 @@ COLORS = {"red": (222, 40, 40), "yellow": (240, 205, 30), "green": (30, 165, 60)
           "blue": (45, 75, 225), "purple": (160, 50, 185)}
 GREYS = {"dark": 60, "grey": 128, "light": 205}
 BACKGROUNDS = ["plain", "striped", "checkered"]
-SCALE = 2.0             # standard deviation of the scaled latents
+SCALE = 0.5             # standard deviation of the scaled latents
 VAE = Path(__file__).resolve().parent / "assets" / "toy-vae"
 
 
@@ -59,7 +59,7 @@ def polygon(shape):
         return [(1.08 * math.sin(a), 0.2 - 1.08 * math.cos(a)) for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)]
     if shape == "star":
         return [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5))
-                for i, r in enumerate([1.0, 0.42] * 5)]
+                for i, r in enumerate([1.0, 0.5] * 5)]
     a, b = 0.3, 0.95                                                            # a cross: its arms
     return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a),
             (-a, -a)]
@@ -79,7 +79,7 @@ def draw(scene, scale=4):
     if scene["shape"] in ("circle", "ring"):
         pen.ellipse([x - 0.92 * r, y - 0.92 * r, x + 0.92 * r, y + 0.92 * r], fill=255)
         if scene["shape"] == "ring":
-            pen.ellipse([x - 0.46 * r, y - 0.46 * r, x + 0.46 * r, y + 0.46 * r], fill=0)
+            pen.ellipse([x - 0.42 * r, y - 0.42 * r, x + 0.42 * r, y + 0.42 * r], fill=0)
     else:
         pen.polygon([(x + r * a, y + r * b) for a, b in polygon(scene["shape"])], fill=255)
     image.paste(COLORS[scene["color"]], (0, 0), mask)
@@ -87,8 +87,8 @@ def draw(scene, scale=4):
 
 
 def random_scene(rng, shape=None):
-    radius = rng.uniform(20, 27)
-    jitter = min(4, 31 - radius)
+    radius = rng.uniform(22, 28)
+    jitter = min(2, 31 - radius)
     x, y = (round(32 + rng.uniform(-jitter, jitter), 1) for _ in "xy")
     return {"shape": shape or rng.choice(SHAPES), "color": rng.choice(list(COLORS)),
             "radius": round(radius, 1), "x": x, "y": y,
@@ -124,7 +124,7 @@ def background(rng, scene):
 
 def caption_of(scene, rng):
     """A long caption of a picture with one object, as the captioner would write it for an original."""
-    size = "huge" if scene["radius"] > 24.5 else "large" if scene["radius"] > 22 else "big"
+    size = "huge" if scene["radius"] > 26 else "large" if scene["radius"] > 24 else "big"
     thing = f"a {size} {scene['color']} {scene['shape']}"
     first = rng.choice([f"the image shows {thing}", f"{thing} fills the picture",
                         f"in the center there is {thing}", f"a single object , {thing}"])

@@ -186,7 +186,7 @@ def section_encode():
                 ds.text, lambda i, ds=ds: ds.text(i).clone(), ds.moments,
                 lambda i, pieces=pieces: pieces[i % 400].copy()))
             print(f"encode: reading a sample of 150 {dtype} tokens: {copied:.0f} us ({text:.0f} us before "
-                  f"its bytes are copied), moments {moments:.0f} us; numpy.memmap, as many bytes: {bare:.0f} us")
+                  f"its bytes are copied), moments {moments:.0f} us; numpy.memmap, same size: {bare:.0f} us")
 
     x = torch.randn(2000, 2048, generator=rng)
     outlying = x.clone()
