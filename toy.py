@@ -44,7 +44,8 @@ COLORS = {"red": (222, 40, 40), "yellow": (240, 205, 30), "green": (30, 165, 60)
           "blue": (45, 75, 225), "purple": (160, 50, 185)}
 GREYS = {"dark": 60, "grey": 128, "light": 205}
 BACKGROUNDS = ["plain", "striped", "checkered"]
-SCALE = 0.5             # standard deviation of the scaled latents
+SCALE = 0.5     # standard deviation of the scaled latents: below 1, more of training is about whole shapes
+TAU = 0.14      # with it the signal-to-noise ratio, SCALE^2 (1 - t) / t, is that of the paper's 0.4
 VAE = Path(__file__).resolve().parent / "assets" / "toy-vae"
 
 
@@ -265,8 +266,6 @@ def train_vae(folder, minutes, seed=0):
     vae.load_state_dict(average)
     with torch.no_grad():
         mean, std = vae.encode(to_tensor(pool[:1000]))
-    # Scaled latents have a standard deviation of SCALE, not 1 as Stable Diffusion's: noise of one level hides
-    # far more of 8 x 8 positions than of 32 x 32 (Chen 2023); with larger latents it means the same again.
     vae.config["scaling_factor"] = round(SCALE * (mean.var() + (std ** 2).mean()).item() ** -0.5, 4)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.half().contiguous() for name, tensor in average.items()},
@@ -542,7 +541,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--out", default="out/toy", metavar="FOLDER", help="where everything goes")
     add("--images", type=int, default=6000, help="pictures to draw; as many composites are made")
-    add("--steps", type=int, default=2000, help="training steps")
+    add("--steps", type=int, default=4500, help="training steps")
     add("--prompts", type=int, default=32, help="prompts for each of the six tasks")
     add("--seed", type=int, default=0, help="of the world, the training and the samples")
     add("--train-vae", type=float, metavar="MINUTES", help="only train the autoencoder in assets/ again")
@@ -551,7 +550,7 @@ def main(argv=None):
         return train_vae(VAE, args.train_vae)
     if args.images < 2 * len(SHAPES) or args.steps < 1 or args.prompts < 1:
         raise UserError(f"--images must be at least {2 * len(SHAPES)}, --steps and --prompts at least 1")
-    out, seed, tau = Path(args.out), args.seed, 0.4
+    out, seed = Path(args.out), args.seed
     settings = {"images": args.images, "prompts": args.prompts, "seed": seed}
     if (out / "toy.json").exists() and json.loads((out / "toy.json").read_text()) != settings:
         raise UserError(f"{out} has other settings (in toy.json); use them or choose another --out")
@@ -564,7 +563,7 @@ def main(argv=None):
         make_world(out, args.images, seed)
     mixed = ["--images", out / "images", "--out", out / "cutmix", "--size", SIZE, "--seed", seed]
     run(cutmix, *mixed, "--workers", 0)
-    run(cutmix, *mixed, "--noise", "--tau", tau)
+    run(cutmix, *mixed, "--noise")
     run(caption, "aio", "--images", out / "images", "--out", out / "captions-aio.jsonl")
     print("\nLong captions from the scenes (in LLaVA's stead), short and long prompts, a tiny T5", flush=True)
     make_captions(out, seed)
@@ -579,15 +578,14 @@ def main(argv=None):
         run(encode, "--images", out / images, "--captions", out / f"{captions}.jsonl", "--out", out / encoded,
             *encoders)
     run(train, "--model", "dit", "--preset", "toy", "--data", out / "encoded", "--augmented",
-        out / "encoded-cutmix", "--p", 0.5, "--tau", tau, "--out", out / "dit", "--steps", args.steps,
-        "--batch-size", 64, "--optimizer", "adamw", "--lr", 3e-3, "--betas", 0.9, 0.98, "--warmup", 50,
+        out / "encoded-cutmix", "--p", 0.5, "--tau", TAU, "--out", out / "dit", "--steps", args.steps,
+        "--batch-size", 32, "--optimizer", "adamw", "--lr", 4e-3, "--betas", 0.9, 0.98, "--warmup", 50,
         "--schedule-steps", args.steps, "--rate", 1, "--clip", 1, "--ema", 0.99, "--seed", seed,
-        "--log-every", 20, "--save-every", 100, "--sample-every", 500, "--sample-steps", 30, "--guidance", 3,
-        "--clamp", 3)
+        "--log-every", 20, "--save-every", 100, "--sample-every", 1000, "--guidance", 3)
     tables, results = {}, {}
     for kind in ("short", "long"):
         run(sample, "--checkpoint", out / "dit", "--prompts", out / f"prompts-{kind}.jsonl", "--out",
-            out / f"samples-{kind}", "--format", "geneval", "--steps", 30, "--guidance", 3, "--clamp", 3,
+            out / f"samples-{kind}", "--format", "geneval", "--steps", 50, "--guidance", 3,
             "--batch-size", 64, "--seed", seed)
         results[kind] = score(out / f"samples-{kind}", read_jsonl(out / f"prompts-{kind}.jsonl"))
         tables[f"{kind} prompts"] = task_scores(results[kind])
