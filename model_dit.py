@@ -172,7 +172,7 @@ class DiT(nn.Module):
 
 
 PRESETS = {     # DiT's sizes for 256 x 256 pictures; the toy's latents are 8 x 8
-    "toy": dict(size=8, channels=8, patch=1, text_dim=128, depth=4, dim=128, heads=4, layer_scale=0.3),
+    "toy": dict(size=8, channels=8, patch=2, text_dim=128, depth=4, dim=128, heads=4, layer_scale=0.3),
     "S/2": dict(depth=12, dim=384, heads=6),
     "B/2": dict(depth=12, dim=768, heads=12),
     "L/2": dict(depth=24, dim=1024, heads=16),
