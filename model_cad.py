@@ -238,7 +238,7 @@ def from_released(config, weights):
     for key, value in config.items():
         if key in RELEASED_CHOICES and value != RELEASED_CHOICES[key]:
             raise ValueError(f"{key} = {value!r} is another network than CAD-I ({RELEASED_CHOICES[key]!r})")
-        if key not in known and not key.startswith("_"):
+        if key not in known and not key.startswith("_") and value not in (None, False):    # off: harmless
             raise ValueError(f"unknown key {key!r}")
     ours = {}
     for name, tensor in weights.items():
