@@ -291,9 +291,9 @@ def load_state(path, args, device):
 
 
 def save_grid(path, ema, vae, data, args, device):
-    """DDIM samples of the EMA weights for fixed captions, those of the first pictures of each set."""
+    """DDIM samples of the EMA weights for fixed captions, of pictures spread over each set."""
     sets = [d for d in data if d]
-    picks = [(d, i) for d in sets for i in range(min(len(d), 16 // len(sets)))]
+    picks = [(d, i) for d in sets for i in range(0, len(d), -(-len(d) * len(sets) // 16))]
     longest = max(d.meta["longest"] for d in sets)
     text = torch.zeros(len(picks), longest, ema.config["text_dim"])
     mask = torch.zeros(len(picks), longest, dtype=torch.bool)
