@@ -509,7 +509,8 @@ def report(out, tables, results):
 <style>body {{ font: 14px sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em }}
 h2 {{ margin-top: 2em }}
 .cards {{ display: flex; flex-wrap: wrap; gap: 12px }} figure {{ margin: 0; width: 128px; font-size: 11px }}
-figure img {{ image-rendering: pixelated }} td, th {{ padding: 3px 10px; text-align: right }}
+figure img {{ image-rendering: pixelated }} img {{ max-width: 100% }}
+td, th {{ padding: 3px 10px; text-align: right }}
 td:first-child {{ text-align: left }} .right {{ color: #080 }} .wrong {{ color: #b00 }} </style>
 <h1>How far can we go with a toy ImageNet?</h1>
 <p>One DiT-I with long captions (TA) and CutMix composites (IA), trained by <code>python toy.py</code>.</p>
@@ -518,7 +519,8 @@ td:first-child {{ text-align: left }} .right {{ color: #080 }} .wrong {{ color: 
 <h2>Samples for long prompts</h2><p>Point at an image for the reason of its verdict.</p>{shown}
 <h2>Originals and their long captions</h2>{examples("images", "captions.jsonl")}
 <h2>CutMix composites and theirs</h2>{examples("cutmix", "captions-cutmix.jsonl")}
-<h2>What noise hides</h2><p>Composites are only used right of the line, where their seams are hidden.</p>
+<h2>What noise hides</h2><p>Composites are only used right of the line, where their seams are hidden: at the
+paper's tau = 0.4. The toy's latents have half the scale: this noise ratio comes at tau = {TAU} already.</p>
 {embed(Image.open(out / "cutmix/noise.png"))}
 <h2>Training loss</h2>{curve(read_jsonl(out / "dit/log.jsonl"))}
 """
