@@ -392,11 +392,17 @@ def quality(args):
     """Table 1: FID, FID-DINOv2, precision, recall, density, coverage of --fake against --real"""
     if not args.fake and not args.save_stats:
         raise UserError("give --fake, or --save-stats: --real alone has nothing to be compared with")
+    for folder in (args.real, args.fake):
+        if folder and not folder.endswith(".safetensors"):
+            list_images(folder)                             # wrong paths are told before any download
     if not args.inception:
         args.inception = os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION)
         if not os.path.exists(args.inception):
             url = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
-            torch.hub.load_state_dict_from_url(url, weights_only=True, check_hash=True)
+            try:
+                torch.hub.load_state_dict_from_url(url, weights_only=True, check_hash=True)
+            except OSError:
+                raise UserError(f"{url}: out of reach, give the file with --inception") from None
     weights = {args.inception: sha256(args.inception), args.dino: weights_hash(args.dino)}
     models = list(weights.values())
     real = features(args.real, args, models)
