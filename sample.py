@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import model_cad
 import model_dit
-from cutmix import UserError, command_line, complete, read_jsonl
+from cutmix import Help, UserError, command_line, complete, rank_and_world, read_jsonl
 from encode import encode_text, fetch, load_text_encoder, load_vae
 
 MODELS = {"dit": model_dit.DiT, "cad": model_cad.CAD}
@@ -178,21 +178,20 @@ def file_names(rows, per_prompt, layout):
 # The command
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = partial(parser.add_argument, metavar="X")
     add("--checkpoint", required=True, help="folder or hub repository with config.json and model.safetensors")
     add("--prompt", action="append", default=[], help="a prompt (may be given again)")
     add("--prompts", help=".txt or .jsonl file, or a folder of .txt files")
     add("--out", required=True, help="folder for the images, samples.jsonl and sheet.png")
-    add("--images-per-prompt", type=int, default=1, help="(default: %(default)s; GenEval and DPG use 4)")
-    add("--steps", type=int, default=250, help="DDIM steps (default: %(default)s)")
-    add("--guidance", type=float, default=8.0, help="w; 0 is none (default: %(default)s)")
-    add("--clamp", type=float, default=1.2, help="bound of |x_0|; 0 is none (default: %(default)s)")
-    add("--seed", type=int, default=0, help="image i has seed + i (default: %(default)s)")
-    add("--batch-size", type=int, default=16, help="(default: %(default)s)")
+    add("--images-per-prompt", type=int, default=1, help="GenEval and DPG use 4")
+    add("--steps", type=int, default=250, help="DDIM steps")
+    add("--guidance", type=float, default=8.0, help="w; 0 is none")
+    add("--clamp", type=float, default=1.2, help="bound of |x_0|; 0 is none")
+    add("--seed", type=int, default=0, help="image i has seed + i")
+    add("--batch-size", type=int, default=16, help="images at once")
     add("--format", choices=["flat", "geneval", "dpg"], default="flat", metavar="F",
-        help="flat, geneval (its tools' folders) or dpg (one 2 x 2 grid a prompt) (default: %(default)s)")
+        help="flat, geneval (its tools' folders) or dpg (one 2 x 2 grid a prompt)")
     add("--vae", help=f"folder or hub repository (default: the one the checkpoint was trained on, or {VAE})")
     add("--text-encoder", help=f"folder or hub repository (default: likewise, or {TEXT_ENCODER})")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, else fp32")
@@ -223,7 +222,7 @@ def count_steps(bar, images, steps):
 
 def main(argv=None):
     args = arguments(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_and_world()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else \
         torch.device("cpu")
     rows = [{"prompt": prompt} for prompt in args.prompt]

@@ -36,7 +36,7 @@ import encode
 import sample
 import train
 from cutmix import UserError, command_line, complete, read_jsonl
-from evaluate import geneval_verdict
+from evaluate import geneval_verdict, write_jsonl
 
 SIZE = 64
 SHAPES = ["circle", "cross", "ring", "square", "star", "triangle"]              # the classes
@@ -107,11 +107,6 @@ def make_world(out, count, seed):
                 draw(scene).save(path, "PNG")
         scenes.append(scene)
     write_jsonl(out / "scenes.jsonl", scenes)
-
-
-def write_jsonl(path, rows):
-    with complete(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ------------------------------------------------------------------------------------------------------------

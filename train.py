@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import model_cad
 import model_dit
-from cutmix import UserError, command_line, complete, read_jsonl
+from cutmix import Help, UserError, command_line, complete, rank_and_world, read_jsonl
 from encode import Encoded, load_vae
 from sample import MODELS, autocast, contact_sheet, ddim, gamma, to_images
 
@@ -44,6 +44,14 @@ def choose(t, rng, tau, p):
     A composite has seams; noise hides them where t > tau. There a coin of probability p decides for it."""
     t = np.asarray(t)
     return (t > tau) & (rng.random(len(t)) < p)
+
+
+def pad(texts, longest):
+    """Captions' tokens, each (L_i, D) -> text (B, longest, D), zeros behind, and mask (B, longest) bool."""
+    text = torch.zeros(len(texts), longest, texts[0].shape[1], dtype=texts[0].dtype)
+    for row, tokens in zip(text, texts):
+        row[:len(tokens)] = tokens
+    return text, torch.arange(longest) < torch.tensor([len(tokens) for tokens in texts])[:, None]
 
 
 class Batches(torch.utils.data.Dataset):
@@ -85,13 +93,10 @@ class Batches(torch.utils.data.Dataset):
             x_0.append((mean + std * noise[0]) * data.meta["scaling_factor"])   # a new draw of x_0 every time
             eps.append(noise[1])
             texts.append(data.null if dropped[index] else data.text(i))
-        lengths = torch.tensor([len(text) for text in texts])
-        text = torch.zeros(len(texts), self.longest, texts[0].shape[1], dtype=texts[0].dtype)
-        for row, tokens in zip(text, texts):
-            row[:len(tokens)] = tokens
+        text, mask = pad(texts, self.longest)
         mine = slice(self.mine.start, self.mine.stop)
         return dict(t=torch.from_numpy(t[mine]).float(), x_0=torch.stack(x_0), eps=torch.stack(eps),
-                    text=text, mask=torch.arange(self.longest) < lengths[:, None],
+                    text=text, mask=mask,
                     coherence=torch.from_numpy(~dropped[mine]).float())
 
 
@@ -174,41 +179,40 @@ def update_ema(ema, model, decay, step):
 # Settings
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = functools.partial(parser.add_argument, metavar="X")
     add("--data", help="encoded originals with their captions (encode.py)")
     add("--augmented", help="encoded CutMix composites with theirs; without it, text augmentation alone")
     add("--out", help="folder of the checkpoint, training state, log.jsonl and sample grids")
-    add("--model", choices=["dit", "cad"], default="dit", help="dit or cad (default: %(default)s)")
+    add("--model", choices=["dit", "cad"], default="dit", help="dit or cad")
     add("--preset", help="DiT: S/2, B/2, L/2, toy; CAD: B, L, toy (default: L/2 and L)")
-    add("--p", type=float, default=0.5, help="chance of a composite where t > tau (default: %(default)s)")
-    add("--tau", type=float, default=0.4, help="composites only where t > tau (default: %(default)s)")
-    add("--drop", type=float, default=0.1, help="share of null prompts (default: %(default)s)")
-    add("--batch-size", type=int, default=1024, help="of all ranks together (default: %(default)s)")
+    add("--p", type=float, default=0.5, help="chance of a composite where t > tau")
+    add("--tau", type=float, default=0.4, help="composites only where t > tau")
+    add("--drop", type=float, default=0.1, help="share of null prompts")
+    add("--batch-size", type=int, default=1024, help="of all ranks together")
     add("--micro-batch", type=int, help="samples on a device at once; more are accumulated (default: all)")
-    add("--steps", type=int, default=250_000, help="(default: %(default)s)")
+    add("--steps", type=int, default=250_000, help="training steps")
     add("--schedule-steps", type=int, help="length of the learning-rate schedule (default: twice --steps)")
-    add("--optimizer", choices=["lamb", "adamw"], default="lamb", help="lamb or adamw (default: %(default)s)")
-    add("--lr", type=float, default=1e-3, help="(default: %(default)s)")
-    add("--betas", type=float, nargs=2, default=[0.9, 0.999], help="(default: 0.9 0.999)")
-    add("--weight-decay", type=float, default=0.01, help="(default: %(default)s)")
-    add("--warmup", type=int, default=5000, help="steps of linear warm-up (default: %(default)s)")
-    add("--rate", type=float, default=0.7, help="share of a half cosine that is used (default: %(default)s)")
-    add("--clip", type=float, default=2.0, help="bound of the gradient's norm (default: %(default)s)")
-    add("--ema", type=float, default=0.9999, help="decay of the averaged weights (default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--optimizer", choices=["lamb", "adamw"], default="lamb", help="lamb or adamw")
+    add("--lr", type=float, default=1e-3, help="peak learning rate")
+    add("--betas", type=float, nargs=2, default=[0.9, 0.999], help="of AdamW and LAMB")
+    add("--weight-decay", type=float, default=0.01, help="none on biases and norms")
+    add("--warmup", type=int, default=5000, help="steps of linear warm-up")
+    add("--rate", type=float, default=0.7, help="share of a half cosine that is used")
+    add("--clip", type=float, default=2.0, help="bound of the gradient's norm")
+    add("--ema", type=float, default=0.9999, help="decay of the averaged weights")
+    add("--seed", type=int, default=0, help="of weights, data, times and noise")
     add("--resume", help="training state to go on from (default: OUT/state.pt where there is one)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, else fp32")
     parser.add_argument("--no-compile", action="store_true", help="CUDA: do not torch.compile the network")
     add("--workers", type=int, help="processes that read data, per rank (default: 4 on CUDA, else 0)")
-    add("--log-every", type=int, default=100, help="steps (default: %(default)s)")
-    add("--save-every", type=int, default=5000, help="steps (default: %(default)s)")
-    add("--keep-every", type=int, default=50_000, help="steps between lasting copies (default: %(default)s)")
-    add("--sample-every", type=int, default=5000, help="steps between grids, 0 none (default: %(default)s)")
-    add("--sample-steps", type=int, default=50, help="DDIM steps of those grids (default: %(default)s)")
-    add("--guidance", type=float, default=8.0, help="of those grids (default: %(default)s)")
-    add("--clamp", type=float, default=1.2, help="bound of |x_0| in those grids (default: %(default)s)")
+    add("--log-every", type=int, default=100, help="steps")
+    add("--save-every", type=int, default=5000, help="steps")
+    add("--keep-every", type=int, default=50_000, help="steps between lasting copies")
+    add("--sample-every", type=int, default=5000, help="steps between grids, 0 none")
+    add("--sample-steps", type=int, default=50, help="DDIM steps of those grids")
+    add("--guidance", type=float, default=8.0, help="of those grids")
+    add("--clamp", type=float, default=1.2, help="bound of |x_0| in those grids")
     parser.add_argument("--benchmark", action="store_true", help="only time training steps on random data")
     args = parser.parse_args(argv)
     args.preset = args.preset or {"dit": "L/2", "cad": "L"}[args.model]
@@ -249,14 +253,14 @@ def open_data(args):
 
 def start_distributed():
     """-> (rank, world size, device); one process without torchrun."""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    (rank, world), local = rank_and_world(), int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return int(os.environ.get("RANK", 0)), world, device
+    return rank, world, device
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -294,12 +298,7 @@ def save_grid(path, ema, vae, data, args, device):
     """DDIM samples of the EMA weights for fixed captions, of pictures spread over each set."""
     sets = [d for d in data if d]
     picks = [(d, i) for d in sets for i in range(0, len(d), -(-len(d) * len(sets) // 16))]
-    longest = max(d.meta["longest"] for d in sets)
-    text = torch.zeros(len(picks), longest, ema.config["text_dim"])
-    mask = torch.zeros(len(picks), longest, dtype=torch.bool)
-    for row, (d, i) in enumerate(picks):
-        tokens = d.text(i)
-        text[row, :len(tokens)], mask[row, :len(tokens)] = tokens, True
+    text, mask = pad([d.text(i) for d, i in picks], max(d.meta["longest"] for d in sets))
     cond = text.to(device), mask.to(device)
     null = (sets[0].null[None].float().to(device),
             torch.ones(1, len(sets[0].null), dtype=torch.bool, device=device))
