@@ -14,7 +14,9 @@ or with RANK and WORLD_SIZE set. Killed, it goes on with the same command.
 
 import argparse
 import contextlib
+import functools
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -71,7 +73,8 @@ def complete(path):
     The temporary name is the same at the next attempt (and another for each rank), so that a kill leaves
     nothing behind that running the same command again does not clear away."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.tmp")
     try:
         yield temporary
@@ -190,13 +193,14 @@ def mix(base, paste, setting, size, rng):
     """Two PIL images of any size -> (the composite, size x size RGB, and the box of the second one in it)."""
     base, paste = rgb(base), rgb(paste)
     fast = Image.Resampling.HAMMING     # half of Lanczos's time, 36-45 dB from it: seen under noise only
-    x0, y0, x1, y1 = box = paste_box(setting, size, rng)
+    picture, box = Image.new("RGB", (size, size)), paste_box(setting, size, rng)
+    x0, y0, x1, y1 = box                                # the base: only what will be seen of it is resampled
+    for part in ((0, 0, size, y0), (0, y0, x0, y1), (x1, y0, size, y1), (0, y1, size, size)):
+        if part[0] < part[2] and part[1] < part[3]:
+            picture.paste(fit(base, size, part, fast), part)
     if setting == "1/2":                                # both at full resolution, each half where it was
-        picture = Image.new("RGB", (size, size))
-        picture.paste(fit(base, size, (0, 0, x0 or size, y0 or size), fast))
         picture.paste(fit(paste, size, box, fast), box)
     else:                                               # all of the second, smaller
-        picture = fit(base, size, None, fast)
         picture.paste(fit(paste, x1 - x0, None, fast), box)
     return picture, box
 
@@ -217,11 +221,14 @@ def same_class(a, b):
     return a == b or class_of(a) == class_of(b) != ""
 
 
+@functools.lru_cache(maxsize=1)
+def shuffled_settings(seed, four):
+    return [SETTINGS[k] for k in np.random.default_rng((seed, four, 1)).permutation(4)]
+
+
 def setting_of(args, index):
     """`all` is a quarter of each to within one image: every four neighbours share the four out by chance."""
-    if args.setting != "all":
-        return args.setting
-    return SETTINGS[np.random.default_rng((args.seed, index // 4, 1)).permutation(4)[index % 4]]
+    return shuffled_settings(args.seed, index // 4)[index % 4] if args.setting == "all" else args.setting
 
 
 def partner(files, base, rng):
@@ -269,8 +276,10 @@ def make(args, folders):
                 picture, row = composite(args, index, setting_of(args, index))
                 line = json.dumps(row)                  # ASCII: any file name survives, even if not UTF-8
                 if picture:
-                    with complete(path) as temporary:   # 4:4:4, or colours would bleed over the seam
-                        picture.save(temporary, "JPEG", quality=95, subsampling=0, comment=line.encode())
+                    jpeg = io.BytesIO()                 # 4:4:4, or colours would bleed over the seam
+                    picture.save(jpeg, "JPEG", quality=95, subsampling=0, comment=line.encode())
+                    with complete(path) as temporary:   # at once: Pillow would write it in small pieces
+                        temporary.write_bytes(jpeg.getbuffer())
             lines.append(line + "\n")
             yield index
         with complete(args.out / "parts" / f"{folder:05d}.jsonl") as temporary:
