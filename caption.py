@@ -62,28 +62,38 @@ def read_captions(path):
     return captions
 
 
-def grow(out, items, batch_size, key, name, produce, unit):
-    """Writes one line for each item to `out`, in order, and goes on where an earlier run was killed.
+SETTINGS = {"model", "batch_size", "max_new_tokens", "no_prune", "attempts"}    # what captions depend on
+
+
+def grow(args, items, key, name, produce, unit):
+    """Writes one line for each item to args.out, in order, and goes on where an earlier run was killed.
 
     `produce(batches)` yields, for each batch of items, their rows: {key: name(item), ...}, with a "reason" if
     the row belongs to <out>.skipped.jsonl. Each rank appends to its part; the last to end makes the same
     files as a single one. Returns whether `out` is complete; if not, other ranks still work on it."""
     rank, world = cutmix.rank_and_world()
-    skipped = out.with_suffix(".skipped.jsonl")
+    out, skipped, began = args.out, args.out.with_suffix(".skipped.jsonl"), Path(f"{args.out}.settings")
     parts = [out.with_name(f"{out.name}.{r}of{world}") for r in range(world)]
-    batches = [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
+    batches = [items[i:i + args.batch_size] for i in range(0, len(items), args.batch_size)]
+    settings = json.dumps({name: value for name, value in vars(args).items() if name in SETTINGS})
     other_list = UserError(f"{out}: begun with another list: use another --out, or delete it and its parts")
     if out.exists():
         lines = (line for path in (out, skipped) for line in open(path, "rb"))
         if {json.loads(line).get(key) for line in lines} != set(map(name, items)):
             raise other_list
-        for part in parts:
-            part.unlink(missing_ok=True)          # a kill may have left them
+        for path in (began, *parts):
+            path.unlink(missing_ok=True)                # a kill may have left them
         return True
     out.parent.mkdir(parents=True, exist_ok=True)
     for part in out.parent.glob(f"{out.name}.*of*"):
         if not part.name.endswith(f"of{world}"):
             raise UserError(f"{part}: begun with another number of ranks: go on with as many, or delete it")
+    if not began.exists():                              # captions of two kinds never end in one file
+        with complete(began) as temporary:
+            temporary.write_text(settings)
+    if began.read_text() != settings:
+        raise UserError(f"{out}: begun with other settings ({began.read_text()}, now {settings}): use "
+                        f"another --out, or delete {out}.*")
 
     mine, whole, size = batches[rank::world], 0, 0
     with open(parts[rank], "ab+") as part:
@@ -117,8 +127,8 @@ def grow(out, items, batch_size, key, name, produce, unit):
             for k, batch in enumerate(batches):
                 for line in islice(streams[k % world], len(batch)):
                     (others if "reason" in json.loads(line) else captions).write(line)
-    for part in parts:
-        part.unlink(missing_ok=True)
+    for path in (*parts, began):
+        path.unlink(missing_ok=True)
     return True
 
 
@@ -332,7 +342,7 @@ def llava(args):
             start = time.perf_counter()
             speed = sum(len(rows) for rows in work) / (time.perf_counter() - start)
             print(f"{'with' if prune else 'without'} pruning {speed:8.2f} captions/s")
-    elif grow(args.out, items, args.batch_size, "file", lambda item: item[0], produce, "captions"):
+    elif grow(args, items, "file", lambda item: item[0], produce, "captions"):
         skipped = len(read_jsonl(beside := args.out.with_suffix(".skipped.jsonl")))
         print(f"{len(items) - skipped} captions in {args.out}, {skipped} skipped (named in {beside})")
 
@@ -396,7 +406,7 @@ def extend(args):
             yield [{**row, "prompt": long.get(row["prompt"], row["prompt"]), "short_prompt": row["prompt"]}
                    for row in batch]
 
-    if grow(args.out, rows, args.batch_size, "short_prompt", lambda row: row["prompt"], produce, "prompts"):
+    if grow(args, rows, "short_prompt", lambda row: row["prompt"], produce, "prompts"):
         short = [row["prompt"] for row in read_jsonl(args.out) if row["prompt"] == row["short_prompt"]]
         print(f"{len(rows)} prompts in {args.out}, {len(short)} of them kept short", *short[:10], sep="\n  ")
 

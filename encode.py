@@ -471,7 +471,8 @@ def main(argv=None):
     pairs, skipped = pair_up(list_images(args.images), captions)
     if not pairs:
         raise UserError(f"no image of {args.images} has a caption: images are named like "
-                        f"{skipped[0]['file']}, in the captions like {next(iter(captions), 'nothing')}")
+                        f"{skipped[0]['file']}, in the captions like {next(iter(captions), 'nothing')} "
+                        f"({skipped[-1]['reason']})")
     # On CUDA T5 runs in bfloat16. The VAE does not: its means would be 1.0 to 1.2% off (0.2 to 0.5% with the
     # bits of float16, which are those of TF32, the form in which CUDA multiplies in float32 convolutions).
     cuda = torch.cuda.is_available()

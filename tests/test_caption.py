@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -166,11 +167,12 @@ def produce(batches):
                {"file": item, "caption": f"{item} of {batch[0]} ä\u2028"} for item in batch]
 
 
-def grown(folder, rank=0, world=1, produce=produce):
+def grown(folder, rank=0, world=1, produce=produce, model="a model"):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANK", str(rank))
         patch.setenv("WORLD_SIZE", str(world))
-        done = caption.grow(folder / "c.jsonl", ITEMS, 4, "file", str, produce, "captions")
+        args = SimpleNamespace(out=folder / "c.jsonl", batch_size=4, model=model)
+        done = caption.grow(args, ITEMS, "file", str, produce, "captions")
     return done, {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
@@ -219,6 +221,15 @@ def test_ranks_write_parts_that_are_joined_to_the_file_of_one(tmp_path):
         grown(tmp_path / "three")
     assert grown(tmp_path / "three", 1, 3) == (True, one)
     assert grown(tmp_path / "three", 0, 3, produce=None) == (True, one)
+
+
+def test_captions_of_two_models_are_not_mixed(tmp_path):
+    assert not grown(tmp_path, 0, 2)[0]
+    with pytest.raises(cutmix.UserError, match="other settings .*a model.*another.*delete .*c.json") as error:
+        grown(tmp_path, 1, 2, model="another")
+    assert "\n" not in str(error.value)
+    done, files = grown(tmp_path, 1, 2)
+    assert done and sorted(files) == ["c.jsonl", "c.skipped.jsonl"]
 
 
 def test_a_file_of_other_images_is_not_continued(tmp_path):

@@ -469,7 +469,7 @@ def test_check_names_damaged_shards_which_the_same_command_then_makes_again(data
 @pytest.mark.parametrize("change, message", [
     ({"size": 36}, "a multiple of 8"), ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
     ({"vae": "/no/vae"}, "/no/vae: no such folder"), ({"text_encoder": VAE}, "not a T5 with its tokenizer"),
-    ({"captions": "none.jsonl"}, "named like class0/00 é.png, in the captions like x.png")])
+    ({"captions": "none.jsonl"}, "like class0/00 é.png, in the captions like x.png .caption, but no such")])
 def test_a_mistake_of_the_user_ends_in_one_line(data, change, message):
     data.write([{"file": "x.png", "caption": "a star"}], "none.jsonl")
     with pytest.raises(UserError, match=message) as error:
