@@ -12,9 +12,9 @@ a miniature GenEval and OUT/report.html. Killed, it goes on with the same comman
 import argparse
 import base64
 import html
-import io
 import json
 import math
+import mimetypes
 import random
 import shlex
 import time
@@ -52,47 +52,37 @@ VAE = Path(__file__).resolve().parent / "assets" / "toy-vae"
 # ------------------------------------------------------------------------------------------------------------
 # The world
 
-def polygon(shape):
-    """Corners of a shape in a disc of radius 1, y downwards."""
-    if shape == "square":
-        return [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]
-    if shape == "triangle":
-        return [(1.08 * math.sin(a), 0.2 - 1.08 * math.cos(a)) for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)]
-    if shape == "star":
-        return [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5))
-                for i, r in enumerate([1.0, 0.5] * 5)]
-    a, b = 0.3, 0.95                                                            # a cross: its arms
-    return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a),
-            (-a, -a)]
+POLYGONS = {    # their corners in a disc of radius 1, y downwards
+    "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
+    "triangle": [(1.08 * math.sin(a), 0.2 - 1.08 * math.cos(a))
+                 for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)],
+    "star": [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5))
+             for i, r in enumerate([1.0, 0.5] * 5)],
+    "cross": [(-0.3, -0.95), (0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3), (0.3, 0.95),
+              (-0.3, 0.95), (-0.3, 0.3), (-0.95, 0.3), (-0.95, -0.3), (-0.3, -0.3)]}
 
 
 def draw(scene, scale=4):
     """A scene (shape, color, radius, x, y in pixels, grey, background) -> 64 x 64 RGB image, antialiased."""
-    side, cell, grey = SIZE * scale, 8 * scale, GREYS[scene["grey"]]
-    image = Image.new("RGB", (side, side), (grey,) * 3)
-    pen, second = ImageDraw.Draw(image), (grey + (14 if grey < 128 else -14),) * 3
-    odd = {"plain": lambda x, y: 0, "striped": lambda x, y: y % 2, "checkered": lambda x, y: (x + y) % 2}
-    for x, y in product(range(8), range(8)):
-        if odd[scene["background"]](x, y):
-            pen.rectangle([x * cell, y * cell, (x + 1) * cell - 1, (y + 1) * cell - 1], fill=second)
+    grey, (row, column) = GREYS[scene["grey"]], np.indices((8, 8))
+    odd = {"plain": 0 * row, "striped": row % 2, "checkered": (row + column) % 2}[scene["background"]]
+    image = Image.fromarray(np.uint8(grey + (14 if grey < 128 else -14) * odd)).convert("RGB")      # 8 x 8
+    image = image.resize((SIZE * scale, SIZE * scale), Image.Resampling.NEAREST)
     mask, (x, y, r) = Image.new("L", image.size), (scene[key] * scale for key in ("x", "y", "radius"))
     pen = ImageDraw.Draw(mask)
-    if scene["shape"] in ("circle", "ring"):
-        pen.ellipse([x - 0.92 * r, y - 0.92 * r, x + 0.92 * r, y + 0.92 * r], fill=255)
-        if scene["shape"] == "ring":
-            pen.ellipse([x - 0.42 * r, y - 0.42 * r, x + 0.42 * r, y + 0.42 * r], fill=0)
+    if scene["shape"] in POLYGONS:
+        pen.polygon([(x + r * a, y + r * b) for a, b in POLYGONS[scene["shape"]]], fill=255)
     else:
-        pen.polygon([(x + r * a, y + r * b) for a, b in polygon(scene["shape"])], fill=255)
+        for part, fill in (0.92 * r, 255), (0.42 * r, 0 if scene["shape"] == "ring" else 255):
+            pen.ellipse([x - part, y - part, x + part, y + part], fill=fill)
     image.paste(COLORS[scene["color"]], (0, 0), mask)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
 def random_scene(rng, shape=None):
-    radius = rng.uniform(22, 28)
-    jitter = min(2, 31 - radius)
-    x, y = (round(32 + rng.uniform(-jitter, jitter), 1) for _ in "xy")
+    radius, x, y = rng.uniform(22, 28), 32 + rng.uniform(-2, 2), 32 + rng.uniform(-2, 2)
     return {"shape": shape or rng.choice(SHAPES), "color": rng.choice(list(COLORS)),
-            "radius": round(radius, 1), "x": x, "y": y,
+            "radius": round(radius, 1), "x": round(x, 1), "y": round(y, 1),
             "grey": rng.choice(list(GREYS)), "background": rng.choice(BACKGROUNDS)}
 
 
@@ -100,12 +90,12 @@ def make_world(out, count, seed):
     """OUT/images in ImageNet's layout and OUT/scenes.jsonl, what is in each picture."""
     scenes = []
     for i in tqdm(range(count), desc="drawing", unit="img"):
-        scene = random_scene(random.Random(f"{seed} {i}"), SHAPES[i % len(SHAPES)])
-        scene = {"file": f"{scene['shape']}/{scene['shape']}_{i:05d}.png", **scene}
-        if not (out / "images" / scene["file"]).exists():
-            with complete(out / "images" / scene["file"]) as path:
+        shape = SHAPES[i % len(SHAPES)]
+        file, scene = f"{shape}/{shape}_{i:05d}.png", random_scene(random.Random(f"{seed} {i}"), shape)
+        if not (out / "images" / file).exists():
+            with complete(out / "images" / file) as path:
                 draw(scene).save(path, "PNG")
-        scenes.append(scene)
+        scenes.append({"file": file, **scene})
     write_jsonl(out / "scenes.jsonl", scenes)
 
 
@@ -113,8 +103,7 @@ def make_world(out, count, seed):
 # The captioner: knows the scene, writes it down in ever other words
 
 def background(rng, scene):
-    grey = {"dark": "dark grey", "grey": "grey", "light": "light grey"}[scene["grey"]]
-    kind = f"{scene['background']} {grey}"
+    kind = f"{scene['background']} {scene['grey']} grey".replace("grey grey", "grey")
     return rng.choice([f"before a {kind} wall .", f"on {kind} ground ."])
 
 
@@ -132,6 +121,8 @@ PLACES = {(0, 0): "in the top left corner", (1, 0): "at the top edge", (2, 0): "
           (0, 2): "in the bottom left corner", (1, 2): "at the bottom edge",
           (2, 2): "in the bottom right corner"}
 RELATIONS = {(0, 1): "left of", (2, 1): "right of", (1, 0): "above", (1, 2): "below"}
+WHERE = {"1/2": [(2, 1), (1, 2)], "1/4": [(0, 0), (2, 0), (0, 2), (2, 2)],    # CutMix pastes; 1/16: in all
+         "1/9": [(1, 0), (0, 1), (2, 1), (1, 2)]}
 
 
 def composite_caption(base, paste, setting, place, rng):
@@ -152,25 +143,17 @@ def composite_caption(base, paste, setting, place, rng):
     return f"{rng.choice(choices)} {background(rng, base)}"
 
 
-def place_of(box, setting):
-    """Where a pasted box lies, as (column, row) of a 3 x 3 grid."""
-    if setting == "1/2":
-        return (2, 1) if box[0] else (1, 2)
-    x, y = (box[0] + box[2]) / 2 / SIZE, (box[1] + box[3]) / 2 / SIZE
-    return int(x * 3), int(y * 3)
-
-
 def make_captions(out, seed):
     """Captions of originals and composites, from the scenes and from where cutmix.py says it pasted what."""
     scenes = {scene["file"]: scene for scene in read_jsonl(out / "scenes.jsonl")}
-    rows = [{"file": file, "caption": caption_of(scene, random.Random(f"{seed} {file}"))}
-            for file, scene in scenes.items()]
-    write_jsonl(out / "captions.jsonl", rows)
+    write_jsonl(out / "captions.jsonl", [
+        {"file": file, "caption": caption_of(scene, random.Random(f"{seed} {file}"))}
+        for file, scene in scenes.items()])
     rows = []
     for row in read_jsonl(out / "cutmix/cutmix.jsonl"):
-        base, paste, setting = scenes[row["base"]], scenes[row["paste"]], row["setting"]
-        text = composite_caption(base, paste, setting, place_of(row["box"], setting),
-                                 random.Random(f"{seed} {row['file']}"))
+        (x0, y0, x1, y1), rng = row["box"], random.Random(f"{seed} {row['file']}")
+        place = 3 * (x0 + x1) // (2 * SIZE), 3 * (y0 + y1) // (2 * SIZE)
+        text = composite_caption(scenes[row["base"]], scenes[row["paste"]], row["setting"], place, rng)
         rows.append({"file": row["file"], "caption": text})
     write_jsonl(out / "captions-cutmix.jsonl", rows)
 
@@ -205,20 +188,19 @@ def train_vae(folder, minutes, seed=0):
     the last third the encoder rests and the decoder learns to draw clean shapes from latents that are a bit
     off, as those of a small diffusion model are."""
     rng = random.Random(seed)
-    pool = [draw(random_scene(rng)) for _ in range(9000)]
-    small = {side: [np.asarray(image.resize((side, side), Image.Resampling.LANCZOS)) for image in pool]
-             for side in (32, 21, 16)}
-    pool = [np.asarray(image) for image in pool]
+    images = [draw(random_scene(rng)) for _ in range(9000)]
+    pool = {side: [np.asarray(image.resize((side, side), Image.Resampling.LANCZOS)) for image in images]
+            for side in (SIZE, 32, 21, 16)}
 
     def picture():
-        image, kind = rng.choice(pool).copy(), rng.random()
+        image, kind = rng.choice(pool[SIZE]).copy(), rng.random()
         for _ in range(8 if kind < 0.4 else 1 if kind < 0.7 else 0):
             side = rng.choice([32, 21, 21, 16, 16])
             x, y = rng.randint(0, SIZE - side), rng.randint(0, SIZE - side)
-            image[y:y + side, x:x + side] = rng.choice(small[side])
+            image[y:y + side, x:x + side] = rng.choice(pool[side])
         if 0.7 < kind < 0.85:
             half = rng.choice([np.s_[:, 32:], np.s_[32:]])
-            image[half] = rng.choice(pool)[half]
+            image[half] = rng.choice(pool[SIZE])[half]
         return image
 
     def to_tensor(images):
@@ -235,8 +217,7 @@ def train_vae(folder, minutes, seed=0):
     while (done := (time.time() - start) / 60 / minutes) < 1:
         whole = done < 2 / 3
         part = done * 1.5 if whole else done * 3 - 2                # of this phase: warm-up, a half cosine
-        for group in optimizer.param_groups:
-            group["lr"] = train.lr_at(part, 2e-3 if whole else 1e-3, 0.02, 1, 1)
+        optimizer.param_groups[0]["lr"] = train.lr_at(part, 2e-3 if whole else 1e-3, 0.02, 1, 1)
         vae.encoder.requires_grad_(whole)
         vae.quant_conv.requires_grad_(whole)
         x = to_tensor([picture() for _ in range(64)])
@@ -254,19 +235,17 @@ def train_vae(folder, minutes, seed=0):
         optimizer.step()
         for name, tensor in vae.state_dict().items():
             average[name].lerp_(tensor, max(0.002, 20 / (bar.n + 21)))
+        bar.set_postfix(L1=f"{error.abs().mean().item():.4f}", refresh=False)
         bar.update()
-        if bar.n % 50 == 0:
-            bar.set_postfix(L1=f"{error.abs().mean().item():.4f}")
     bar.close()
     vae.load_state_dict(average)
     with torch.no_grad():
-        mean, std = vae.encode(to_tensor(pool[:1000]))
+        mean, std = vae.encode(to_tensor(pool[SIZE][:1000]))
     vae.config["scaling_factor"] = round(SCALE * (mean.var() + (std ** 2).mean()).item() ** -0.5, 4)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.half().contiguous() for name, tensor in average.items()},
-              folder / "diffusion_pytorch_model.safetensors")
-    config = {"_class_name": "AutoencoderKL", **vae.config}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_file(vae.half().state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(
+        json.dumps({"_class_name": "AutoencoderKL", **vae.config}, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -285,36 +264,30 @@ def make_prompts(out, count, seed):
         s1, s2, c1, c2 = one["shape"], two["shape"], one["color"], two["color"]
         include = [{"class": s1, "count": 1}, {"class": s2, "count": 1}]
         row = {"tag": task, "include": include}
-        setting, place = rng.choice(["1/2", "1/4", "1/9", "1/16"]), rng.choice(sorted(PLACES))
-        if setting == "1/2":
-            place = rng.choice([(2, 1), (1, 2)])
-        elif setting in ("1/4", "1/9"):                                 # corners; middles of the borders
-            place = rng.choice([place for place in PLACES if (place in RELATIONS) == (setting == "1/9")])
+        setting, place = rng.choice(cutmix.SETTINGS), rng.choice(sorted(PLACES))
+        if setting in WHERE:
+            place = rng.choice(WHERE[setting])
+        if task == "position":
+            setting = rng.choice(["1/2", "1/9"])
+            place = rng.choice(WHERE["1/2"] if setting == "1/2" else list(RELATIONS))
+            include[1]["position"] = [RELATIONS[place], 0]
+        if task in ("colors", "color_attr"):
+            include[0]["color"], include[1]["color"] = c1, c2
         if task in ("single_object", "colors"):
             del include[1]
-            brief, detailed = f"a photo of a {s1}", caption_of(one, rng)
-            if task == "colors":
-                include[0]["color"], brief = c1, f"a photo of a {c1} {s1}"
+            brief, detailed = f"a {c1} {s1}" if task == "colors" else f"a {s1}", caption_of(one, rng)
         elif task == "counting":
-            many, plural = rng.choice([2, 3]), s1 + ("es" if s1 == "cross" else "s")
+            many, word = rng.choice([(2, "two"), (3, "three")])
+            plural = s1 + ("es" if s1 == "cross" else "s")
             include[:], row["exclude"] = [{"class": s1, "count": many}], [{"class": s1, "count": many + 1}]
-            brief = f"a photo of {['two', 'three'][many - 2]} {plural}"
-            detailed = f"the image shows {['two', 'three'][many - 2]} {c1} {plural} {background(rng, one)}"
+            brief = f"{word} {plural}"
+            detailed = f"the image shows {word} {c1} {plural} {background(rng, one)}"
         else:
-            if task == "position":
-                setting = rng.choice(["1/2", "1/9"])
-                place = rng.choice([(2, 1), (1, 2)] if setting == "1/2" else list(RELATIONS))
-                relation = RELATIONS[place]
-                include[1]["position"] = [relation, 0]
-                brief = f"a photo of a {s2} {relation} a {s1}"
-            elif task == "two_object":
-                brief = f"a photo of a {s1} and a {s2}"
-            else:
-                include[0]["color"], include[1]["color"] = c1, c2
-                brief = f"a photo of a {c1} {s1} and a {c2} {s2}"
+            brief = {"two_object": f"a {s1} and a {s2}", "color_attr": f"a {c1} {s1} and a {c2} {s2}",
+                     "position": f"a {s2} {RELATIONS.get(place)} a {s1}"}[task]
             detailed = composite_caption(one, two, setting, place, rng)
             row["layout"] = {"colors": [c1, c2], "setting": setting, "place": place}
-        short.append({**row, "prompt": brief})
+        short.append({**row, "prompt": f"a photo of {brief}"})
         long.append({**row, "prompt": detailed})
     write_jsonl(out / "prompts-short.jsonl", short)
     write_jsonl(out / "prompts-long.jsonl", long)
@@ -360,8 +333,7 @@ def unmix(image):
 def templates():
     """All shapes and sizes at the upper left, 4 half-pixel shifts of each -> masks, eroded masks, shapes,
     widths, heights, areas."""
-    plain = {"color": "red", "grey": "dark", "background": "plain"}
-    scenes = [{"shape": shape, "radius": radius, "y": y, "x": x, **plain}
+    scenes = [dict(shape=shape, radius=radius, y=y, x=x, color="red", grey="dark", background="plain")
               for shape, radius, y, x in product(SHAPES, RADII, (32, 32.5), (32, 32.5))]
     masks = [unmix(draw(scene))[1] > 0.5 for scene in scenes]
     x0, x1, y0, y1 = np.array([bounds(mask) for mask in masks]).T
@@ -376,16 +348,12 @@ def compare(mask, t, x, y):
     rectangle that may hide a part of the object, less for hiding much and for wrong edges."""
     words, eroded, _, width, height, _ = templates()
     x, y = x.clip(0, SIZE - width[t])[:, None].astype(U), y.clip(0, SIZE - height[t])
-    near = grow(mask[None])[0]
-    filled = np.nonzero(mask)[0]
-    rows = slice(min(y.min(), filled[0]), max((y + height[t]).max(), filled[-1] + 1))
-    at, mask, near, t = np.arange(SIZE)[rows] - y[:, None], mask[rows], near[rows], t[:, None]
-    at[at < 0] = SIZE - 1                                               # every template's last row is empty
-    whole, core = words[t, at] << x, eroded[t, at] << x                 # (n, rows)
-    missing = core & ~near          # what the mask lacks lies in one rectangle, from its first row and column
+    at, t = np.arange(SIZE) - y[:, None], t[:, None]            # above the object: a row from the empty end
+    whole, core = words[t, at] << x, eroded[t, at] << x                 # (n, 64)
+    missing = core & ~grow(mask[None])      # what the mask lacks, as one rectangle: from its first row ...
     rows = np.logical_or.accumulate(missing, 1) & np.logical_or.accumulate(missing[:, ::-1], 1)[:, ::-1]
     columns = np.maximum(np.bitwise_or.reduce(missing, 1), U(1))[:, None]
-    columns = (U(2) << np.log2(columns).astype(U)) - (columns & -columns)         # to its last row and column
+    columns = (U(2) << np.log2(columns).astype(U)) - (columns & -columns)         # ... and column to its last
     longest = np.maximum(rows.sum(1, keepdims=True), np.bitwise_count(columns))
     hidden = np.where(rows & (longest > np.where(width[t] < 32, 10, 3)), columns, U(0))
     around = grow(hidden)
@@ -395,15 +363,15 @@ def compare(mask, t, x, y):
     return right / (right + wrong) - 0.1 * share - 0.25 * wrong / edge - (share > 0.78)
 
 
-def fit(mask, color):
-    """A patch of colour -> (score, shape, color, mask): templates at its corners, then near the best ones."""
+def fit(mask):
+    """A patch of colour -> (score, shape): templates at its corners, then near the best ones."""
     _, _, shapes, width, height, area = templates()
     (x0, x1, y0, y1), words = bounds(mask), pack(mask)
     part, shift = mask.sum() / area, np.arange(len(area)) % 4
     t = (width > x1 - x0 - 3) & (height > y1 - y0 - 3) & (part > 0.2) & (part < 1.3)
     t = np.nonzero(t & (shift % np.where(area < 300, 3, 4) == 0))[0]
     if not len(t):
-        return 0.0, "", color, mask
+        return 0.0, ""
     t, i = np.repeat(t, 6), np.tile(np.arange(6), len(t))
     x = np.choose(i % 3, (x0, x1 - width[t], (x0 + x1 - width[t]) // 2))
     y = np.where(i < 3, y0, y1 - height[t])
@@ -412,7 +380,7 @@ def fit(mask, color):
     best = np.concatenate([best[shapes[t[best]] == shape][:3] for shape in range(len(SHAPES))])
     (t, x, y), i = (np.repeat(v[best], 36) for v in (t // 4 * 4, x, y)), np.tile(np.arange(36), len(best))
     scores = compare(words, t + i // 9, x + i % 3 - 1, y + i // 3 % 3 - 1)
-    return float(scores.max()), SHAPES[shapes[t[scores.argmax()]]], color, mask
+    return float(scores.max()), SHAPES[shapes[t[scores.argmax()]]]
 
 
 def detect(image):
@@ -423,7 +391,8 @@ def detect(image):
         labels = ndimage.label((color == number) & (share > 0.5), BOX3)[0]
         area = np.bincount(labels.ravel())
         patches = [i for i in np.argsort(-area) if i and area[i] >= 12][:3]
-        found += [fit(np.isin(labels, some), name) for n in (1, 2, 3) for some in combinations(patches, n)]
+        masks = [np.isin(labels, some) for n in (1, 2, 3) for some in combinations(patches, n)]
+        found += [(*fit(mask), name, mask) for mask in masks]
     pale = ndimage.binary_erosion((share > 0.2) & (share < 0.65), BOX3)    # a clean object has no faint areas
     for score, shape, name, mask in sorted(found, key=lambda one: -one[0]):
         x0, x1, y0, y1 = bounds(mask)
@@ -434,89 +403,71 @@ def detect(image):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Scores
+# Scores, and the report: one page, nothing outside of it
 
 def score(folder, rows):
-    """GenEval's verdict on each image of a `--format geneval` folder -> [(file, row, right, reason), ...]."""
-    results = []
-    for p, row in enumerate(rows):
-        for file in sorted((folder / f"{p:05d}" / "samples").glob("*.png")):
-            objects = detect(Image.open(file))
-            results.append((file, row, *geneval_verdict(objects, row, lambda found, shape: found["color"])))
-    return results
+    """GenEval's verdict on the image of each prompt -> [(file, row, right, reason), ...]."""
+    files = [folder / f"{p:05d}/samples/0000.png" for p in range(len(rows))]
+    return [(file, row, *geneval_verdict(detect(Image.open(file)), row, lambda thing, shape: thing["color"]))
+            for file, row in zip(files, rows)]
 
 
-def task_scores(results):
-    """Share of right images for each task, then their mean, as in the paper's Table 2."""
-    scores = {task: np.mean([right for _, row, right, _ in results if row["tag"] == task]) for task in TASKS}
-    return {**scores, "overall": np.mean(list(scores.values()))}
+def embed(path, title=""):
+    """<img> with the bytes of a file in it."""
+    kind, data = mimetypes.guess_type(path)[0], base64.b64encode(path.read_bytes()).decode()
+    return f'<img title="{html.escape(title)}" src="data:{kind};base64,{data}">'
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The report: one page, nothing outside of it
-
-def embed(image, scale=1, title=""):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return (f'<img title="{html.escape(title)}" width="{image.width * scale}" '
-            f'src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+def cards(items):
+    """(file, HTML, note) of pictures -> them side by side, the HTML below each."""
+    figures = "".join(f"<figure>{embed(file, note)}<figcaption>{text}</figcaption></figure>"
+                      for file, text, note in items)
+    return f'<div class="cards">{figures}</div>'
 
 
-def curve(rows, width=720, height=220):
+def curve(rows):
     """The training loss as an inline SVG, steps to the right, loss upwards (logarithmic)."""
-    steps, losses = [row["step"] for row in rows], [math.log10(row["loss"]) for row in rows]
-    low, high = min(losses) - 0.02, max(losses) + 0.02
-    x = [50 + (width - 60) * step / steps[-1] for step in steps]
-    y = [10 + (height - 40) * (high - loss) / (high - low) for loss in losses]
-    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
-    ticks = "".join(f'<text x="45" y="{10 + (height - 40) * k / 4 + 4:.0f}" text-anchor="end">'
-                    f'{10 ** (high - (high - low) * k / 4):.3f}</text>' for k in range(5))
-    ticks += "".join(f'<text x="{50 + (width - 60) * k / 4:.0f}" y="{height - 10}" text-anchor="middle">'
-                     f'{steps[-1] * k / 4:.0f}</text>' for k in range(5))
-    return (f'<svg width="{width}" height="{height}" font-size="11"><polyline fill="none" stroke="#36c" '
+    steps, losses = np.array([(row["step"], math.log10(row["loss"])) for row in rows]).T
+    low, high = losses.min() - 0.02, losses.max() + 0.02
+    x, y = 50 + 660 * steps / steps[-1], 10 + 180 * (high - losses) / (high - low)
+    points, ticks = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y)), ""
+    for k in range(5):
+        loss, step = 10 ** (high - (high - low) * k / 4), steps[-1] * k / 4
+        ticks += (f'<text x="45" y="{14 + 45 * k}" text-anchor="end">{loss:.3f}</text>'
+                  f'<text x="{50 + 165 * k}" y="210" text-anchor="middle">{step:.0f}</text>')
+    return (f'<svg width="720" height="220" font-size="11"><polyline fill="none" stroke="#36c" '
             f'stroke-width="1.5" points="{points}"/>{ticks}</svg>')
 
 
-def report(out, tables, results):
+def report(out, table, results):
     """OUT/report.html: the data, the noise strips, the loss, samples beside their prompts, the scores."""
-    def cards(items, scale=2):
-        figures = (f"<figure>{embed(image, scale, note)}<figcaption>{text}</figcaption></figure>"
-                   for image, text, note in items)
-        return f'<div class="cards">{"".join(figures)}</div>'
-
     def examples(folder, captions):
         rows = read_jsonl(out / captions)
-        return cards([(Image.open(out / folder / row["file"]), html.escape(row["caption"]), row["file"])
-                      for row in rows[::max(1, len(rows) // 8)][:8]])
-    head = "".join(f"<th>{task.replace('_', ' ')}</th>" for task in [*TASKS, "overall"])
-    body = ""
-    for name, table in tables.items():
-        cells = "".join(f"<td>{value:.2f}</td>" for value in table.values())
-        body += f"<tr><td>{name}</td>{cells}</tr>"
-    shown = ""
+        return cards((out / folder / row["file"], html.escape(row["caption"]), row["file"])
+                     for row in rows[::max(1, len(rows) // 8)][:8])
+
+    scores, shown = "".join(f"<tr><td>{'<td>'.join(row).replace('_', ' ')}" for row in table), ""
+    verdict = {True: '<b class="right">right</b>', False: '<b class="wrong">wrong</b>'}
     for task in TASKS:
-        some = [r for r in results if r[1]["tag"] == task][:12]
-        verdict = {True: '<b class="right">right</b> ', False: '<b class="wrong">wrong</b> '}
+        some = [result for result in results if result[1]["tag"] == task][:12]
         shown += f"<h3>{task.replace('_', ' ')}</h3>" + cards(
-            [(Image.open(file), verdict[bool(right)] + html.escape(row["prompt"]), reason)
-             for file, row, right, reason in some])
+            (file, f"{verdict[right]} {html.escape(row['prompt'])}", why) for file, row, right, why in some)
     page = f"""<!doctype html><meta charset="utf-8"><title>The toy paper</title>
 <style>body {{ font: 14px sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em }}
-h2 {{ margin-top: 2em }}
+h2 {{ margin-top: 2em }} img {{ max-width: 100% }} figure img {{ width: 128px; image-rendering: pixelated }}
 .cards {{ display: flex; flex-wrap: wrap; gap: 12px }} figure {{ margin: 0; width: 128px; font-size: 11px }}
-figure img {{ image-rendering: pixelated }} img {{ max-width: 100% }}
-td, th {{ padding: 3px 10px; text-align: right }}
+td {{ padding: 3px 10px; text-align: right }} tr:first-child {{ font-weight: bold }}
 td:first-child {{ text-align: left }} .right {{ color: #080 }} .wrong {{ color: #b00 }} </style>
 <h1>How far can we go with a toy ImageNet?</h1>
 <p>One DiT-I with long captions (TA) and CutMix composites (IA), trained by <code>python toy.py</code>.</p>
-<h2>Scores</h2><table><tr><th></th>{head}</tr>{body}</table>
+<h2>Scores</h2><table>{scores}</table>
 <p>A miniature of GenEval: share of images that are as asked, of {len(results)} for each kind of prompt.</p>
 <h2>Samples for long prompts</h2><p>Point at an image for the reason of its verdict.</p>{shown}
 <h2>Originals and their long captions</h2>{examples("images", "captions.jsonl")}
 <h2>CutMix composites and theirs</h2>{examples("cutmix", "captions-cutmix.jsonl")}
 <h2>What noise hides</h2><p>Composites are only used right of the line, where their seams are hidden: at the
 paper's tau = 0.4. The toy's latents have half the scale: this noise ratio comes at tau = {TAU} already.</p>
-{embed(Image.open(out / "cutmix/noise.png"))}
+{embed(out / "cutmix/noise.png")}
 <h2>Training loss</h2>{curve(read_jsonl(out / "dit/log.jsonl"))}
 """
     with complete(out / "report.html") as path:
@@ -526,9 +477,9 @@ paper's tau = 0.4. The toy's latents have half the scale: this noise ratio comes
 # ------------------------------------------------------------------------------------------------------------
 # The line
 
-def run(stage, *words):
+def run(stage, command):
     """Prints a stage's command as a user would type it, and runs it."""
-    words = [str(word) for word in words]
+    words = shlex.split(command)
     print(f"\n$ python {stage.__name__}.py {shlex.join(words)}", flush=True)
     stage.main(words)
 
@@ -554,14 +505,15 @@ def main(argv=None):
     with complete(out / "toy.json") as path:
         path.write_text(json.dumps(settings))
     vae = VAE.relative_to(Path.cwd()) if VAE.is_relative_to(Path.cwd()) else VAE
+    o, vae = shlex.quote(str(out)), shlex.quote(str(vae))               # as a shell wants them
 
     print(f"A toy ImageNet of {args.images} pictures in {out}, drawn", flush=True)
     if not (out / "scenes.jsonl").exists():
         make_world(out, args.images, seed)
-    mixed = ["--images", out / "images", "--out", out / "cutmix", "--size", SIZE, "--seed", seed]
-    run(cutmix, *mixed, "--workers", 0)
-    run(cutmix, *mixed, "--noise")
-    run(caption, "aio", "--images", out / "images", "--out", out / "captions-aio.jsonl")
+    mixed = f"--images {o}/images --out {o}/cutmix --size {SIZE} --seed {seed}"
+    run(cutmix, f"{mixed} --workers 0")
+    run(cutmix, f"{mixed} --noise")
+    run(caption, f"aio --images {o}/images --out {o}/captions-aio.jsonl")
     print("\nLong captions from the scenes (in LLaVA's stead), short and long prompts, a tiny T5", flush=True)
     make_captions(out, seed)
     make_prompts(out, args.prompts, seed)
@@ -569,27 +521,24 @@ def main(argv=None):
         names = ["captions", "captions-cutmix", "captions-aio", "prompts-short", "prompts-long"]
         rows = [row for name in names for row in read_jsonl(out / f"{name}.jsonl")]
         make_text_encoder(out / "t5", [row.get("caption") or row["prompt"] for row in rows], seed)
-    encoders = ["--vae", vae, "--text-encoder", out / "t5", "--size", SIZE, "--workers", 0]
-    for images, captions, encoded in (("images", "captions", "encoded"),
-                                      ("cutmix", "captions-cutmix", "encoded-cutmix")):
-        run(encode, "--images", out / images, "--captions", out / f"{captions}.jsonl", "--out", out / encoded,
-            *encoders)
-    run(train, "--model", "dit", "--preset", "toy", "--data", out / "encoded", "--augmented",
-        out / "encoded-cutmix", "--p", 0.5, "--tau", TAU, "--out", out / "dit", "--steps", args.steps,
-        "--batch-size", 32, "--optimizer", "adamw", "--lr", 4e-3, "--betas", 0.9, 0.98, "--warmup", 50,
-        "--schedule-steps", args.steps, "--rate", 1, "--clip", 1, "--ema", 0.99, "--seed", seed,
-        "--log-every", 20, "--save-every", 100, "--sample-every", 1000, "--guidance", 3)
-    tables, results = {}, {}
+    for images, more in (("images", ""), ("cutmix", "-cutmix")):
+        run(encode, f"--images {o}/{images} --captions {o}/captions{more}.jsonl --out {o}/encoded{more} "
+                    f"--vae {vae} --text-encoder {o}/t5 --size {SIZE} --workers 0")
+    run(train, f"""--model dit --preset toy --data {o}/encoded --augmented {o}/encoded-cutmix --p 0.5
+        --tau {TAU} --out {o}/dit --steps {args.steps} --batch-size 32 --optimizer adamw --lr 0.004
+        --betas 0.9 0.98 --warmup 50 --schedule-steps {args.steps} --rate 1 --clip 1 --ema 0.99 --seed {seed}
+        --log-every 20 --save-every 100 --sample-every 1000 --guidance 3""")
+    table = [["", *TASKS, "overall"]]
     for kind in ("short", "long"):
-        run(sample, "--checkpoint", out / "dit", "--prompts", out / f"prompts-{kind}.jsonl", "--out",
-            out / f"samples-{kind}", "--format", "geneval", "--steps", 50, "--guidance", 3,
-            "--batch-size", 64, "--seed", seed)
-        results[kind] = score(out / f"samples-{kind}", read_jsonl(out / f"prompts-{kind}.jsonl"))
-        tables[f"{kind} prompts"] = task_scores(results[kind])
-    report(out, tables, results["long"])
-    print("\n" + "".join(f"{word:>14}" for word in ["", *TASKS, "overall"]))
-    for name, table in tables.items():
-        print(f"{name:>14}" + "".join(f"{value:14.2f}" for value in table.values()))
+        run(sample, f"""--checkpoint {o}/dit --prompts {o}/prompts-{kind}.jsonl --out {o}/samples-{kind}
+            --format geneval --steps 50 --guidance 3 --batch-size 64 --seed {seed}""")
+        results = score(out / f"samples-{kind}", read_jsonl(out / f"prompts-{kind}.jsonl"))
+        scores = [np.mean([right for _, row, right, _ in results if row["tag"] == task]) for task in TASKS]
+        table.append([f"{kind} prompts", *(f"{value:.2f}" for value in [*scores, np.mean(scores)])])
+    report(out, table, results)
+    print()
+    for row in table:
+        print("".join(f"{word:>14}" for word in row))
     print(f"\n{out / 'report.html'}")
 
 

@@ -54,6 +54,12 @@ def pad(texts, longest):
     return text, torch.arange(longest) < torch.tensor([len(tokens) for tokens in texts])[:, None]
 
 
+@functools.lru_cache(maxsize=4)                     # two epochs of two sets: a batch may span the end of one
+def order(seed, which, epoch, count):
+    """Every epoch goes through each set (which: 0 originals, 1 composites) in an order of its own."""
+    return np.random.default_rng([seed, 2, which, epoch]).permutation(count)
+
+
 class Batches(torch.utils.data.Dataset):
     """Algorithm 1, lines that draw: step -> this rank's share of the batch, as a dict of tensors.
 
@@ -65,17 +71,6 @@ class Batches(torch.utils.data.Dataset):
         self.mine = range(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
         self.longest = max(data.meta["longest"] for data in (original, augmented) if data)
 
-        self.orders = {}
-
-    def order(self, which, epoch):
-        """Every epoch goes through each set in an order of its own; those of the last two epochs are kept."""
-        if (which, epoch) not in self.orders:
-            data = self.augmented if which else self.original
-            rng = np.random.default_rng([self.args.seed, 2, which, epoch])
-            self.orders[which, epoch] = rng.permutation(len(data))
-            self.orders.pop((which, epoch - 2), None)
-        return self.orders[which, epoch]
-
     def __getitem__(self, step):
         a = self.args
         rng = np.random.default_rng([a.seed, 0, step])
@@ -86,7 +81,7 @@ class Batches(torch.utils.data.Dataset):
         for index in self.mine:
             data = self.augmented if augmented[index] else self.original
             epoch, position = divmod(step * a.batch_size + index, len(data))
-            i = int(self.order(int(augmented[index]), epoch)[position])
+            i = int(order(a.seed, int(augmented[index]), epoch, len(data))[position])
             mean, std = data.moments(i)
             generator = np.random.default_rng([a.seed, 1, step, index])
             noise = torch.from_numpy(generator.standard_normal((2, *mean.shape), np.float32))
@@ -94,10 +89,8 @@ class Batches(torch.utils.data.Dataset):
             eps.append(noise[1])
             texts.append(data.null if dropped[index] else data.text(i))
         text, mask = pad(texts, self.longest)
-        mine = slice(self.mine.start, self.mine.stop)
-        return dict(t=torch.from_numpy(t[mine]).float(), x_0=torch.stack(x_0), eps=torch.stack(eps),
-                    text=text, mask=mask,
-                    coherence=torch.from_numpy(~dropped[mine]).float())
+        return dict(t=torch.from_numpy(t[self.mine]).float(), x_0=torch.stack(x_0), eps=torch.stack(eps),
+                    text=text, mask=mask, coherence=torch.from_numpy(~dropped[self.mine]).float())
 
 
 def diffusion_loss(model, t, x_0, eps, text, mask, coherence):
@@ -120,34 +113,29 @@ class Lamb(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
+    def step(self):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads = [p.grad for p in params]
             for p in params:
                 if not self.state[p]:
                     self.state[p].update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
                 self.state[p]["step"] += 1
-            (beta1, beta2), decay = group["betas"], group["weight_decay"]
-            m, v = [self.state[p]["m"] for p in params], [self.state[p]["v"] for p in params]
+            m, v, steps = ([self.state[p][key] for p in params] for key in ("m", "v", "step"))
+            grads, (beta1, beta2) = [p.grad for p in params], group["betas"]
             torch._foreach_lerp_(m, grads, 1 - beta1)
             torch._foreach_mul_(v, beta2)
             torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-            correct1 = [1 - beta1 ** self.state[p]["step"] for p in params]
-            correct2 = [(1 - beta2 ** self.state[p]["step"]) ** 0.5 for p in params]
-            root = torch._foreach_div(torch._foreach_sqrt(v), correct2)
+            root = torch._foreach_div(torch._foreach_sqrt(v), [(1 - beta2 ** n) ** 0.5 for n in steps])
             torch._foreach_add_(root, group["eps"])
-            update = torch._foreach_div(torch._foreach_div(m, correct1), root)
-            if decay:
-                torch._foreach_add_(update, params, alpha=decay)
+            update = torch._foreach_div(torch._foreach_div(m, [1 - beta1 ** n for n in steps]), root)
+            if group["weight_decay"]:
+                torch._foreach_add_(update, params, alpha=group["weight_decay"])
                 w, u = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(update))
                 trust = torch.where((w > 0) & (u > 0), w / u, 1.0)      # the layer-wise trust ratio
                 torch._foreach_mul_(update, list(trust.unbind()))
             torch._foreach_add_(params, update, alpha=-group["lr"])
-        return loss
 
 
 def lr_at(step, lr, warmup, total, rate):
@@ -217,12 +205,14 @@ def arguments(argv):
     args = parser.parse_args(argv)
     args.preset = args.preset or {"dit": "L/2", "cad": "L"}[args.model]
     args.schedule_steps = args.schedule_steps or 2 * args.steps  # the paper stops half-way through it
+    args.micro_batch = args.micro_batch or args.batch_size
     if args.preset not in PRESETS[args.model]:
         raise UserError(f"--preset {args.preset}: {args.model} has {', '.join(PRESETS[args.model])}")
     for name in ("p", "tau", "drop", "ema"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be in [0, 1]")
-    for name in ("batch_size", "steps", "log_every", "save_every", "keep_every", "sample_steps"):
+    for name in ("batch_size", "micro_batch", "steps", "log_every", "save_every", "keep_every",
+                 "sample_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if not args.benchmark and not (args.data and args.out):
@@ -253,13 +243,14 @@ def open_data(args):
 
 def start_distributed():
     """-> (rank, world size, device); one process without torchrun."""
-    (rank, world), local = rank_and_world(), int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    rank, world = rank_and_world()
+    backend, device = "gloo", torch.device("cpu")
+    if torch.cuda.is_available():
+        backend, device = "nccl", torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1:
+        dist.init_process_group(backend)
     return rank, world, device
 
 
@@ -268,7 +259,7 @@ def start_distributed():
 
 def save_checkpoint(folder, ema, config):
     with complete(folder / "model.safetensors") as path:
-        path.write_bytes(save({name: tensor.contiguous() for name, tensor in ema.state_dict().items()}))
+        path.write_bytes(save(ema.state_dict()))
     with complete(folder / "config.json") as path:
         path.write_text(json.dumps(config, indent=1))
 
@@ -298,16 +289,14 @@ def save_grid(path, ema, vae, data, args, device):
     """DDIM samples of the EMA weights for fixed captions, of pictures spread over each set."""
     sets = [d for d in data if d]
     picks = [(d, i) for d in sets for i in range(0, len(d), -(-len(d) * len(sets) // 16))]
-    text, mask = pad([d.text(i) for d, i in picks], max(d.meta["longest"] for d in sets))
-    cond = text.to(device), mask.to(device)
-    null = (sets[0].null[None].float().to(device),
-            torch.ones(1, len(sets[0].null), dtype=torch.bool, device=device))
+    cond = pad([d.text(i) for d, i in picks], max(d.meta["longest"] for d in sets))
+    null = pad([sets[0].null], len(sets[0].null))
+    cond, null = ([z.to(device) for z in pair] for pair in (cond, null))
     noise = torch.randn(len(picks), *sets[0].meta["latent_shape"],
                         generator=torch.Generator().manual_seed(args.seed))
     with autocast(device, args.precision):
         x_0 = ddim(ema, noise.to(device), cond, null, args.sample_steps, args.guidance, args.clamp)
-    with torch.no_grad():
-        images = to_images(vae.decode(x_0 / vae.scaling_factor))
+    images = to_images(vae.decode(x_0 / vae.scaling_factor))
     with complete(path) as temporary:
         contact_sheet(images, [d.caption(i) for d, i in picks]).save(temporary, "PNG")
 
@@ -318,6 +307,7 @@ def save_grid(path, ema, vae, data, args, device):
 def main(argv=None):
     args = arguments(argv)
     rank, world, device = start_distributed()
+    cuda = device.type == "cuda"
     if args.benchmark:
         return benchmark(args, device)
     if args.batch_size % world:
@@ -340,19 +330,18 @@ def main(argv=None):
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        first, running = state["step"], state["running"].to(device)
+        first, running = state["step"], state["running"]
     config = {"model": args.model, "args": model.config, "vae": meta["vae"],
               "text_encoder": meta["text_encoder"], "scaling_factor": meta["scaling_factor"]}
     vae = load_vae(meta["vae"], device) if args.sample_every and rank == 0 else None
 
-    network = torch.compile(model) if device.type == "cuda" and not args.no_compile else model
+    network = torch.compile(model) if cuda and not args.no_compile else model
     if world > 1:
-        network = DistributedDataParallel(
-            network, device_ids=[device.index] if device.type == "cuda" else None)
-    workers = args.workers if args.workers is not None else 4 if device.type == "cuda" else 0
+        network = DistributedDataParallel(network)
+    workers = args.workers if args.workers is not None else 4 * cuda
     batches = torch.utils.data.DataLoader(Batches(original, augmented, args, rank, world), batch_size=None,
                                           sampler=range(first, args.steps), num_workers=workers,
-                                          pin_memory=device.type == "cuda", persistent_workers=False)
+                                          pin_memory=cuda)
     if rank == 0:
         count = sum(p.numel() for p in model.parameters())
         print(f"{args.model} {args.preset}: {count / 1e6:.1f} M parameters, {len(original)} originals, "
@@ -362,63 +351,59 @@ def main(argv=None):
         rows = read_jsonl(out / "log.jsonl") if state and (out / "log.jsonl").exists() else []
         with complete(out / "log.jsonl") as path:                       # the log of the steps that were saved
             path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= first))
-    log = open(out / "log.jsonl", "a") if rank == 0 else contextlib.nullcontext()
     bar = tqdm(total=args.steps, initial=first, desc="training", unit="step", disable=rank > 0)
     clock, since = time.perf_counter(), first
 
     def due(done, every):
-        return every > 0 and (done % every == 0 or done == args.steps)
+        return every and (done % every == 0 or done == args.steps)
 
-    with log:
-        for step, batch in enumerate(batches, first):
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step + 1, args.lr, args.warmup, args.schedule_steps, args.rate)
-            torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)   # what the network itself draws
-            size = len(batch["t"])
-            micro = min(args.micro_batch or size, size)
-            for start in range(0, size, micro):
-                part = {name: tensor[start:start + micro] for name, tensor in batch.items()}
-                share = len(part["t"]) / size
-                last = start + micro >= size
-                with network.no_sync() if world > 1 and not last else contextlib.nullcontext():
-                    with autocast(device, args.precision):
-                        loss = diffusion_loss(network, **part)
-                    (loss * share).backward()
-                running[0] += loss.detach() * share
-            running[1] += torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            update_ema(ema, model, args.ema, step)
-            bar.update()
+    for step, batch in enumerate(batches, first):
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step + 1, args.lr, args.warmup, args.schedule_steps, args.rate)
+        torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)   # what the network itself draws
+        size = len(batch["t"])
+        for start in range(0, size, args.micro_batch):
+            part = {name: tensor[start:start + args.micro_batch] for name, tensor in batch.items()}
+            share, last = len(part["t"]) / size, start + args.micro_batch >= size
+            with network.no_sync() if world > 1 and not last else contextlib.nullcontext():
+                with autocast(device, args.precision):
+                    loss = diffusion_loss(network, **part)
+                (loss * share).backward()
+            running[0] += loss.detach() * share
+        running[1] += torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, model, args.ema, step)
+        bar.update()
 
-            done = step + 1
-            if due(done, args.log_every):
-                mean = running / (args.log_every if done % args.log_every == 0 else done % args.log_every)
-                if world > 1:
-                    dist.all_reduce(mean)
-                    mean /= world
-                loss, norm = mean.tolist()
-                running.zero_()
-                if rank == 0:
-                    rate = args.batch_size * (done - since) / (time.perf_counter() - clock)
-                    bar.set_postfix(loss=f"{loss:.4f}", lr=f"{group['lr']:.1e}", images_s=f"{rate:.0f}")
+        done = step + 1
+        if due(done, args.log_every):
+            mean = running / (done % args.log_every or args.log_every)
+            if world > 1:
+                dist.all_reduce(mean)
+                mean /= world
+            loss, norm = mean.tolist()
+            running.zero_()
+            if rank == 0:
+                rate = args.batch_size * (done - since) / (time.perf_counter() - clock)
+                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{group['lr']:.1e}", images_s=f"{rate:.0f}")
+                with open(out / "log.jsonl", "a") as log:
                     row = {"step": done, "loss": loss, "grad_norm": norm, "lr": group["lr"]}
                     log.write(json.dumps(row) + "\n")
-                    log.flush()
-                if not math.isfinite(loss):
-                    raise UserError(f"step {done}: the loss is {loss}; lower --lr or raise --warmup")
-                clock, since = time.perf_counter(), done
-            if rank == 0 and due(done, args.save_every):
-                save_checkpoint(out, ema, config)
-                with complete(out / "state.pt") as path:
-                    torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "step": done,
-                                "running": running, "optimizer": optimizer.state_dict(),
-                                "settings": vars(args)}, path)
-            if rank == 0 and done % args.keep_every == 0:
-                save_checkpoint(out / f"step-{done:07d}", ema, config)
-            if rank == 0 and due(done, args.sample_every):
-                save_grid(out / f"samples/{done:07d}.png", ema, vae, (original, augmented), args, device)
+            if not math.isfinite(loss):
+                raise UserError(f"step {done}: the loss is {loss}; lower --lr or raise --warmup")
+            clock, since = time.perf_counter(), done
+        if rank == 0 and due(done, args.save_every):
+            save_checkpoint(out, ema, config)
+            with complete(out / "state.pt") as path:
+                torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "step": done,
+                            "running": running, "optimizer": optimizer.state_dict(),
+                            "settings": vars(args)}, path)
+        if rank == 0 and done % args.keep_every == 0:
+            save_checkpoint(out / f"step-{done:07d}", ema, config)
+        if rank == 0 and due(done, args.sample_every):
+            save_grid(out / f"samples/{done:07d}.png", ema, vae, (original, augmented), args, device)
     bar.close()
     if world > 1:
         dist.destroy_process_group()
@@ -426,26 +411,21 @@ def main(argv=None):
 
 def benchmark(args, device):
     """Milliseconds a step, images a second, the share of a large matmul's speed that the network reaches."""
+    from torch.utils.benchmark import Timer
+    from torch.utils.flop_counter import FlopCounterMode
+    cuda, B = device.type == "cuda", args.micro_batch
     model = MODELS[args.model](**PRESETS[args.model][args.preset]).to(device)
-    c, B = model.config, args.micro_batch or args.batch_size
-    batch = dict(t=torch.rand(B), x_0=torch.randn(B, c["channels"], c["size"], c["size"]),
-                 eps=torch.randn(B, c["channels"], c["size"], c["size"]),
-                 text=torch.randn(B, 256, c["text_dim"]), mask=torch.ones(B, 256, dtype=torch.bool),
-                 coherence=torch.ones(B))
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    c = model.config
+    shape = B, c["channels"], c["size"], c["size"]
+    with device:
+        batch = dict(t=torch.rand(B), x_0=torch.randn(shape), eps=torch.randn(shape), coherence=torch.ones(B),
+                     text=torch.randn(B, 256, c["text_dim"]), mask=torch.ones(B, 256, dtype=torch.bool))
     optimizer = make_optimizer(model, args)
-    network = torch.compile(model) if device.type == "cuda" and not args.no_compile else model
-    sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    network = torch.compile(model) if cuda and not args.no_compile else model
 
-    def seconds(function, times):
-        for _ in range(3):
-            function()
-        sync()
-        start = time.perf_counter()
-        for _ in range(times):
-            function()
-        sync()
-        return (time.perf_counter() - start) / times
+    def seconds(function, times):               # warms up, waits for the GPU
+        timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+        return timer.timeit(times).mean
 
     def step():
         with autocast(device, args.precision):
@@ -455,16 +435,15 @@ def benchmark(args, device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter, autocast(device, args.precision):
         diffusion_loss(model, **batch).backward()
-    n = 8192 if device.type == "cuda" else 2048
+    n = 8192 if cuda else 2048
     a = torch.randn(n, n, device=device)
     with autocast(device, args.precision):
         peak = 2 * n ** 3 / seconds(lambda: a @ a, 10)
-    took = seconds(step, 20 if device.type == "cuda" else 3)
+    took = seconds(step, 20 if cuda else 3)
     flops = counter.get_total_flops() / took
-    memory = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if device.type == "cuda" else ""
+    memory = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if cuda else ""
     print(f"{args.model} {args.preset}, batch {B} on one {device.type}: {1000 * took:.1f} ms a step, "
           f"{B / took:.1f} images/s, {flops / 1e12:.2f} TFLOP/s = {100 * flops / peak:.0f}% of a {n} x {n} "
           f"matmul{memory}")

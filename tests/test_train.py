@@ -85,7 +85,7 @@ def test_x_0_is_drawn_anew_from_the_stored_mean_and_std_and_scaled(toy_paper):
     for step in range(300):
         for index, x_0 in enumerate(loader[step]["x_0"]):
             epoch, position = divmod(6 * step + index, 36)
-            draws[int(loader.order(0, epoch)[position])].append(x_0)
+            draws[int(train.order(0, 0, epoch, 36)[position])].append(x_0)
     assert {len(x) for x in draws.values()} == {50}                     # every picture once in every epoch
     moments = {i: ds.moments(i) for i in draws}
     z = torch.stack([(torch.stack(x) / scale - moments[i][0]) / moments[i][1] for i, x in draws.items()])
