@@ -12,10 +12,12 @@ import contextlib
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import sys
+from collections import ChainMap, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,7 +44,7 @@ INCEPTION, CLIP = "pt_inception-2015-12-05-6726825d.pth", "openai/clip-vit-large
 
 def spread(x):
     """Features (N, D) -> mean (D,), factor (min(N, D), D) with factor^T factor = covariance. Float64."""
-    if x.ndim != 2 or len(x) < 2:
+    if len(x) < 2:
         raise UserError(f"a Fréchet distance needs at least 2 images on each side, here is {len(x)}")
     mean = x.mean(0, dtype=torch.float64)
     if not mean.isfinite().all():
@@ -83,21 +85,19 @@ def prdc(real, fake, k=3):
     if not 1 <= k < min(len(real), len(fake)):
         raise UserError(f"k = {k} neighbours need more than k images: real {len(real)}, fake {len(fake)}")
     r, f = ((x - real.mean(0)).float() for x in (real, fake))               # float32 is finer near the origin
-    rr, ff = (x.square().sum(1, keepdim=True) for x in (r, f))
-    doubt = 1e-5 * (rr.max() + ff.max())                    # above the rounding of a float32 squared distance
+    doubt = 1e-5 * sum(x.square().sum(1).max() for x in (r, f))             # above float32's rounding
 
     def exact(x, y):                                        # squared distances of pairs, float64
         return (x.double() - y.double()).square().sum(-1)
 
-    def distances(a, aa, b, bb):                            # squared: |a|^2 - 2 a.b + |b|^2 as one product
-        left, right = torch.cat([-2 * a, aa, aa ** 0], 1), torch.cat([b, bb ** 0, bb], 1)
-        buffer = torch.empty(128, len(b), device=b.device)
+    def distances(a, b):                                    # squared, all pairs: |b|^2 - 2 a.b + |a|^2
+        aa, bb = (x.square().sum(1, keepdim=True) for x in (a, b))
         for rows in torch.arange(len(a), device=a.device).split(128):
-            yield rows, torch.mm(left[rows], right.T, out=buffer[:len(rows)])
+            yield rows, torch.addmm(bb.T, a[rows], b.T, alpha=-2).add_(aa[rows])
 
-    def radii(x, z, zz):                                    # (N,) squared, float64
+    def radii(x, z):                                        # (N,) squared, float64
         radius = torch.empty(len(z), dtype=torch.float64, device=z.device)
-        for rows, d in distances(z, zz, z, zz):                             # (128, N)
+        for rows, d in distances(z, z):                                     # (128, N)
             d[torch.arange(len(rows)), rows] = torch.inf                    # nobody is his own neighbour
             near = d.topk(min(k + 8, len(z) - 1), largest=False).indices    # 8 more, as float32 may misplace
             radius[rows] = exact(x[rows, None], x[near]).kthvalue(k).values
@@ -111,10 +111,10 @@ def prdc(real, fake, k=3):
             held[n] = exact(real[rows[i[n]]], fake[j[n]]) < limit[n]
         return rows[i[held]], j[held]
 
-    R, Q = radii(real, r, rr), radii(fake, f, ff)
+    R, Q = radii(real, r), radii(fake, f)
     covered, recalled, precise = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (r, r, f))
     pairs = 0
-    for rows, d in distances(r, rr, f, ff):                                 # (128, M)
+    for rows, d in distances(r, f):                                         # (128, M)
         i, j = inside(rows, d, R[rows, None])               # f_j in the ball of r_i
         covered[i] = precise[j] = True
         pairs += len(i)
@@ -127,14 +127,10 @@ def prdc(real, fake, k=3):
 # ------------------------------------------------------------------------------------------------------------
 # Inception-v3 of 2015-12-05, the network of FID, its parts named as torchvision's
 
-class Conv(nn.Module):
-    def __init__(self, width, out, kernel=1, stride=1, padding="same"):
-        super().__init__()
-        self.conv = nn.Conv2d(width, out, kernel, stride, padding if stride == 1 else 0, bias=False)
-        self.bn = nn.BatchNorm2d(out, eps=0.001)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+def conv(width, out, kernel=1, stride=1, padding="same"):
+    return nn.Sequential(OrderedDict(
+        conv=nn.Conv2d(width, out, kernel, stride, padding if stride == 1 else 0, bias=False),
+        bn=nn.BatchNorm2d(out, eps=0.001), relu=nn.ReLU(inplace=True)))
 
 
 class Mixed(nn.Module):
@@ -142,32 +138,28 @@ class Mixed(nn.Module):
 
     def __init__(self, width, pool, **branches):
         super().__init__()
-        self.pool, self.branches = pool, {}
+        self.branches = []                                  # lists of steps, lists of what is side by side
         for name, steps in branches.items():
-            channels, self.branches[name] = width, []
+            channels, branch = width, [[pool]] if name == "branch_pool" else []
             for n, (out, kernel, *stride) in enumerate(steps, 1):
                 part = f"{name}_{n}" if len(steps) > 1 else name
                 parts = {f"{part}a": (1, 3), f"{part}b": (3, 1)} if kernel == "fork" else {part: kernel}
                 for part, kernel in parts.items():
-                    self.add_module(part, Conv(channels, out, kernel, *stride))
-                self.branches[name].append(list(parts))
+                    self.add_module(part, conv(channels, out, kernel, *stride))
+                branch.append([self.get_submodule(part) for part in parts])
                 channels = out
+            self.branches.append(branch)
 
     def forward(self, x):
-        outputs = []
-        for name, steps in self.branches.items():
-            h = self.pool(x) if name == "branch_pool" else x
-            for parts in steps:
-                h = torch.cat([self.get_submodule(part)(h) for part in parts], 1)
-            outputs.append(h)
-        return torch.cat(outputs, 1)
+        def step(h, parts):
+            return torch.cat([part(h) for part in parts], 1)
+        return torch.cat([functools.reduce(step, branch, x) for branch in self.branches], 1)
 
 
 # TensorFlow's average does not count the padding. Mixed_7c takes the maximum instead: a slip of the graph of
 # 2015 that every FID since has kept.
-average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
-maximum = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
-halve = functools.partial(F.max_pool2d, kernel_size=3, stride=2)
+average, maximum = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 1, 1)
+halve = nn.MaxPool2d(3, 2)
 
 
 def resize_tf1(x, size=299):
@@ -182,24 +174,25 @@ def resize_tf1(x, size=299):
     return x
 
 
-class Inception(nn.Module):
+class Inception(nn.Sequential):
     """FID's Inception-v3: images (B, 3, H, W) of any size, values 0..255 (uint8) -> features (B, 2048).
 
     `weights`: the file pt_inception-2015-12-05-6726825d.pth or torch-fidelity's; without, random ones until
     `load_state_dict`, with or without the classifier's. Raises UserError for another file."""
 
     def __init__(self, weights=None):
-        super().__init__()
-        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Conv(3, 32, 3, 2), Conv(32, 32, 3, padding=0)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
-        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Conv(64, 80), Conv(80, 192, 3, padding=0)
-        for name, width, pooled in ("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64):               # 35 x 35
+        super().__init__()                                                                  # (B, 3, 299, 299)
+        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = conv(3, 32, 3, 2), conv(32, 32, 3, padding=0)
+        self.Conv2d_2b_3x3, self.maxpool1 = conv(32, 64, 3), halve                          # (B, 64, 73, 73)
+        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = conv(64, 80), conv(80, 192, 3, padding=0)
+        self.maxpool2 = halve                                                               # (B, 192, 35, 35)
+        for name, width, pooled in ("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64):       # 35 x 35
             self.add_module(f"Mixed_{name}", Mixed(
                 width, average, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
                 branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)]))
         self.Mixed_6a = Mixed(288, halve, branch3x3=[(384, 3, 2)],
                               branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)], branch_pool=[])
-        for name, c in ("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192):                          # 17 x 17
+        for name, c in ("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192):                  # 17 x 17
             self.add_module(f"Mixed_{name}", Mixed(
                 768, average, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, (1, 7)), (192, (7, 1))],
                 branch7x7dbl=[(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))],
@@ -207,7 +200,7 @@ class Inception(nn.Module):
         self.Mixed_7a = Mixed(
             768, halve, branch3x3=[(192, 1), (320, 3, 2)],
             branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)], branch_pool=[])
-        for name, width, pool in ("7b", 1280, average), ("7c", 2048, maximum):                      # 8 x 8
+        for name, width, pool in ("7b", 1280, average), ("7c", 2048, maximum):              # (B, 2048, 8, 8)
             self.add_module(f"Mixed_{name}", Mixed(
                 width, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, "fork")],
                 branch3x3dbl=[(448, 1), (384, 3), (384, "fork")], branch_pool=[(192, 1)]))
@@ -226,12 +219,7 @@ class Inception(nn.Module):
     @torch.no_grad()
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)             # TF32 would move the third digit
     def forward(self, images):
-        x = (resize_tf1(images.float()) - 128) / 128                                        # (B, 3, 299, 299)
-        x = halve(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))            # (B, 64, 73, 73)
-        x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))                                # (B, 192, 35, 35)
-        for name, part in self.named_children():
-            x = part(x) if name.startswith("Mixed") else x                                  # (B, 2048, 8, 8)
-        return x.mean((2, 3))
+        return super().forward((resize_tf1(images.float()) - 128) / 128).mean((2, 3))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -254,12 +242,11 @@ def batches(folder, files, load, size, total=None):
             return file, load(Path(folder, file))
         except OSError as error:
             skipped[file] = str(error)
-    skipped, coming, total = {}, [], total or len(files)
+    skipped, coming, total = {}, (), total or len(files)
     parts = [files[i:i + size] for i in range(0, len(files), size)]
     with ThreadPoolExecutor() as pool:
         for part in tqdm([*parts, []], disable=len(parts) < 3):
-            loaded, coming = coming, [pool.submit(attempt, file) for file in part]
-            loaded = [pair for pair in (future.result() for future in loaded) if pair]
+            coming, loaded = pool.map(attempt, part), [pair for pair in coming if pair]
             if loaded:
                 yield tuple(zip(*loaded))
     if skipped:
@@ -270,7 +257,7 @@ def batches(folder, files, load, size, total=None):
               f"the first: {first}", file=sys.stderr)
         with contextlib.suppress(OSError):                  # a folder that is read-only
             write_jsonl(Path(folder, "skipped.jsonl"),
-                        [{"file": file, "error": skipped[file]} for file in sorted(skipped)])
+                        ({"file": file, "error": skipped[file]} for file in sorted(skipped)))
 
 
 def write_jsonl(path, rows):
@@ -310,31 +297,31 @@ def pretrained(name, kind, companion=None, **options):
     return model.eval().to(DEVICE), companion
 
 
-def judged(folder, files, log, models, judge, given):
+def judged(folder, files, log, weights, judge, given):
     """Yields (file, image, row), a row being what models say of the image: from the JSONL file `given` by the
     user, or else judge(file, image), kept in folder/log with what the caller adds to it, so that a killed run
-    goes on there; judged again where the image or `models` (hashes) have changed. Raises UserError."""
+    goes on there; judged again where the image or the `weights` have changed. Raises UserError."""
     path, rows = Path(given or Path(folder, log)), {}
+    models = list(weights.values())                         # hashes
+    made_of = {file: {"models": models, "stamp": stamp(folder, file)} for file in files}
     for row in read_jsonl(path) if given or path.exists() else []:
         file = row.get("file")
-        made_of = row.get("models"), row.get("stamp")
-        if file in files and (given or made_of == (models, stamp(folder, file))):
+        if file in files and (given or made_of[file].items() <= row.items()):
             rows[file] = row
-    missing = [file for file in files if file not in rows]
     if not given:
         write_jsonl(path, rows.values())                    # without a torn line
-    elif missing:
+    elif missing := [file for file in files if file not in rows]:
         raise UserError(f"{given}: no line for {missing[0]} and {len(missing) - 1} more images")
     for [file], [image] in batches(folder, files, read, 1):
         row = rows.get(file) or {"file": file, **judge(file, image)}
         yield file, image, row
         if file not in rows:
             with open(path, "a", encoding="utf-8") as out:
-                out.write(json.dumps({**row, "models": models, "stamp": stamp(folder, file)}) + "\n")
+                out.write(json.dumps({**row, **made_of[file]}) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Table 1, `quality`: features of every image, kept beside the images
+# Table 1: `quality`, from features that are kept beside the images; `clip`, does the image show the prompt?
 
 NETWORKS, SAVE_EVERY = ("inception", "dino"), 128           # batches
 
@@ -352,8 +339,7 @@ def features(source, args, models):
                 return {name: stored.get_tensor(name) for name in NETWORKS}
         except (OSError, SafetensorError, TypeError, KeyError, ValueError):
             raise UserError(f"{source}: not a file that --save-stats wrote") from None
-    files, rows, old = list_images(source), {}, {}          # rows: {file: its two features}
-    stamps = {file: stamp(source, file) for file in files}
+    stamps, rows = {file: stamp(source, file) for file in list_images(source)}, {}  # rows: {file: features}
     key = hashlib.sha256("".join(models).encode()).hexdigest()[:16]
     path = Path(source, ".features", f"{key}.safetensors")
     if path.exists():
@@ -361,31 +347,31 @@ def features(source, args, models):
             old = json.loads(stored.metadata()["stamps"])
             table = zip(*map(stored.get_tensor, NETWORKS))
         rows = {file: row for file, row in zip(old, table) if stamps.get(file) == old[file]}
-
-    def gather(save):
-        kept = {file: stamps[file] for file in files if file in rows}
-        table = dict(zip(NETWORKS, map(torch.stack, zip(*map(rows.get, kept)))))
-        if save:
-            with contextlib.suppress(OSError, SafetensorError), complete(path) as temporary:     # read-only
-                save_file(table, temporary, {"stamps": json.dumps(kept)})
-        return table
+    todo = [file for file in stamps if file not in rows]
 
     def load(path):                                         # resized one by one, as their sizes differ
         image = read(path)
         return (resize_tf1(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float())[0],
                 normalised(image.resize((224, 224), Image.Resampling.BICUBIC), *IMAGENET))
 
-    todo = [file for file in files if file not in rows]
+    def gather():                                           # what there is, in the order of the file names
+        kept = {file: stamps[file] for file in stamps if file in rows}
+        table = dict(zip(NETWORKS, map(torch.stack, zip(*map(rows.get, kept)))))
+        if todo:
+            with contextlib.suppress(OSError, SafetensorError), complete(path) as temporary:     # read-only
+                save_file(table, temporary, {"stamps": json.dumps(kept)})
+        return table
+
     if todo:
         inception, dino = Inception(args.inception).to(DEVICE), pretrained(args.dino, "Dinov2Model")[0]
-    for count, (names, images) in enumerate(batches(source, todo, load, 64, len(files)), 1):
+    for count, (names, images) in enumerate(batches(source, todo, load, 64, len(stamps)), 1):
         x, y = (torch.stack(part).to(DEVICE) for part in zip(*images))  # (B, 3, 299, 299), (B, 3, 224, 224)
         with torch.no_grad():
             found = inception(x).cpu(), dino(y).last_hidden_state[:, 0].float().cpu()   # its class tokens
         rows.update(zip(names, zip(*found)))
         if count % SAVE_EVERY == 0:
-            gather(save=True)
-    return gather(save=todo or len(rows) < len(old))
+            gather()
+    return gather()
 
 
 def quality(args):
@@ -414,11 +400,8 @@ def quality(args):
         (x, u), (y, v) = ([side[name].to(DEVICE) for name in NETWORKS] for side in (real, fake))
         scores = {**prdc(u, v, args.k), "fid": frechet_distance(x, y), "fid_dino": frechet_distance(u, v)}
         counts = {"real": len(x), "fake": len(y), "skipped": len(list_images(args.fake)) - len(y)}
-        finish(args.fake, "quality", args, scores, weights, counts)
+        finish(args.fake, args, scores, weights, counts)
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Table 1, `clip`: does the image show what the prompt says?
 
 @torch.no_grad()
 def clip_images(name, images):
@@ -452,25 +435,24 @@ def clip(args):
     if not all(isinstance(row.get(key), str) for row in rows for key in ("file", "prompt")):
         raise UserError(f'{args.samples}: every line needs a "file" and a "prompt"')
     prompts, weights = {row["file"]: row["prompt"] for row in rows}, {args.clip: weights_hash(args.clip)}
-    measures = {"clip": (functools.partial(clip_images, args.clip), functools.partial(clip_texts, args.clip))}
+    encoders = {"clip": (functools.partial(clip_images, args.clip), functools.partial(clip_texts, args.clip))}
     if args.trust_remote_code:
         jina, _ = pretrained(args.jina, "AutoModel", trust_remote_code=True)
-        measures["jina"], weights[args.jina] = (jina.encode_image, jina.encode_text), weights_hash(args.jina)
+        encoders["jina"], weights[args.jina] = (jina.encode_image, jina.encode_text), weights_hash(args.jina)
     else:
         notes.append(f"Jina score left out: {args.jina} brings its own code (--trust-remote-code runs it)")
-    cosines = {name: [] for name in measures}
+    cosines, scores = {name: [] for name in encoders}, {}
     for files, images in batches(folder, list(prompts), read, 32):
-        for name, encode in measures.items():
-            pair = zip(encode, (list(images), [prompts[file] for file in files]))
-            x, y = (torch.as_tensor(embed(part)).double().cpu() for embed, part in pair)    # (B, D)
+        for name, (of_images, of_texts) in encoders.items():
+            both = of_images(list(images)), of_texts([prompts[file] for file in files])
+            x, y = (torch.as_tensor(vectors).double().cpu() for vectors in both)        # (B, D)
             cosines[name].append(F.cosine_similarity(x, y))
-    scores = {}
     for name, values in cosines.items():
         score = 100 * torch.cat(values).clamp(min=0)
         scores[name] = float(score.mean())
         scores[f"{name}_error"] = float(score.std(correction=int(len(score) > 1)) / len(score) ** 0.5)
     counts = {"samples": len(score), "skipped": len(prompts) - len(score)}
-    finish(folder, "clip", args, scores, weights, counts, notes)
+    finish(folder, args, scores, weights, counts, notes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -493,7 +475,7 @@ book,clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").s
 
 def relations(a, b):
     """Where box `a` lies relative to box `b` ([x0, y0, x1, y1], y downwards) -> set of relation names."""
-    a, b = np.asarray(a[:4], float).reshape(2, 2), np.asarray(b[:4], float).reshape(2, 2)
+    a, b = (np.asarray(box[:4], float).reshape(2, 2) for box in (a, b))     # corners
     offset = a.mean(0) - b.mean(0)                                          # (2,) x, y
     sides = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
     shrunk = np.sign(offset) * np.maximum(np.abs(offset) - NEAR * sides, 0)
@@ -510,30 +492,27 @@ def geneval_verdict(objects, metadata, color_of):
     objects: {class: [{"box": [x0, y0, x1, y1], ...}, ...]}, most confident first; metadata: the benchmark's
     line, of "include" and "exclude" clauses; color_of(object, class) -> name of its colour, asked only where
     a clause names a colour and its count is met."""
-    wrong, matched = [], []                                 # matched: a clause's objects, None if it failed
+    faults, matched = [], []                                # matched: a clause's objects, None if it failed
     for clause in metadata.get("include", []):
-        name, count = clause["class"], clause["count"]
-        found, faults = objects.get(name, [])[:count], []
+        name, count, color = clause["class"], clause["count"], clause.get("color")
+        found, fault = objects.get(name, [])[:count], ""
+        relation, target = clause.get("position", (None, None))
         if len(found) < count:
-            faults.append(f"expected {name}>={count}, found {len(found)}")
-        elif "color" in clause:
-            colors = [color_of(thing, name) for thing in found]
-            if colors.count(clause["color"]) < count:
-                faults.append(f"expected {clause['color']} {name}>={count}, found {', '.join(colors)}")
-        if "position" in clause and not faults:
-            relation, target = clause["position"]
-            if matched[target] is None:
-                faults.append(f"no target for {name} to be {relation}")
-            elif not all(relation in relations(thing["box"], other["box"])
-                         for thing in found for other in matched[target]):
-                faults.append(f"expected {name} {relation} {metadata['include'][target]['class']}")
-        matched.append(None if faults else found)
-        wrong += faults
+            fault = f"expected {name}>={count}, found {len(found)}"
+        elif color and (colors := [color_of(thing, name) for thing in found]) != [color] * count:
+            fault = f"expected {color} {name}>={count}, found {', '.join(colors)}"
+        elif relation and matched[target] is None:
+            fault = f"no target for {name} to be {relation}"
+        elif relation and not all(relation in relations(thing["box"], other["box"])
+                                  for thing in found for other in matched[target]):
+            fault = f"expected {name} {relation} {metadata['include'][target]['class']}"
+        matched.append(None if fault else found)
+        faults += [fault] if fault else []
     for clause in metadata.get("exclude", []):
         found = len(objects.get(clause["class"], []))
         if found >= clause["count"]:
-            wrong.append(f"expected {clause['class']}<{clause['count']}, found {found}")
-    return not wrong, "; ".join(wrong)
+            faults.append(f"expected {clause['class']}<{clause['count']}, found {found}")
+    return not faults, "; ".join(faults)
 
 
 @torch.no_grad()
@@ -552,15 +531,13 @@ def detect(name, image):
     classes = output.class_queries_logits[0].float().softmax(-1)[:, :-1]                    # (Q, C)
     best, which = classes.flatten().topk(min(100, classes.numel()))
     found = {}
-    for probability, index in zip(best.tolist(), which.tolist()):
+    for probability, index in zip(best[best > CONFIDENT].tolist(), which.tolist()):
         query, label = divmod(index, classes.shape[1])
-        if probability <= CONFIDENT:                                        # the mask can only lower it
-            break
         logits = output.masks_queries_logits[0, query].float()[None, None]
         logits = F.interpolate(logits, x.shape[2:], mode="bilinear")[:, :, :h, :w]
         logits = F.interpolate(logits, (height, width), mode="bilinear")[0, 0]              # (H, W)
         mask = logits > 0
-        score = probability * float(logits.sigmoid()[mask].sum() / (mask.sum() + 1e-6))
+        score = probability * float(logits.sigmoid()[mask].sum() / (mask.sum() + 1e-6))     # only ever lower
         if score > CONFIDENT:
             ys, xs = (mask.any(dim).nonzero().flatten().tolist() for dim in (1, 0))
             found.setdefault(names[label], []).append({
@@ -577,19 +554,21 @@ def color_texts(clip, name):
 
 
 def color_of_object(clip, image, thing, name):
-    """One of COLORS, by CLIP zero-shot on the object alone: #999 outside its mask, cropped to its box."""
-    if "mask" in thing:
-        grey = Image.new("RGB", image.size, "#999")
-        image = Image.composite(image, grey, Image.fromarray(thing["mask"]))
-    x0, y0, x1, y1 = map(round, thing["box"][:4])
-    crop = image.crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)))
-    return COLORS[int((color_texts(clip, name) @ clip_images(clip, [crop])[0]).argmax())]
+    """One of COLORS, kept as thing["color"]: by CLIP zero-shot on the object alone, #999 outside its mask."""
+    if not thing.get("color"):
+        if "mask" in thing:
+            grey = Image.new("RGB", image.size, "#999")
+            image = Image.composite(image, grey, Image.fromarray(thing["mask"]))
+        x0, y0, x1, y1 = map(round, thing["box"][:4])
+        vector = clip_images(clip, [image.crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)))])[0]     # (D,)
+        thing["color"] = COLORS[int((color_texts(clip, name) @ vector).argmax())]
+    return thing["color"]
 
 
 def read_geneval(folder):
     """GenEval's layout, 00000/metadata.jsonl and 00000/samples/0000.png, ... -> {file: metadata}."""
     images = {}
-    for path in sorted(path for path in Path(folder).glob("*") if path.is_dir() and path.name.isdigit()):
+    for path in sorted(path for path in Path(folder).glob("*/") if path.name.isdigit()):
         file = path / "metadata.jsonl"
         if not file.exists():
             raise UserError(f"{path}: no metadata.jsonl in it, which says what its images should show")
@@ -605,25 +584,6 @@ def read_geneval(folder):
     return images
 
 
-def verdict_on(folder, file, image, row, metadata, clip):
-    """(correct, reason) for one image and its detections `row`, in which the colours asked for are kept."""
-    floor = CONFIDENT_COUNTING if metadata["tag"] == "counting" else CONFIDENT
-
-    def color_of(thing, name):
-        thing["color"] = thing.get("color") or color_of_object(clip, image, thing, name)
-        return thing["color"]
-    try:
-        seen = {name: [thing for thing in sorted(things, key=lambda thing: -thing["score"])
-                       if thing["score"] > floor][:MOST] for name, things in row["objects"].items()}
-        verdict = geneval_verdict(seen, metadata, color_of)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"{Path(folder, file)}: its metadata.jsonl or detections lack something "
-                        f"({type(error).__name__}: {error})") from None
-    for thing in (thing for things in row["objects"].values() for thing in things):
-        thing.pop("mask", None)                             # it served for the colours, and is not kept
-    return verdict
-
-
 def geneval(args):
     """Table 2: GenEval's six tasks, on --images (original prompts, ◇) and --extended (extended ones, ★)"""
     folders = [folder for folder in (args.images, args.extended) if folder]
@@ -632,15 +592,21 @@ def geneval(args):
         raise UserError("--detections: one file for --images, a second one for --extended if it is given")
     weights = {} if args.detections else {name: weights_hash(name) for name in (args.detector, args.clip)}
     scores, counts, notes = {}, {}, []
-
-    def judge(file, image):
-        return {"objects": detect(args.detector, image)}
     for prompts, folder, detections in zip(("original", "extended"), folders, given):
         images, verdicts, right = read_geneval(folder), [], {}
-        models = list(weights.values())
-        for file, image, row in judged(folder, list(images), "detections.jsonl", models, judge, detections):
-            metadata = images[file]
-            correct, reason = verdict_on(folder, file, image, row, metadata, args.clip)
+        for file, image, row in judged(folder, list(images), "detections.jsonl", weights,
+                                       lambda _, seen: {"objects": detect(args.detector, seen)}, detections):
+            metadata, color_of = images[file], functools.partial(color_of_object, args.clip, image)
+            try:
+                floor = CONFIDENT_COUNTING if metadata["tag"] == "counting" else CONFIDENT
+                seen = {name: [thing for thing in sorted(things, key=lambda thing: -thing["score"])
+                               if thing["score"] > floor][:MOST] for name, things in row["objects"].items()}
+                correct, reason = geneval_verdict(seen, metadata, color_of)
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+                raise UserError(f"{Path(folder, file)}: its metadata.jsonl or detections lack something "
+                                f"({type(error).__name__}: {error})") from None
+            for thing in itertools.chain(*row["objects"].values()):
+                thing.pop("mask", None)                     # it served for the colours, and is not kept
             right.setdefault(metadata["tag"], []).append(correct)
             verdicts.append({"filename": file, "tag": metadata["tag"], "prompt": metadata["prompt"],
                              "correct": correct, "reason": reason})
@@ -649,16 +615,13 @@ def geneval(args):
         scores[prompts] = {"overall": float(np.mean(list(tasks.values()))), **tasks}    # mean over the tasks
         counts[prompts] = {"prompts": len({file.split("/")[0] for file in images}), "images": len(verdicts),
                            "skipped": len(images) - len(verdicts)}
-        absent = ", ".join(tag for tag in TASKS if tag not in tasks)
-        notes += [f"{folder}: no prompts of {absent}, overall is without them"] if absent else []
-    finish(args.images, "geneval", args, scores, weights, counts, notes)
+        if absent := [tag for tag in TASKS if tag not in tasks]:
+            notes.append(f"{folder}: no prompts of {', '.join(absent)}, overall is without them")
+    finish(args.images, args, scores, weights, counts, notes)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Table 3, `dpg`: yes-or-no questions about each image, some meaningful only where others are answered yes
-
-CATEGORIES = "global", "entity", "attribute", "relation", "other"
-
 
 def dpg_score(answers, dependency):
     """answers {id: bool}, dependency {id: [parent ids]} (0: none) -> share of questions answered yes, where a
@@ -671,8 +634,8 @@ def dpg_score(answers, dependency):
 
 
 def read_questions(path):
-    """dpg_bench.csv -> {prompt id: {question id: (question, [parent ids], level-1 category)}}, all lines
-    (the official script passes over the first question). Raises UserError."""
+    """dpg_bench.csv -> {prompt id: ({question id: question}, {id: [parent ids]}, {id: level-1 category})}, of
+    all lines (the official script passes over the first question). Raises UserError."""
     prompts, needed = {}, {"item_id", "proposition_id", "dependency", "tuple", "question_natural_language"}
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
@@ -680,10 +643,11 @@ def read_questions(path):
             if missing := needed.difference(reader.fieldnames or ()):
                 raise UserError(f"{path}: no column {', '.join(sorted(missing))}")
             for row in reader:
-                category = re.split("[(-]", row["tuple"])[0].strip()        # "attribute - color (car, red)"
-                parents = [int(parent) for parent in row["dependency"].split(",")]
-                question = row["question_natural_language"], parents, category
-                prompts.setdefault(row["item_id"], {})[int(row["proposition_id"])] = question
+                texts, parents, categories = prompts.setdefault(row["item_id"], ({}, {}, {}))
+                q = int(row["proposition_id"])
+                categories[q] = re.split("[(-]", row["tuple"])[0].strip()   # "attribute - color (car, red)"
+                parents[q] = [int(parent) for parent in row["dependency"].split(",")]
+                texts[q] = row["question_natural_language"]
         except (ValueError, TypeError, AttributeError, csv.Error) as error:
             raise UserError(f"{path} line {reader.line_num}: not a question of DPG-Bench ({error})") from None
     if not prompts:
@@ -712,41 +676,38 @@ def dpg(args):
         raise UserError(f"{args.images}: no image is named after a prompt of {args.questions}, "
                         f"like {min(prompts)}.png")
     args.judge, weights = args.answers or args.vqa, {} if args.answers else {args.vqa: weights_hash(args.vqa)}
-    scores, categories, sizes = [], {}, set()
+    weights[args.questions] = sha256(args.questions)
+    sizes, values = set(), {"overall": []}                  # values: and of each category
 
     def judge(file, grid):
         sizes.add(grid.size)
-        (width, height), half, questions = grid.size, grid.width // 2, prompts[Path(file).stem]
+        (width, height), half, texts = grid.size, grid.width // 2, prompts[Path(file).stem][0]
         if width != height or width % 2 or len(sizes) > 1:
             raise UserError(f"{Path(args.images, file)}: {width} x {height} pixels are not a 2 x 2 grid of "
                             "square images, as large as the others (sample.py --format dpg makes them)")
-        texts = [text for text, *_ in questions.values()]
-        quarters = (0, 0), (half, 0), (0, half), (half, half)
-        said = [ask(args.vqa, grid.crop((x, y, x + half, y + half)), texts) for x, y in quarters]
-        return {"answers": [dict(zip(map(str, questions), answers)) for answers in said]}
+        quarters = [grid.crop((x, y, x + half, y + half)) for y in (0, half) for x in (0, half)]
+        answers = [ask(args.vqa, quarter, list(texts.values())) for quarter in quarters]
+        return {"answers": [dict(zip(map(str, texts), said)) for said in answers]}
 
-    models = [*weights.values(), sha256(args.questions)]
-    for file, _, row in judged(args.images, known, "answers.jsonl", models, judge, args.answers):
-        questions = prompts[Path(file).stem]
+    for file, _, row in judged(args.images, known, "answers.jsonl", weights, judge, args.answers):
+        texts, parents, categories = prompts[Path(file).stem]
         try:
-            answers = [{q: str(one[str(q)]).lower() in ("true", "yes", "1") for q in questions}
+            answers = [{q: str(one[str(q)]).lower() in ("true", "yes", "1") for q in texts}
                        for one in row["answers"] or [{}]]
         except (KeyError, TypeError):
             raise UserError(f'{args.judge}: "answers" of {file} must list, for each image, {{question id: '
-                            f"true or false}}, with ids {', '.join(map(str, questions))}") from None
-        dependency = {q: parents for q, (_, parents, _) in questions.items()}
-        scores.append(np.mean([dpg_score(one, dependency) for one in answers]))     # over a prompt's images
-        for q, (*_, category) in questions.items():
-            categories.setdefault(category, []).extend(one[q] for one in answers)   # uncorrected
+                            f"true or false}}, with ids {', '.join(map(str, texts))}") from None
+        values["overall"].append(np.mean([dpg_score(one, parents) for one in answers]))
+        for q, category in categories.items():
+            values.setdefault(category, []).extend(one[q] for one in answers)       # uncorrected
     notes = [f"judge: {args.judge}. The paper's is mPLUG-large; only numbers of one judge compare",
              "categories count all images of a grid; the official script counts the last one"]
     if len(known) < len(prompts) or len(known) < len(files):
         notes.append(f"{len(prompts) - len(known)} of {len(prompts)} prompts have no image, "
                      f"{len(files) - len(known)} of {len(files)} images no prompt")
-    means = {"overall": np.mean(scores), **{name: np.mean(values) for name, values in categories.items()}}
-    means = {name: 100 * float(value) for name, value in means.items()}
-    counts = {"prompts": len(scores), "skipped": len(known) - len(scores)}
-    finish(args.images, "dpg", args, means, {**weights, args.questions: models[-1]}, counts, notes)
+    counts = {"prompts": len(values["overall"]), "skipped": len(known) - len(values["overall"])}
+    scores = {name: 100 * float(np.mean(each)) for name, each in values.items()}
+    finish(args.images, args, scores, weights, counts, notes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -758,27 +719,26 @@ TABLES = [                                                  # title, sections, {
         "density": "D ↑", "coverage": "C ↑", "clip": "CLIPScore ↑", "jina": "Jina ↑"}),
     ("Table 2: GenEval (◇ original prompts, ★ extended prompts)", ("geneval",), {
         "overall": "Overall ↑", **TASKS}),
-    ("Table 3: DPG-Bench", ("dpg",), {name: f"{name.capitalize()} ↑" for name in (*CATEGORIES, "overall")})]
+    ("Table 3: DPG-Bench", ("dpg",), {
+        name: f"{name.capitalize()} ↑" for name in "global entity attribute relation other overall".split()})]
 
 
 def print_tables(results):
-    """[(name, contents of results.json)]: the paper's tables in Markdown, the best of several in bold."""
+    """[(name, {section: scores})]: the paper's tables in Markdown, the best of several in bold."""
     for title, sections, columns in TABLES:
         rows = []                                           # (name, {score: value})
         for name, result in results:
-            scores = {key: value for section in sections if section in result
-                      for key, value in result[section]["scores"].items()}
-            rows += [(name, scores), *((f"{name} {mark}", scores[key]) for key, mark in (
-                ("original", "◇"), ("extended", "★")) if key in scores)]
-        rows = [(name, scores) for name, scores in rows if columns.keys() & scores.keys()]
-        shown = [key for key in columns if any(key in scores for _, scores in rows)]
+            scores = ChainMap(*(result[section] for section in sections if section in result))
+            for mark, part in ("", scores), (" ◇", scores.get("original")), (" ★", scores.get("extended")):
+                rows += [(name + mark, part)] if part and columns.keys() & part.keys() else []
+        shown = {key: [scores[key] for _, scores in rows if key in scores] for key in columns}
+        shown = {key: values for key, values in shown.items() if values}
         if rows:
             print(f"\n{title}\n\n| | {' | '.join(map(columns.get, shown))} |\n|---|{'--:|' * len(shown)}")
         for name, scores in rows:
             cells = []
-            for key in shown:
+            for key, values in shown.items():
                 digits = 3 if key in ("precision", "recall", "density", "coverage") else 2
-                values = [other[key] for _, other in rows if key in other]
                 best = (min if "↓" in columns[key] else max)(values)
                 cell = f"{scores[key]:.{digits}f}" if key in scores else ""
                 cell += f" ± {scores[f'{key}_error']:.2f}" if f"{key}_error" in scores else ""
@@ -786,10 +746,11 @@ def print_tables(results):
             print(f"| {name} | {' | '.join(cells)} |")
 
 
-def finish(folder, section, args, scores, weights, counts, notes=()):
-    """Puts one section into <folder>/results.json and prints its table."""
+def finish(folder, args, scores, weights, counts, notes=()):
+    """Puts a command's section into <folder>/results.json and prints its table."""
     import transformers
-    path, settings = Path(folder, "results.json"), {k: v for k, v in vars(args).items() if k != "run"}
+    path, section = Path(folder, "results.json"), args.run.__name__
+    settings = {name: value for name, value in vars(args).items() if name != "run"}
     try:
         results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         results[section] = {
@@ -799,7 +760,7 @@ def finish(folder, section, args, scores, weights, counts, notes=()):
         raise UserError(f"{path}: not JSON as evaluate.py writes it; move it away") from None
     with complete(path) as temporary:
         temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print_tables([(Path(folder).resolve().name, {section: results[section]})])
+    print_tables([(Path(folder).resolve().name, {section: scores})])
     print("\n" + "\n".join(f"- {note}" for note in [*notes, f"all of it in {path}"]))
 
 
@@ -809,8 +770,7 @@ def compare(args):
     for path in args.results:
         try:
             result = json.loads(Path(path).read_text(encoding="utf-8"))
-            result = {key: {"settings": {}, **part, "scores": part["scores"]} for key, part in result.items()}
-            results.append((str(Path(path).parent), result))
+            results.append((str(Path(path).parent), {name: part["scores"] for name, part in result.items()}))
             judges |= {str(result["dpg"]["settings"].get("judge"))} if "dpg" in result else set()
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{path}: not a results.json of evaluate.py") from None
@@ -824,8 +784,8 @@ def main(argv=None):
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run):
-        about = run.__doc__
-        sub = commands.add_parser(run.__name__, help=about, description=about, formatter_class=Help)
+        about = {"help": run.__doc__, "description": run.__doc__}
+        sub = commands.add_parser(run.__name__, formatter_class=Help, **about)
         sub.set_defaults(run=run)
         return sub.add_argument
 
