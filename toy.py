@@ -312,8 +312,7 @@ def count(words):
 
 
 def bounds(mask):
-    """x0, x1, y0, y1 of a mask."""
-    return [int(v) for i in np.nonzero(mask)[::-1] for v in (i.min(), i.max() + 1)]
+    return Image.fromarray(mask).getbbox()                                        # x0, y0, x1, y1
 
 
 def grow(words):
@@ -336,7 +335,7 @@ def templates():
     scenes = [dict(shape=shape, radius=radius, y=y, x=x, color="red", grey="dark", background="plain")
               for shape, radius, y, x in product(SHAPES, RADII, (32, 32.5), (32, 32.5))]
     masks = [unmix(draw(scene))[1] > 0.5 for scene in scenes]
-    x0, x1, y0, y1 = np.array([bounds(mask) for mask in masks]).T
+    x0, y0, x1, y1 = np.array([bounds(mask) for mask in masks]).T
     masks = np.array([np.roll(mask, (-y, -x), (0, 1)) for mask, x, y in zip(masks, x0, y0)])
     eroded = ndimage.binary_erosion(masks, BOX3[None])
     shapes = np.array([SHAPES.index(scene["shape"]) for scene in scenes])
@@ -366,7 +365,7 @@ def compare(mask, t, x, y):
 def fit(mask):
     """A patch of colour -> (score, shape): templates at its corners, then near the best ones."""
     _, _, shapes, width, height, area = templates()
-    (x0, x1, y0, y1), words = bounds(mask), pack(mask)
+    (x0, y0, x1, y1), words = bounds(mask), pack(mask)
     part, shift = mask.sum() / area, np.arange(len(area)) % 4
     t = (width > x1 - x0 - 3) & (height > y1 - y0 - 3) & (part > 0.2) & (part < 1.3)
     t = np.nonzero(t & (shift % np.where(area < 300, 3, 4) == 0))[0]
@@ -395,7 +394,7 @@ def detect(image):
         found += [(*fit(mask), name, mask) for mask in masks]
     pale = ndimage.binary_erosion((share > 0.2) & (share < 0.65), BOX3)    # a clean object has no faint areas
     for score, shape, name, mask in sorted(found, key=lambda one: -one[0]):
-        x0, x1, y0, y1 = bounds(mask)
+        x0, y0, x1, y1 = bounds(mask)
         if score > THRESHOLD and not (mask & used).any() and pale[y0:y1, x0:x1].sum() < 0.1 * mask.sum():
             used |= mask
             objects.setdefault(shape, []).append({"box": [x0, y0, x1, y1], "score": score, "color": name})
@@ -508,8 +507,7 @@ def main(argv=None):
     o, vae = shlex.quote(str(out)), shlex.quote(str(vae))               # as a shell wants them
 
     print(f"A toy ImageNet of {args.images} pictures in {out}, drawn", flush=True)
-    if not (out / "scenes.jsonl").exists():
-        make_world(out, args.images, seed)
+    make_world(out, args.images, seed)
     mixed = f"--images {o}/images --out {o}/cutmix --size {SIZE} --seed {seed}"
     run(cutmix, f"{mixed} --workers 0")
     run(cutmix, f"{mixed} --noise")

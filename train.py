@@ -241,19 +241,6 @@ def open_data(args):
     return original, augmented
 
 
-def start_distributed():
-    """-> (rank, world size, device); one process without torchrun."""
-    rank, world = rank_and_world()
-    backend, device = "gloo", torch.device("cpu")
-    if torch.cuda.is_available():
-        backend, device = "nccl", torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-    if world > 1:
-        dist.init_process_group(backend)
-    return rank, world, device
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints and grids
 
@@ -306,12 +293,17 @@ def save_grid(path, ema, vae, data, args, device):
 
 def main(argv=None):
     args = arguments(argv)
-    rank, world, device = start_distributed()
-    cuda = device.type == "cuda"
+    (rank, world), cuda = rank_and_world(), torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
     if args.benchmark:
         return benchmark(args, device)
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} ranks")
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
     out = Path(args.out)
     original, augmented = open_data(args)
     meta = original.meta
@@ -373,7 +365,7 @@ def main(argv=None):
             running[0] += loss.detach() * share
         running[1] += torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         update_ema(ema, model, args.ema, step)
         bar.update()
 
@@ -433,7 +425,7 @@ def benchmark(args, device):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
     with FlopCounterMode(display=False) as counter, autocast(device, args.precision):
         diffusion_loss(model, **batch).backward()
