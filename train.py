@@ -200,7 +200,7 @@ def arguments(argv):
     add("--sample-every", type=int, default=5000, help="steps between grids, 0 none")
     add("--sample-steps", type=int, default=50, help="DDIM steps of those grids")
     add("--guidance", type=float, default=8.0, help="of those grids")
-    add("--clamp", type=float, default=1.2, help="bound of |x_0| in those grids")
+    add("--clamp", type=float, default=1.2, help="bound of |x_0| in those grids; 0 is none")
     parser.add_argument("--benchmark", action="store_true", help="only time training steps on random data")
     args = parser.parse_args(argv)
     args.preset = args.preset or {"dit": "L/2", "cad": "L"}[args.model]
@@ -282,7 +282,8 @@ def save_grid(path, ema, vae, data, args, device):
     noise = torch.randn(len(picks), *sets[0].meta["latent_shape"],
                         generator=torch.Generator().manual_seed(args.seed))
     with autocast(device, args.precision):
-        x_0 = ddim(ema, noise.to(device), cond, null, args.sample_steps, args.guidance, args.clamp)
+        x_0 = ddim(ema, noise.to(device), cond, null, args.sample_steps, args.guidance,
+                   args.clamp or None)
     images = to_images(vae.decode(x_0 / vae.scaling_factor))
     with complete(path) as temporary:
         contact_sheet(images, [d.caption(i) for d, i in picks]).save(temporary, "PNG")
@@ -370,11 +371,11 @@ def main(argv=None):
         bar.update()
 
         done = step + 1
+        if world > 1 and (due(done, args.log_every) or due(done, args.save_every)):
+            dist.all_reduce(running)                        # now the mean over ranks, on each of them
+            running /= world
         if due(done, args.log_every):
             mean = running / (done % args.log_every or args.log_every)
-            if world > 1:
-                dist.all_reduce(mean)
-                mean /= world
             loss, norm = mean.tolist()
             running.zero_()
             if rank == 0:

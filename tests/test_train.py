@@ -179,7 +179,8 @@ def test_a_killed_run_ends_with_the_log_and_weights_of_one_that_was_not(toy_pape
 
 
 def test_two_ranks_under_torchrun_train_the_same_model_as_one(toy_paper, tmp_path):
-    words = [*map(str, data(toy_paper)), *SMALL, "--steps", "6", "--lr", "1e-4"]
+    words = [*map(str, data(toy_paper)), *SMALL, "--steps", "6", "--lr", "1e-4", "--log-every", "3",
+             "--save-every", "2"]
     for out, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2",
                                                "--master-port", "29511"])):
         done = run(*launcher, "train.py", *words, "--out", tmp_path / out)
