@@ -466,7 +466,7 @@ td:first-child {{ text-align: left }} .right {{ color: #080 }} .wrong {{ color: 
 <h2>CutMix composites and theirs</h2>{examples("cutmix", "captions-cutmix.jsonl")}
 <h2>What noise hides</h2><p>Composites are only used right of the line, where their seams are hidden: at the
 paper's tau = 0.4. The toy's latents have half the scale: this noise ratio comes at tau = {TAU} already.</p>
-{embed(out / "cutmix/noise.png")}
+{embed(out / "cutmix-look/noise.png")}
 <h2>Training loss</h2>{curve(read_jsonl(out / "dit/log.jsonl"))}
 """
     with complete(out / "report.html") as path:
@@ -508,17 +508,18 @@ def main(argv=None):
 
     print(f"A toy ImageNet of {args.images} pictures in {out}, drawn", flush=True)
     make_world(out, args.images, seed)
-    mixed = f"--images {o}/images --out {o}/cutmix --size {SIZE} --seed {seed}"
+    mixed = f"--images {o}/images --size {SIZE} --seed {seed} --out {o}/cutmix"
     run(cutmix, f"{mixed} --workers 0")
-    run(cutmix, f"{mixed} --noise")
+    run(cutmix, f"{mixed}-look --noise")
     run(caption, f"aio --images {o}/images --out {o}/captions-aio.jsonl")
     print("\nLong captions from the scenes (in LLaVA's stead), short and long prompts, a tiny T5", flush=True)
     make_captions(out, seed)
     make_prompts(out, args.prompts, seed)
-    if not (out / "t5/model.safetensors").exists():
+    if not (out / "t5").exists():
         names = ["captions", "captions-cutmix", "captions-aio", "prompts-short", "prompts-long"]
         rows = [row for name in names for row in read_jsonl(out / f"{name}.jsonl")]
-        make_text_encoder(out / "t5", [row.get("caption") or row["prompt"] for row in rows], seed)
+        with complete(out / "t5") as folder:
+            make_text_encoder(folder, [row.get("caption") or row["prompt"] for row in rows], seed)
     for images, more in (("images", ""), ("cutmix", "-cutmix")):
         run(encode, f"--images {o}/{images} --captions {o}/captions{more}.jsonl --out {o}/encoded{more} "
                     f"--vae {vae} --text-encoder {o}/t5 --size {SIZE} --workers 0")
