@@ -85,19 +85,21 @@ def prdc(real, fake, k=3):
     if not 1 <= k < min(len(real), len(fake)):
         raise UserError(f"k = {k} neighbours need more than k images: real {len(real)}, fake {len(fake)}")
     r, f = ((x - real.mean(0)).float() for x in (real, fake))               # float32 is finer near the origin
-    doubt = 1e-5 * sum(x.square().sum(1).max() for x in (r, f))             # above float32's rounding
+    rr, ff = (x.square().sum(1, keepdim=True) for x in (r, f))
+    doubt = 1e-5 * (rr.max() + ff.max())                    # above the rounding of a float32 squared distance
 
     def exact(x, y):                                        # squared distances of pairs, float64
         return (x.double() - y.double()).square().sum(-1)
 
-    def distances(a, b):                                    # squared, all pairs: |b|^2 - 2 a.b + |a|^2
-        aa, bb = (x.square().sum(1, keepdim=True) for x in (a, b))
+    def distances(a, aa, b, bb):                            # squared: |a|^2 - 2 a.b + |b|^2 as one product
+        left, right = torch.cat([-2 * a, aa, aa ** 0], 1), torch.cat([b, bb ** 0, bb], 1)
+        buffer = torch.empty(128, len(b), device=b.device)
         for rows in torch.arange(len(a), device=a.device).split(128):
-            yield rows, torch.addmm(bb.T, a[rows], b.T, alpha=-2).add_(aa[rows])
+            yield rows, torch.mm(left[rows], right.T, out=buffer[:len(rows)])
 
-    def radii(x, z):                                        # (N,) squared, float64
+    def radii(x, z, zz):                                    # (N,) squared, float64
         radius = torch.empty(len(z), dtype=torch.float64, device=z.device)
-        for rows, d in distances(z, z):                                     # (128, N)
+        for rows, d in distances(z, zz, z, zz):                             # (128, N)
             d[torch.arange(len(rows)), rows] = torch.inf                    # nobody is his own neighbour
             near = d.topk(min(k + 8, len(z) - 1), largest=False).indices    # 8 more, as float32 may misplace
             radius[rows] = exact(x[rows, None], x[near]).kthvalue(k).values
@@ -111,10 +113,10 @@ def prdc(real, fake, k=3):
             held[n] = exact(real[rows[i[n]]], fake[j[n]]) < limit[n]
         return rows[i[held]], j[held]
 
-    R, Q = radii(real, r), radii(fake, f)
+    R, Q = radii(real, r, rr), radii(fake, f, ff)
     covered, recalled, precise = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (r, r, f))
     pairs = 0
-    for rows, d in distances(r, f):                                         # (128, M)
+    for rows, d in distances(r, rr, f, ff):                                 # (128, M)
         i, j = inside(rows, d, R[rows, None])               # f_j in the ball of r_i
         covered[i] = precise[j] = True
         pairs += len(i)
