@@ -380,8 +380,8 @@ def quality(args):
     """Table 1: FID, FID-DINOv2, precision, recall, density, coverage of --fake against --real"""
     if not args.fake and not args.save_stats:
         raise UserError("give --fake, or --save-stats: --real alone has nothing to be compared with")
-    for folder in (args.real, args.fake):
-        if folder and not folder.endswith(".safetensors"):
+    for folder in (args.fake, "" if args.real.endswith(".safetensors") else args.real):
+        if folder:
             list_images(folder)                             # wrong paths are told before any download
     if not args.inception:
         args.inception = os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION)

@@ -542,6 +542,8 @@ def test_quality_explains_what_it_lacks(quality, tmp_path):
         quality("--real", real)
     with pytest.raises(UserError, match="no such folder"):
         quality("--real", real, "--fake", real, "--dino", tmp_path / "absent")
+    with pytest.raises(UserError, match="stats.safetensors: no such folder"):
+        quality("--real", real, "--fake", "stats.safetensors", "--dino", tmp_path / "absent")   # told first
 
 
 # ------------------------------------------------------------------------------------------------------------
