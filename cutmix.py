@@ -14,15 +14,20 @@ or with RANK and WORLD_SIZE set. Killed, it goes on with the same command.
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import io
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import warnings
-from multiprocessing.connection import wait
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -221,7 +226,7 @@ def same_class(a, b):
     return a == b or class_of(a) == class_of(b) != ""
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def shuffled_settings(seed, four):
     return [SETTINGS[k] for k in np.random.default_rng((seed, four, 1)).permutation(4)]
 
@@ -258,64 +263,69 @@ def composite(args, index, setting):
     return None, {"file": base, "reason": "no photo of another class could be read (100 tried)"}
 
 
-def make(args, folders):
+def make(args, index):
+    """Makes composite `index`, if it is not there -> its line of the manifest, or of skipped.jsonl.
+
+    Each JPEG carries its line as a comment: a run that goes on in a half-made folder neither makes again what
+    is there nor guesses which partner a broken file forced upon it."""
+    path = args.out / f"{index // A_FOLDER:05d}" / f"{index:09d}.jpg"
+    if path.exists():
+        with Image.open(path) as image:
+            return image.info["comment"].decode()
+    picture, row = composite(args, index, setting_of(args, index))
+    line = json.dumps(row)                              # ASCII: any file name survives, even if not UTF-8
+    if picture:
+        jpeg = io.BytesIO()                             # 4:4:4, or colours would bleed over the seam
+        picture.save(jpeg, "JPEG", quality=95, subsampling=0, comment=line.encode())
+        with complete(path) as temporary:               # at once: Pillow would write it in small pieces
+            temporary.write_bytes(jpeg.getbuffer())
+    return line
+
+
+def start_worker(args):
+    """In a worker: the options came by fork, not through a pipe; and it does not outlive its parent."""
+    global job
+    job = args
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is the parent's
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def make_job(index):
+    return make(job, index)
+
+
+def make_folders(args, folders, bar):
     """Makes sub-folders of composites, and after each its part of the manifest, the sign that it is whole.
 
-    Each JPEG carries its manifest line as a comment: a run that goes on in a half-made folder neither makes
-    again what is there nor guesses which partner a broken file forced upon it. Yields once a composite."""
-    for folder in folders:
-        where, lines = args.out / f"{folder:05d}", []
-        where.mkdir(parents=True, exist_ok=True)
-        there = set(os.listdir(where))
-        for index in range(folder * A_FOLDER, min((folder + 1) * A_FOLDER, len(args.files) * args.times)):
-            path = where / f"{index:09d}.jpg"
-            if path.name in there:
-                with Image.open(path) as image:
-                    line = image.info["comment"].decode()
-            else:
-                picture, row = composite(args, index, setting_of(args, index))
-                line = json.dumps(row)                  # ASCII: any file name survives, even if not UTF-8
-                if picture:
-                    jpeg = io.BytesIO()                 # 4:4:4, or colours would bleed over the seam
-                    picture.save(jpeg, "JPEG", quality=95, subsampling=0, comment=line.encode())
-                    with complete(path) as temporary:   # at once: Pillow would write it in small pieces
-                        temporary.write_bytes(jpeg.getbuffer())
-            lines.append(line + "\n")
-            yield index
-        with complete(args.out / "parts" / f"{folder:05d}.jsonl") as temporary:
-            temporary.write_text("".join(lines))
-
-
-def make_in_workers(args, folders, bar):
-    """The same with args.workers processes. Raises UserError if one fails or is killed."""
+    args.workers processes (0: this one) share every folder; the next ones are on their way already, so that
+    nobody waits. Raises UserError if one fails or is killed."""
     fork = multiprocessing.get_context("fork")          # shares the list of files without a copy
-    done, errors, parent = fork.Value("q", 0), fork.SimpleQueue(), os.getpid()
+    pool = ProcessPoolExecutor(args.workers, fork, start_worker, (args,)) if args.workers else None
 
-    def work(mine):
-        try:
-            for _ in make(args, mine):
-                with done.get_lock():
-                    done.value += 1
-                if os.getppid() != parent:              # the main process was killed: do not go on alone
-                    return
-        except (OSError, KeyboardInterrupt) as error:   # a full disk, say: the main process reports it, once
-            errors.put(str(error))
-            sys.exit(1)
+    def begin(folder):
+        indices = range(folder * A_FOLDER, min((folder + 1) * A_FOLDER, len(args.files) * args.times))
+        lines = pool.map(make_job, indices, chunksize=16) if pool else map(partial(make, args), indices)
+        return folder, lines
 
-    shares = [folders[k::args.workers] for k in range(min(args.workers, len(folders)))]
-    processes = [fork.Process(target=work, args=(share,), daemon=True) for share in shares]
-    for process in processes:
-        process.start()
-    running = True
-    while running:
-        running = [process.sentinel for process in processes if process.is_alive()]
-        bar.update(done.value - bar.n)
-        if any(process.exitcode for process in processes):
-            for process in processes:
-                process.terminate()
-            why = errors.get() if not errors.empty() else "a worker process was killed (enough memory?)"
-            raise UserError(f"{why}; what is made stays, the same command goes on from there")
-        wait(running, timeout=0.2)
+    try:
+        begun = map(begin, folders)
+        coming = deque(islice(begun, 2 + args.workers // 16))
+        while coming:
+            folder, lines = coming.popleft()
+            part = []
+            for line in lines:
+                part.append(line + "\n")
+                bar.update()
+            with complete(args.out / "parts" / f"{folder:05d}.jsonl") as temporary:
+                temporary.write_text("".join(part))
+            coming.extend(islice(begun, 1))
+    except (OSError, BrokenProcessPool) as error:       # a full disk, say
+        why = error if isinstance(error, OSError) else "a worker process was killed (enough memory?)"
+        raise UserError(f"{why}; what is made stays, the same command goes on from there") from None
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
 def merge(args, parts):
@@ -436,11 +446,7 @@ def main(argv=None):
     folders = [folder for folder in range(rank, len(parts), world) if not parts[folder].exists()]
     total = sum(min(count - folder * A_FOLDER, A_FOLDER) for folder in folders)
     with tqdm(total=total, desc="cutmix", unit="img", disable=rank > 0) as bar:
-        if args.workers:
-            make_in_workers(args, folders, bar)
-        else:
-            for _ in make(args, folders):
-                bar.update()
+        make_folders(args, folders, bar)
     if all(part.exists() for part in parts):            # ranks never wait: the last to end joins the parts
         merge(args, parts)
     else:

@@ -390,12 +390,12 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_loses_nothing(tmp_path, worke
     """No file may grow beyond 2 kB: the first composite that does is the full disk."""
     images = photos(tmp_path / "photos", each=10)
     rng = np.random.default_rng(0)
-    noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    noise = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
     noise.save(images / "class2" / "3.png")             # noise does not compress
     out = tmp_path / "out"
     limited = ("import resource as r, sys; sys.path.insert(0, sys.argv[1])\n"
                "import cutmix; make = cutmix.make\n"
-               "def full(*job): r.setrlimit(r.RLIMIT_FSIZE, (2000, 2000)); yield from make(*job)\n"
+               "def full(*job): r.setrlimit(r.RLIMIT_FSIZE, (2000, 2000)); return make(*job)\n"
                "cutmix.make = full; cutmix.command_line(lambda: cutmix.main(sys.argv[2:]))")
     args = ["--images", str(images), "--out", str(out), "--size", "32", "--workers", str(workers)]
     done = subprocess.run([sys.executable, "-c", limited, ROOT, *args], check=False,
