@@ -303,6 +303,19 @@ def test_neither_workers_nor_ranks_change_a_byte(tmp_path, monkeypatch):
     assert one == tree(tmp_path / "ranks")
 
 
+def test_even_a_single_folder_of_composites_is_shared_by_the_workers(tmp_path, monkeypatch):
+    def watched(*job):
+        (tmp_path / f"worker{os.getpid()}").touch()
+        time.sleep(0.005)
+        return composite(*job)
+
+    composite = cutmix.composite
+    monkeypatch.setattr(cutmix, "composite", watched)
+    images = photos(tmp_path / "photos", each=24)
+    main("--images", images, "--out", tmp_path / "out", "--size", 16, "--workers", 3)
+    assert len(list(tmp_path.glob("worker*"))) == 3
+
+
 def test_two_ranks_at_once_give_the_files_of_one(tmp_path):
     images = photos(tmp_path / "photos", each=500, size=(20, 16))
     run("--images", images, "--out", tmp_path / "one", "--size", 16, "--workers", 0)
