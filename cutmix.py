@@ -269,8 +269,8 @@ def make(args, index):
     Each JPEG carries its line as a comment: a run that goes on in a half-made folder neither makes again what
     is there nor guesses which partner a broken file forced upon it."""
     path = args.out / f"{index // A_FOLDER:05d}" / f"{index:09d}.jpg"
-    if path.exists():
-        with Image.open(path) as image:
+    if path.exists():                                   # after a crash of the whole machine it may be empty
+        with contextlib.suppress(OSError, KeyError), Image.open(path) as image:
             return image.info["comment"].decode()
     picture, row = composite(args, index, setting_of(args, index))
     line = json.dumps(row)                              # ASCII: any file name survives, even if not UTF-8

@@ -356,6 +356,17 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_redoes_nothing(tmp_path, wor
     assert "complete already" in run(*command[2:]).stdout
 
 
+def test_a_composite_that_a_crash_left_empty_is_made_again(tmp_path):
+    common = ["--images", photos(tmp_path / "photos"), "--out", tmp_path / "out", "--size", 16]
+    main(*common)
+    whole = tree(tmp_path / "out")
+    for name in ("cutmix.jsonl", "parts/00000.jsonl"):
+        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / "00000" / "000000007.jpg").write_bytes(b"")
+    main(*common)
+    assert tree(tmp_path / "out") == whole
+
+
 def test_broken_photos_are_named_counted_and_never_used(tmp_path, capsys):
     images = photos(tmp_path / "photos", suffix="jpg")
     whole = (images / "class0" / "0.jpg").read_bytes()
