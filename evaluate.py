@@ -772,7 +772,8 @@ def compare(args):
     for path in args.results:
         try:
             result = json.loads(Path(path).read_text(encoding="utf-8"))
-            results.append((str(Path(path).parent), {name: part["scores"] for name, part in result.items()}))
+            scores = {name: dict(part["scores"]) for name, part in result.items()}
+            results.append((str(Path(path).parent), scores))
             judges |= {str(result["dpg"]["settings"].get("judge"))} if "dpg" in result else set()
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{path}: not a results.json of evaluate.py") from None

@@ -925,7 +925,7 @@ def test_compare_sets_the_best_of_each_column_in_bold_and_warns_of_other_judges(
     assert f"| {tmp_path}/ours | **10.00** | **0.500** | 30.00 ± 0.10 |" in out
     assert f"| {tmp_path}/theirs | 12.00 | **0.500** | **31.00 ± 0.10** |" in out
     assert "judges of Table 3 differ (x, y)" in out
-    for content in '[1, 2]', '{"quality": {"fid": 1}}', 'nonsense':
+    for content in '[1, 2]', '{"quality": {"fid": 1}}', 'nonsense', '{"quality": {"scores": 3}}':
         (tmp_path / f"{len(content)}.json").write_text(content)
     for path in *tmp_path.glob("*.json"), tmp_path / "absent.json":
         with pytest.raises(UserError, match="not a results.json"):
