@@ -88,12 +88,9 @@ def grow(args, items, key, name, produce, unit):
     for part in out.parent.glob(f"{out.name}.*of*"):
         if not part.name.endswith(f"of{world}"):
             raise UserError(f"{part}: begun with another number of ranks: go on with as many, or delete it")
-    if not began.exists():                              # captions of two kinds never end in one file
-        with complete(began) as temporary:
-            temporary.write_text(settings)
-    if began.read_text() != settings:
-        raise UserError(f"{out}: begun with other settings ({began.read_text()}, now {settings}): use "
-                        f"another --out, or delete {out}.*")
+    if (before := cutmix.begun_with(began, settings)) != settings:
+        raise UserError(f"{out}: begun with other settings ({before}, now {settings}): use another --out, or "
+                        f"delete {out}.*")
 
     mine, whole, size = batches[rank::world], 0, 0
     with open(parts[rank], "ab+") as part:
@@ -106,8 +103,8 @@ def grow(args, items, key, name, produce, unit):
                 raise other_list
             whole, size = whole + 1, size + sum(map(len, lines))
         part.truncate(size)                             # cuts off a torn line, or half a batch
-        before, total = sum(map(len, mine[:whole])), sum(map(len, mine))
-        with tqdm(total=total, initial=before, desc=out.stem, unit=unit, disable=rank > 0) as bar:
+        initial, total = sum(map(len, mine[:whole])), sum(map(len, mine))
+        with tqdm(total=total, initial=initial, desc=out.stem, unit=unit, disable=rank > 0) as bar:
             for rows in produce(mine[whole:]) if whole < len(mine) else ():
                 part.write("".join(json.dumps(row) + "\n" for row in rows).encode())
                 part.flush()
@@ -450,9 +447,7 @@ def main(argv=None):
     add("--attempts", type=int, default=3, help="how often it is asked before the prompt stays short")
 
     args = parser.parse_args(argv)
-    for name in ("batch_size", "max_new_tokens", "attempts"):
-        if getattr(args, name, 1) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    cutmix.at_least(args, batch_size=1, max_new_tokens=1, attempts=1)
     args.function(args)
 
 

@@ -109,6 +109,27 @@ def read_jsonl(path):
     return rows
 
 
+def write_jsonl(path, rows):
+    with complete(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def begun_with(path, settings):
+    """The settings (a text) that an output was begun with, as the file `path` remembers: `settings`, if it is
+    new. A stage that finds others refuses to go on: data of two kinds never end in one place."""
+    if not path.exists():
+        with complete(path) as temporary:
+            temporary.write_text(settings)
+    return path.read_text()
+
+
+def at_least(args, **bounds):
+    """Raises UserError for an option below its bound; one that this command does not have is passed over."""
+    for name, low in bounds.items():
+        if getattr(args, name, low) < low:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
+
+
 def list_images(folder):
     """All images below `folder`, as sorted paths relative to it with forward slashes. Raises UserError."""
     if not os.path.isdir(folder):
@@ -408,9 +429,7 @@ def main(argv=None):
     add("--noise", action="store_true", help="only draw OUT/noise.png, each setting at t = 0, 0.1 ... 1")
     add("--tau", type=float, default=0.4, help="where --noise draws its line")
     args = parser.parse_args(argv)
-    for name, low in (("size", 16), ("times", 1), ("seed", 0), ("workers", 0)):
-        if getattr(args, name) < low:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {low}")
+    at_least(args, size=16, times=1, seed=0, workers=0)
     if args.out.resolve().is_relative_to(Path(args.images).resolve()):
         raise UserError(f"--out {args.out} is inside --images: the next run would take composites for photos")
     warnings.filterwarnings("ignore", module="PIL")     # remarks on odd EXIF blocks, one a photo
@@ -430,13 +449,11 @@ def main(argv=None):
                 print(args.out / f"{name}.png")
         return
 
-    path, photos = args.out / "parts" / "settings.txt", hashlib.sha256(args.files.tobytes()).hexdigest()
+    photos = hashlib.sha256(args.files.tobytes()).hexdigest()
     settings = f"{args.setting}, size {args.size}, times {args.times}, seed {args.seed}, photos {photos[:16]}"
-    if not path.exists():                               # composites of two kinds never end in one folder
-        with complete(path) as temporary:
-            temporary.write_text(settings)
-    if path.read_text() != settings:
-        raise UserError(f"{args.out} was begun with other settings ({path.read_text()}; now {settings}): "
+    before = begun_with(args.out / "parts" / "settings.txt", settings)
+    if before != settings:
+        raise UserError(f"{args.out} was begun with other settings ({before}; now {settings}): "
                         f"use another --out, or delete it")
     if (args.out / "cutmix.jsonl").exists():
         print(f"{args.out}: complete already")

@@ -20,7 +20,7 @@ import os
 import re
 import textwrap
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cutmix import Help, UserError, command_line, complete, list_images, load_image, rank_and_world
+from cutmix import (Help, UserError, at_least, begun_with, command_line, complete, list_images, load_image,
+                    rank_and_world, write_jsonl)
 
 # ------------------------------------------------------------------------------------------------------------
 # The autoencoder
@@ -172,6 +173,18 @@ def one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def local_device():
+    """The device of this process: under torchrun, the GPU of its rank on this node."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else \
+        torch.device("cpu")
+
+
+@cache
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def fetch(path_or_repo, *names):
     """The first of `names` in a local folder or, where there is no such folder, in a hub repository -> Path.
     Raises UserError: no such folder or repository, hub out of reach, none of the names there."""
@@ -255,7 +268,7 @@ def samples_of(path):
 
 
 def pack(text, text_dtype):
-    """(n, D) tokens -> the tensors that a shard stores. float8: half the disk, 2.6% error (root mean square);
+    """(n, D) tokens -> the tensors that a shard stores. float8: half the disk, 2.7% error (root mean square);
     e4m3 with one scale a token, so that a token with a large value costs only itself precision."""
     if text_dtype == "bfloat16":
         return {"text": text.bfloat16()}
@@ -467,9 +480,7 @@ def main(argv=None):
         return check(args.check)
     if not (args.images and args.captions and args.out):
         raise UserError("needs --images, --captions and --out (or --check FOLDER)")
-    for name, low in (("size", 8), ("max_tokens", 1), ("shard_images", 1), ("batch_size", 1), ("workers", 0)):
-        if getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
+    at_least(args, size=8, max_tokens=1, shard_images=1, batch_size=1, workers=0)
     from caption import read_captions
     rank, world = rank_and_world()
     captions = {file: text for path in args.captions for file, text in read_captions(path).items()}
@@ -481,7 +492,7 @@ def main(argv=None):
     # On CUDA T5 runs in bfloat16. The VAE does not: its means would be 1.0 to 1.2% off (0.2 to 0.5% with the
     # bits of float16, which are those of TF32, the form in which CUDA multiplies in float32 convolutions).
     cuda = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    device = local_device()
     vae = load_vae(args.vae, device)
     tokenizer, t5 = load_text_encoder(args.text_encoder, device, torch.bfloat16 if cuda else torch.float32)
     out, count = args.out, -(-len(pairs) // args.shard_images)
@@ -492,11 +503,9 @@ def main(argv=None):
                 "autoencoder": fingerprint([vae.config], vae),
                 "T5": fingerprint(sorted(tokenizer.get_vocab().items()), t5),
                 "list_of_images_and_captions": fingerprint(pairs)}
-    if not (out / "settings.json").exists():
-        with complete(out / "settings.json") as temporary:
-            temporary.write_text(json.dumps(settings, indent=1))
-    for key, before in json.loads((out / "settings.json").read_text()).items():
-        if before != settings.get(key):                 # data of two kinds never end in one folder
+    begun = json.loads(begun_with(out / "settings.json", json.dumps(settings, indent=1)))
+    for key, before in begun.items():
+        if before != settings.get(key):
             raise UserError(f"{out} was begun with another {key.replace('_', ' ')} ({before}, now "
                             f"{settings.get(key)}): use another --out, or delete it")
 
@@ -521,10 +530,9 @@ def main(argv=None):
             "latent_shape": [vae.config["latent_channels"], *[args.size // vae.downscale] * 2],
             "text_dim": null.shape[-1], "longest": max(itertools.chain([1], *lengths)),
             "count": sum(counts), "scaling_factor": vae.scaling_factor}
-    for name, text in (("skipped.jsonl", "".join(json.dumps(row) + "\n" for row in skipped)),
-                       ("meta.json", json.dumps(meta, indent=1))):
-        with complete(out / name) as temporary:
-            temporary.write_text(text)
+    write_jsonl(out / "skipped.jsonl", skipped)
+    with complete(out / "meta.json") as temporary:
+        temporary.write_text(json.dumps(meta, indent=1))
     print(f"{out}: {sum(counts)} pictures in {count} shards, {len(skipped)} skipped (see skipped.jsonl)")
 
 

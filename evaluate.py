@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from cutmix import Help, UserError, command_line, complete, list_images, open_image, read_jsonl
-from encode import fetch
+from cutmix import Help, UserError, command_line, complete, list_images, open_image, read_jsonl, write_jsonl
+from encode import fetch, sha256
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # mean, deviation of pixels: DINOv2, Mask2Former
@@ -262,19 +262,8 @@ def batches(folder, files, load, size, total=None):
                         ({"file": file, "error": skipped[file]} for file in sorted(skipped)))
 
 
-def write_jsonl(path, rows):
-    with complete(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def stamp(folder, file):
     return "{0.st_size}:{0.st_mtime_ns}".format(os.stat(Path(folder, file)))
-
-
-@functools.cache
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_hash(name):
@@ -308,7 +297,7 @@ def judged(folder, files, log, weights, judge, given):
     made_of = {file: {"models": models, "stamp": stamp(folder, file)} for file in files}
     for row in read_jsonl(path) if given or path.exists() else []:
         file = row.get("file")
-        if file in files and (given or made_of[file].items() <= row.items()):
+        if file in made_of and (given or made_of[file].items() <= row.items()):
             rows[file] = row
     if not given:
         write_jsonl(path, rows.values())                    # without a torn line

@@ -10,10 +10,8 @@ started again give the same images.
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
-import os
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +24,8 @@ from tqdm import tqdm
 
 import model_cad
 import model_dit
-from cutmix import Help, UserError, command_line, complete, rank_and_world, read_jsonl
-from encode import encode_text, fetch, load_text_encoder, load_vae
+from cutmix import Help, UserError, at_least, command_line, complete, rank_and_world, read_jsonl
+from encode import encode_text, fetch, load_text_encoder, load_vae, local_device, sha256
 
 MODELS = {"dit": model_dit.DiT, "cad": model_cad.CAD}
 VAE, TEXT_ENCODER = "stabilityai/sd-vae-ft-ema", "google/flan-t5-xl"  # where a checkpoint names none
@@ -197,9 +195,7 @@ def arguments(argv):
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, else fp32")
     parser.add_argument("--no-compile", action="store_true", help="CUDA: do not torch.compile the network")
     args = parser.parse_args(argv)
-    for name in ("images_per_prompt", "steps", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    at_least(args, images_per_prompt=1, steps=1, batch_size=1)
     if args.guidance < 0 or args.clamp < 0:
         raise UserError("--guidance and --clamp must not be negative")
     if args.format == "dpg" and args.images_per_prompt != 4:
@@ -223,8 +219,7 @@ def count_steps(bar, images, steps):
 def main(argv=None):
     args = arguments(argv)
     rank, world = rank_and_world()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else \
-        torch.device("cpu")
+    device = local_device()
     rows = [{"prompt": prompt} for prompt in args.prompt]
     rows += read_prompts(args.prompts) if args.prompts else []
     if not rows:
@@ -238,8 +233,7 @@ def main(argv=None):
     settings = {key: getattr(args, key) for key in
                 ("steps", "guidance", "clamp", "seed", "format", "vae", "text_encoder")}
     settings["prompts"] = [row["prompt"] for row in rows]
-    with open(fetch(args.checkpoint, "model.safetensors"), "rb") as weights:
-        settings["weights"] = hashlib.file_digest(weights, "sha256").hexdigest()
+    settings["weights"] = sha256(fetch(args.checkpoint, "model.safetensors"))
     if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
         raise UserError(f"{out}: holds samples of other settings or weights (see its settings.json); "
                         "choose another --out")

@@ -35,8 +35,8 @@ import cutmix
 import encode
 import sample
 import train
-from cutmix import UserError, command_line, complete, read_jsonl
-from evaluate import geneval_verdict, write_jsonl
+from cutmix import UserError, command_line, complete, read_jsonl, write_jsonl
+from evaluate import geneval_verdict
 
 SIZE = 64
 SHAPES = ["circle", "cross", "ring", "square", "star", "triangle"]              # the classes

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -28,8 +27,9 @@ from tqdm import tqdm
 
 import model_cad
 import model_dit
-from cutmix import Help, UserError, command_line, complete, rank_and_world, read_jsonl
-from encode import Encoded, load_vae
+from cutmix import (Help, UserError, at_least, command_line, complete, rank_and_world, read_jsonl,
+                    write_jsonl)
+from encode import Encoded, load_vae, local_device
 from sample import MODELS, autocast, contact_sheet, ddim, gamma, to_images
 
 PRESETS = {"dit": model_dit.PRESETS, "cad": model_cad.PRESETS}
@@ -211,10 +211,8 @@ def arguments(argv):
     for name in ("p", "tau", "drop", "ema"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be in [0, 1]")
-    for name in ("batch_size", "micro_batch", "steps", "log_every", "save_every", "keep_every",
-                 "sample_steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    at_least(args, batch_size=1, micro_batch=1, steps=1, log_every=1, save_every=1, keep_every=1,
+             sample_steps=1)
     if not args.benchmark and not (args.data and args.out):
         raise UserError("--data and --out are needed")
     if args.augmented is None:
@@ -294,8 +292,8 @@ def save_grid(path, ema, vae, data, args, device):
 
 def main(argv=None):
     args = arguments(argv)
-    (rank, world), cuda = rank_and_world(), torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    (rank, world), device = rank_and_world(), local_device()
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -342,8 +340,7 @@ def main(argv=None):
               f"on {world} x {device.type}")
         out.mkdir(parents=True, exist_ok=True)
         rows = read_jsonl(out / "log.jsonl") if state and (out / "log.jsonl").exists() else []
-        with complete(out / "log.jsonl") as path:                       # the log of the steps that were saved
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= first))
+        write_jsonl(out / "log.jsonl", (row for row in rows if row["step"] <= first))     # of what was saved
     bar = tqdm(total=args.steps, initial=first, desc="training", unit="step", disable=rank > 0)
     clock, since = time.perf_counter(), first
 
