@@ -85,7 +85,8 @@ def complete(path):
         yield temporary
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):              # a folder stays; it is not what went wrong
+            temporary.unlink()
         raise
 
 

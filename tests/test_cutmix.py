@@ -1,5 +1,6 @@
 """Stage 1: geometry, the data set of composites, and what happens when things go wrong."""
 
+import contextlib
 import json
 import os
 import random
@@ -142,7 +143,21 @@ def test_a_composite_is_the_base_outside_the_box_and_the_second_photo_inside(set
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Reading images
+# Reading images, writing files
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_failed_half_made_is_not_there_and_the_failure_is_what_is_told(tmp_path, folder):
+    for attempt in ("fails", "is whole"):
+        with contextlib.suppress(ZeroDivisionError), cutmix.complete(tmp_path / "out") as temporary:
+            if folder:
+                temporary.mkdir(exist_ok=True)
+            (temporary / "file" if folder else temporary).write_text(attempt)
+            assert not (tmp_path / "out").exists()
+            if attempt == "fails":
+                raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out/file" if folder else tmp_path / "out").read_text() == "is whole"
+
 
 def test_every_kind_of_picture_becomes_the_same_rgb(tmp_path):
     ramp = np.tile(np.linspace(0, 255, 64).round().astype(np.uint8), (64, 1))
