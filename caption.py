@@ -26,40 +26,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import cutmix
-from cutmix import UserError, class_of, complete, read_jsonl
+from common import (HelpFormatter, UserError, at_least, begin_or_resume, class_of, command_line,
+                    complete, list_images, open_image, rank_and_world, read_jsonl,
+                    resize_and_crop)
 
 # Appendix B, word for word
 PROMPT = "Describe this image"
 PROMPT_CUTMIX = ("Describe this image. Consider all the objects in the picture. Describe them, describe "
                  "their position and their relation. Do not consider the image as a composite of images. "
                  "The image is a single scene image")
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Captions on disk
-
-def read_captions(path):
-    """captions.jsonl, or the .tsv of the paper's own captioner (file without its folder) -> {file: caption}.
-
-    Raises UserError for a line without file or caption, or a file with two captions."""
-    if Path(path).suffix == ".tsv":
-        try:                                            # a last line without a tab was torn by a kill
-            with open(path, encoding="utf-8", newline="\n") as lines:
-                rows = [line.partition("\t") for line in lines if "\t" in line or line.endswith("\n")]
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8")
-        rows = [(file, caption.strip()) for file, _, caption in rows]
-    else:
-        rows = [(row.get("file"), row.get("caption")) for row in read_jsonl(path)]
-    captions = {}
-    for number, (file, caption) in enumerate(rows, 1):
-        if not (isinstance(file, str) and isinstance(caption, str) and file and caption):
-            raise UserError(f"{path}, caption {number}: needs a file and a caption")
-        if captions.setdefault(file, caption) != caption:
-            raise UserError(f"{path}, caption {number}: {file} had another caption before (a name in two "
-                            f"folders? then the captions must name the folder too)")
-    return captions
 
 
 SETTINGS = {"model", "batch_size", "max_new_tokens", "no_prune", "attempts"}    # what captions depend on
@@ -71,11 +46,11 @@ def grow(args, items, key, name, produce, unit):
     `produce(batches)` yields, for each batch of items, their rows: {key: name(item), ...}, with a "reason" if
     the row belongs to <out>.skipped.jsonl. Each rank appends to its part; the last to end makes the same
     files as a single one. Returns whether `out` is complete; if not, other ranks still work on it."""
-    rank, world = cutmix.rank_and_world()
+    rank, world = rank_and_world()
     out, skipped, began = args.out, args.out.with_suffix(".skipped.jsonl"), Path(f"{args.out}.settings")
     parts = [out.with_name(f"{out.name}.{r}of{world}") for r in range(world)]
     batches = [items[i:i + args.batch_size] for i in range(0, len(items), args.batch_size)]
-    settings = json.dumps({name: value for name, value in vars(args).items() if name in SETTINGS})
+    settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
     other_list = UserError(f"{out}: begun with another list: use another --out, or delete it and its parts")
     if out.exists():
         lines = (line for path in (out, skipped) for line in open(path, "rb"))
@@ -88,9 +63,7 @@ def grow(args, items, key, name, produce, unit):
     for part in out.parent.glob(f"{out.name}.*of*"):
         if not part.name.endswith(f"of{world}"):
             raise UserError(f"{part}: begun with another number of ranks: go on with as many, or delete it")
-    if (before := cutmix.begun_with(began, settings)) != settings:
-        raise UserError(f"{out}: begun with other settings ({before}, now {settings}): use another --out, or "
-                        f"delete {out}.*")
+    begin_or_resume(began, out, settings)
 
     mine, whole, size = batches[rank::world], 0, 0
     with open(parts[rank], "ab+") as part:
@@ -164,11 +137,11 @@ def aio_caption(class_name):
 
 
 def aio(args):
-    files = cutmix.list_images(args.images)
+    files = list_images(args.images)
     if flat := next((file for file in files if not class_of(file)), None):
         raise UserError(f"{args.images}: {flat} is in no class folder, so its class is unknown")
     names = class_names(sorted(set(map(class_of, files))), args.class_names)
-    if cutmix.rank_and_world()[0] == 0:                 # seconds for a million: nothing to share
+    if rank_and_world()[0] == 0:                 # seconds for a million: nothing to share
         with complete(args.out) as temporary, open(temporary, "w") as lines:
             lines.writelines(json.dumps({"file": file, "caption": aio_caption(names[class_of(file)])}) + "\n"
                              for file in tqdm(files, desc="aio", unit="captions"))
@@ -252,11 +225,11 @@ def look(batch, folder, processor, side, prune):
     pixels, kept, errors = [], [], []
     for file, setting, box in batch:
         try:
-            image = cutmix.open_image(f"{folder}/{file}", 2 * side)
+            image = open_image(f"{folder}/{file}", 2 * side)
         except OSError as error:
             errors.append(str(error).removeprefix(f"{folder}/{file}: "))
             continue
-        views = processor(images=cutmix.fit(image, side), return_tensors="pt")["pixel_values"][0]
+        views = processor(images=resize_and_crop(image, side), return_tensors="pt")["pixel_values"][0]
         kept.append(kept_patches(setting, box, min(image.size)) if prune else [0, 1, 2, 3, 4])
         pixels.append(views[kept[-1]])                  # (views, 3, H, W); the others never reach the model
         errors.append(None)
@@ -305,7 +278,7 @@ def llava(args):
         except KeyError as error:
             raise UserError(f"{args.cutmix}: a line without {error}, so not made by cutmix.py")
     else:
-        items = [(file, None, None) for file in cutmix.list_images(folder)]
+        items = [(file, None, None) for file in list_images(folder)]
 
     model, processor = load("LlavaNextForConditionalGeneration", args.model)
     side, tokenizer = 2 * model.config.vision_config.image_size, processor.tokenizer
@@ -411,11 +384,11 @@ def extend(args):
 # ----------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cutmix.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="{aio,llava,extend}")
 
     def stage(name, function):
-        sub = stages.add_parser(name, description=__doc__, formatter_class=cutmix.Help)
+        sub = stages.add_parser(name, description=__doc__, formatter_class=HelpFormatter)
         sub.set_defaults(function=function)
         return sub.add_argument
 
@@ -447,9 +420,9 @@ def main(argv=None):
     add("--attempts", type=int, default=3, help="how often it is asked before the prompt stays short")
 
     args = parser.parse_args(argv)
-    cutmix.at_least(args, batch_size=1, max_new_tokens=1, attempts=1)
+    at_least(args, batch_size=1, max_new_tokens=1, attempts=1)
     args.function(args)
 
 
 if __name__ == "__main__":
-    cutmix.command_line(main)
+    command_line(main)

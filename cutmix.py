@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import warnings
 from collections import deque
@@ -31,160 +30,12 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# What every stage shares: errors, complete files, JSONL, ranks, images
-
-class UserError(Exception):
-    """A mistake of the user's (a path, a number, a file): one line, no traceback, exit code 2."""
-
-
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """`--help`: the module's docstring as it is written, and every default that is one."""
-
-    def _get_help_string(self, action):
-        shown = action.default is not None and not isinstance(action.default, bool)
-        return super()._get_help_string(action) if shown else action.help
-
-
-def command_line(main):
-    """Runs a stage's `main()`; a UserError or a failing file system ends in one line and exit code 2."""
-    try:
-        main()
-    except (UserError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def rank_and_world():
-    """(rank, number of ranks), as torchrun says in the environment; (0, 1) without it. Raises UserError."""
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-        raise UserError(f"RANK {rank}, WORLD_SIZE {world} in the environment: not a rank below their number")
-    return int(rank), int(world)
-
-
-@contextlib.contextmanager
-def complete(path):
-    """Gives a temporary path to write to; only a complete file gets the final name.
-
-    The temporary name is the same at the next attempt (and another for each rank), so that a kill leaves
-    nothing behind that running the same command again does not clear away."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):              # a folder stays; it is not what went wrong
-            temporary.unlink()
-        raise
-
-
-def read_jsonl(path):
-    """The objects of a JSONL file. A last line without its newline was torn by a kill: it is left out.
-
-    Raises UserError (file, line) for anything else that is not a JSON object."""
-    rows = []
-    try:
-        with open(path, "rb") as lines:                 # bytes: a torn line may end inside a character
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    rows.append(json.loads(line))
-                    if not isinstance(rows[-1], dict):
-                        raise UserError(f"{path} line {number}: not a JSON object")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}")
-    except ValueError as error:                         # not JSON, or not UTF-8
-        if line.endswith(b"\n"):
-            raise UserError(f"{path} line {number}: not JSON ({getattr(error, 'msg', error)})")
-    return rows
-
-
-def write_jsonl(path, rows):
-    with complete(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def begun_with(path, settings):
-    """The settings (a text) that an output was begun with, as the file `path` remembers: `settings`, if it is
-    new. A stage that finds others refuses to go on: data of two kinds never end in one place."""
-    if not path.exists():
-        with complete(path) as temporary:
-            temporary.write_text(settings)
-    return path.read_text()
-
-
-def at_least(args, **bounds):
-    """Raises UserError for an option below its bound; one that this command does not have is passed over."""
-    for name, low in bounds.items():
-        if getattr(args, name, low) < low:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
-
-
-def list_images(folder):
-    """All images below `folder`, as sorted paths relative to it with forward slashes. Raises UserError."""
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder")
-    files = []
-    for here, folders, names in os.walk(folder, followlinks=True):     # only lists: no file is touched
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = os.path.relpath(here, folder).replace(os.sep, "/")
-        files += [name if inside == "." else f"{inside}/{name}" for name in names
-                  if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")]
-    if not files:
-        raise UserError(f"{folder}: no images in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    return sorted(files)
-
-
-def rgb(image):
-    """PIL image -> RGB; one that is RGB already is not copied, which would cost a quarter of decoding it."""
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def open_image(path, size):
-    """Any image file -> upright RGB PIL image, its shorter side at least `size` if the file has as much.
-
-    Understands grey, CMYK, palette, 16-bit, alpha (on white), EXIF rotation. Raises OSError, one line."""
-    try:
-        with Image.open(path) as image:
-            image.draft(None, (size, size))             # a JPEG is decoded at 1/2, 1/4, 1/8: cheaper
-            image.load()
-            with contextlib.suppress(Exception):        # a damaged EXIF block does not spoil the pixels
-                ImageOps.exif_transpose(image, in_place=True)
-            if image.mode[0] == "I":                    # 16-bit grey: convert() would clip it at 255
-                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:             # alpha, or a transparent palette or key colour
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return rgb(image)
-    except Exception as error:                          # Pillow raises almost anything on broken bytes
-        reason = getattr(error, "strerror", None) or str(error).replace(repr(str(path)), "").strip()
-        raise OSError(f"{path}: not a readable image ({reason or type(error).__name__})") from None
-
-
-def fit(image, size, part=None, resample=Image.Resampling.LANCZOS):
-    """PIL image -> size x size: shorter side to `size`, centre crop, nothing squashed; or a box of that."""
-    side = min(image.size)
-    x, y = (image.width - side) // 2, (image.height - side) // 2    # whole pixels: no blur without scaling
-    x0, y0, x1, y1 = part or (0, 0, size, size)
-    box = x + x0 * side / size, y + y0 * side / size, x + x1 * side / size, y + y1 * side / size
-    return image.resize((x1 - x0, y1 - y0), resample if side >= size else Image.Resampling.BICUBIC, box=box)
-
-
-def load_image(path, size):
-    """Any image file -> RGB PIL image of size x size: shorter side to `size`, centre crop. Raises OSError."""
-    return fit(open_image(path, 2 * size), size)        # decoded at 2 x: JPEG decoders average rather crudely
-
+from common import (HelpFormatter, UserError, at_least, begin_or_resume, class_of, command_line,
+                    complete, default_workers, is_last_rank, list_images, open_image,
+                    rank_and_world, resize_and_crop, rgb)
 
 # ----------------------------------------------------------------------------------------------------------
 # The composite (paper 3.2, "Image augmentation")
@@ -224,11 +75,11 @@ def mix(base, paste, setting, size, rng):
     x0, y0, x1, y1 = box                                # the base: only what will be seen of it is resampled
     for part in ((0, 0, size, y0), (0, y0, x0, y1), (x1, y0, size, y1), (0, y1, size, size)):
         if part[0] < part[2] and part[1] < part[3]:
-            picture.paste(fit(base, size, part, fast), part)
+            picture.paste(resize_and_crop(base, size, part, fast), part)
     if setting == "1/2":                                # both at full resolution, each half where it was
-        picture.paste(fit(paste, size, box, fast), box)
+        picture.paste(resize_and_crop(paste, size, box, fast), box)
     else:                                               # all of the second, smaller
-        picture.paste(fit(paste, x1 - x0, None, fast), box)
+        picture.paste(resize_and_crop(paste, x1 - x0, None, fast), box)
     return picture, box
 
 
@@ -237,10 +88,6 @@ def mix(base, paste, setting, size, rng):
 # and args.files (n,) bytes: an array, because forked workers share that, but would copy Python strings
 
 A_FOLDER = 1000
-
-
-def class_of(file):
-    return file.split("/", 1)[0] if "/" in file else ""
 
 
 def same_class(a, b):
@@ -417,15 +264,15 @@ def noise_sheet(rows, tau, seed):
 # ----------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    add, ranks_here = parser.add_argument, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
     add("--images", required=True, metavar="FOLDER", help="photos: <class>/<file>, or all in one flat folder")
     add("--out", required=True, metavar="FOLDER", type=Path, help="where the composites go")
     add("--setting", default="all", choices=[*SETTINGS, "all"], help="the share of the second photo")
     add("--size", type=int, default=256, help="side of a composite, in pixels")
     add("--times", type=int, default=1, help="composites that each photo is the base of")
     add("--seed", type=int, default=0, help="another seed, other partners and places")
-    add("--workers", type=int, default=max(1, os.cpu_count() // ranks_here), help="processes; 0: just this")
+    add("--workers", type=int, default=default_workers(), help="processes; 0: just this")
     add("--preview", action="store_true", help="only draw OUT/preview.png, examples of each setting")
     add("--noise", action="store_true", help="only draw OUT/noise.png, each setting at t = 0, 0.1 ... 1")
     add("--tau", type=float, default=0.4, help="where --noise draws its line")
@@ -451,11 +298,9 @@ def main(argv=None):
         return
 
     photos = hashlib.sha256(args.files.tobytes()).hexdigest()
-    settings = f"{args.setting}, size {args.size}, times {args.times}, seed {args.seed}, photos {photos[:16]}"
-    before = begun_with(args.out / "parts" / "settings.txt", settings)
-    if before != settings:
-        raise UserError(f"{args.out} was begun with other settings ({before}; now {settings}): "
-                        f"use another --out, or delete it")
+    settings = {"setting": args.setting, "size": args.size, "times": args.times, "seed": args.seed,
+                "photos": photos[:16]}
+    begin_or_resume(args.out / "parts" / "settings.json", args.out, settings)
     if (args.out / "cutmix.jsonl").exists():
         print(f"{args.out}: complete already")
         return
@@ -465,10 +310,8 @@ def main(argv=None):
     total = sum(min(count - folder * A_FOLDER, A_FOLDER) for folder in folders)
     with tqdm(total=total, desc="cutmix", unit="img", disable=rank > 0) as bar:
         make_folders(args, folders, bar)
-    if all(part.exists() for part in parts):            # ranks never wait: the last to end joins the parts
+    if is_last_rank(rank, parts, args.out / "cutmix.jsonl"):
         merge(args, parts)
-    else:
-        print(f"rank {rank}: its share is done; the last rank to end writes {args.out / 'cutmix.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import os
 import re
 import textwrap
 from collections import Counter
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +33,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cutmix import (Help, UserError, at_least, begun_with, command_line, complete, list_images, load_image,
-                    rank_and_world, write_jsonl)
+from common import (HelpFormatter, UserError, at_least, begin_or_resume, command_line, complete,
+                    default_workers, fetch, is_last_rank, list_images, load_image, local_device,
+                    one_line, rank_and_world, read_jsonl, write_jsonl)
 
 # ------------------------------------------------------------------------------------------------------------
 # The autoencoder
@@ -168,41 +169,6 @@ class AutoencoderKL(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------
 # Loading encoders, from a folder or from the hub
-
-def one_line(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def local_device():
-    """The device of this process: under torchrun, the GPU of its rank on this node."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else \
-        torch.device("cpu")
-
-
-@cache
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fetch(path_or_repo, *names):
-    """The first of `names` in a local folder or, where there is no such folder, in a hub repository -> Path.
-    Raises UserError: no such folder or repository, hub out of reach, none of the names there."""
-    folder = Path(path_or_repo)
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    mistyped = folder.parent != Path(".") and folder.parent.exists()        # do not wait for the hub
-    if not folder.exists() and not mistyped:
-        from huggingface_hub import errors, hf_hub_download
-        for cached, name in itertools.product((True, False), names):        # what is here needs no network
-            try:
-                return Path(hf_hub_download(str(path_or_repo), name, local_files_only=cached))
-            except Exception as error:  # no such repository, a licence to accept, ...
-                if not cached and not isinstance(error, errors.RemoteEntryNotFoundError):
-                    raise UserError(f"{folder}: no such folder, and not on the hub ({one_line(error)})")
-    raise UserError(f"{folder}: no such folder, or no {' or '.join(names)} in it")
-
 
 def load_vae(path_or_repo, device="cpu", dtype=torch.float32):
     """A folder or hub repository in diffusers' format -> AutoencoderKL in eval mode. Raises UserError.
@@ -339,6 +305,29 @@ class Encoded:
 # ------------------------------------------------------------------------------------------------------------
 # Making one
 
+def read_captions(path):
+    """captions.jsonl, or the .tsv of the paper's own captioner (file without its folder) -> {file: caption}.
+
+    Raises UserError for a line without file or caption, or a file with two captions."""
+    if Path(path).suffix == ".tsv":
+        try:                                            # a last line without a tab was torn by a kill
+            with open(path, encoding="utf-8", newline="\n") as lines:
+                rows = [line.partition("\t") for line in lines if "\t" in line or line.endswith("\n")]
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8")
+        rows = [(file, caption.strip()) for file, _, caption in rows]
+    else:
+        rows = [(row.get("file"), row.get("caption")) for row in read_jsonl(path)]
+    captions = {}
+    for number, (file, caption) in enumerate(rows, 1):
+        if not (isinstance(file, str) and isinstance(caption, str) and file and caption):
+            raise UserError(f"{path}, caption {number}: needs a file and a caption")
+        if captions.setdefault(file, caption) != caption:
+            raise UserError(f"{path}, caption {number}: {file} had another caption before (a name in two "
+                            f"folders? then the captions must name the folder too)")
+    return captions
+
+
 def pair_up(files, captions):
     """Images' files and {file: caption} -> [(file, caption)] in the files' order, and rows of skipped.jsonl.
     A caption that names a file without its folder (the paper's .tsv) goes to the only image of that name."""
@@ -461,8 +450,8 @@ def check(folder):
 # ------------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    add, ranks_here = parser.add_argument, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
     add("--images", metavar="FOLDER", help="pictures: <class>/<file>, or all in one flat folder")
     add("--captions", nargs="+", metavar="FILE", help="captions.jsonl or the paper's .tsv; a later file wins")
     add("--out", metavar="FOLDER", type=Path, help="where the shards go")
@@ -473,7 +462,7 @@ def main(argv=None):
     add("--text-dtype", default="bfloat16", choices=["bfloat16", "float8"], help="float8 is half the disk")
     add("--shard-images", type=int, default=1600, help="pictures a shard; 1600 are 1 GiB with 2048-wide text")
     add("--batch-size", type=int, default=64, help="pictures, or captions, encoded at once")
-    add("--workers", type=int, default=max(1, os.cpu_count() // ranks_here), help="that decode; 0: none")
+    add("--workers", type=int, default=default_workers(), help="that decode; 0: none")
     add("--check", metavar="FOLDER", help="verify this data set instead, and draw its check.png")
     args = parser.parse_args(argv)
     if args.check:
@@ -481,7 +470,6 @@ def main(argv=None):
     if not (args.images and args.captions and args.out):
         raise UserError("needs --images, --captions and --out (or --check FOLDER)")
     at_least(args, size=8, max_tokens=1, shard_images=1, batch_size=1, workers=0)
-    from caption import read_captions
     rank, world = rank_and_world()
     captions = {file: text for path in args.captions for file, text in read_captions(path).items()}
     pairs, skipped = pair_up(list_images(args.images), captions)
@@ -503,11 +491,7 @@ def main(argv=None):
                 "autoencoder": fingerprint([vae.config], vae),
                 "T5": fingerprint(sorted(tokenizer.get_vocab().items()), t5),
                 "list_of_images_and_captions": fingerprint(pairs)}
-    begun = json.loads(begun_with(out / "settings.json", json.dumps(settings, indent=1)))
-    for key, before in begun.items():
-        if before != settings.get(key):
-            raise UserError(f"{out} was begun with another {key.replace('_', ' ')} ({before}, now "
-                            f"{settings.get(key)}): use another --out, or delete it")
+    begin_or_resume(out / "settings.json", out, settings)
 
     needed, there = {"null.safetensors", *map(shard_name, range(count))}, set(os.listdir(out))
     if needed | {"meta.json"} <= there:
@@ -520,8 +504,7 @@ def main(argv=None):
     null, mask = encode_text(tokenizer, t5, [""])                       # (1, 1, D)
     with complete(out / "null.safetensors") as temporary:
         temporary.write_bytes(save(pack(null[mask].cpu(), "bfloat16")))
-    if not needed <= set(os.listdir(out)):              # ranks never wait: the last one to end does the rest
-        print(f"rank {rank}: its share is done; the last rank to end writes {out / 'meta.json'}")
+    if not is_last_rank(rank, [out / name for name in needed], out / "meta.json"):
         return
     lengths = [open_shard(out / shard_name(k))["offset"].diff().tolist() for k in range(count)]
     skipped += [row for k in range(count) for row in samples_of(out / shard_name(k))["skipped"]]

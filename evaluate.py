@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from cutmix import Help, UserError, command_line, complete, list_images, open_image, read_jsonl, write_jsonl
-from encode import fetch, sha256
+from common import (HelpFormatter, UserError, command_line, complete, fetch, list_images,
+                    open_image, read_jsonl, sha256, write_jsonl)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # mean, deviation of pixels: DINOv2, Mask2Former
@@ -772,12 +772,12 @@ def compare(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run):
         about = {"help": run.__doc__, "description": run.__doc__}
-        sub = commands.add_parser(run.__name__, formatter_class=Help, **about)
+        sub = commands.add_parser(run.__name__, formatter_class=HelpFormatter, **about)
         sub.set_defaults(run=run)
         return sub.add_argument
 

@@ -9,23 +9,23 @@ started again give the same images.
 """
 
 import argparse
-import contextlib
 import json
-import math
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 import model_cad
 import model_dit
-from cutmix import Help, UserError, at_least, command_line, complete, rank_and_world, read_jsonl
-from encode import encode_text, fetch, load_text_encoder, load_vae, local_device, sha256
+from common import (HelpFormatter, UserError, at_least, autocast, command_line, complete,
+                    contact_sheet, fetch, local_device, rank_and_world, read_jsonl, sha256,
+                    to_images)
+from encode import encode_text, load_text_encoder, load_vae
 
 MODELS = {"dit": model_dit.DiT, "cad": model_cad.CAD}
 VAE, TEXT_ENCODER = "stabilityai/sd-vae-ft-ema", "google/flan-t5-xl"  # where a checkpoint names none
@@ -135,33 +135,6 @@ def read_prompts(path):
     return rows
 
 
-def to_images(pixels):
-    """(B, 3, H, W), about [-1, 1] -> list of PIL images."""
-    pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(image) for image in pixels]
-
-
-def contact_sheet(images, captions=None, columns=None, gap=4):
-    """PIL images of one size in a grid, each with as much of its caption below as fits in three lines."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    width, height = images[0].size
-    width, text = (max(width, 96), 36) if captions else (width, 0)
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + text + gap) + gap), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, image in enumerate(images):
-        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + text + gap)
-        sheet.paste(image, (x + (width - image.width) // 2, y))
-        if captions:
-            lines = [""]
-            for word in captions[i].split():
-                if pen.textlength(f"{lines[-1]} {word}") > width:
-                    lines.append("")
-                lines[-1] = f"{lines[-1]} {word}".strip()
-            pen.multiline_text((x, y + height), "\n".join(lines[:3]), fill="black", spacing=1)
-    return sheet
-
-
 def file_names(rows, per_prompt, layout):
     """Where the images of each prompt go: list (prompts) of lists (images) of paths relative to --out."""
     if layout == "geneval":
@@ -176,7 +149,7 @@ def file_names(rows, per_prompt, layout):
 # The command
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = partial(parser.add_argument, metavar="X")
     add("--checkpoint", required=True, help="folder or hub repository with config.json and model.safetensors")
     add("--prompt", action="append", default=[], help="a prompt (may be given again)")
@@ -201,12 +174,6 @@ def arguments(argv):
     if args.format == "dpg" and args.images_per_prompt != 4:
         raise UserError("--format dpg makes 2 x 2 grids: give --images-per-prompt 4")
     return args
-
-
-def autocast(device, precision):
-    """The precision that `--precision` means on this device, as a context."""
-    bf16 = precision == "bf16" or precision == "auto" and device.type == "cuda"
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
 def count_steps(bar, images, steps):

@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 import model_cad
 import model_dit
-from cutmix import (Help, UserError, at_least, command_line, complete, rank_and_world, read_jsonl,
+from common import (HelpFormatter, UserError, at_least, autocast, command_line, complete,
+                    contact_sheet, local_device, rank_and_world, read_jsonl, to_images,
                     write_jsonl)
-from encode import Encoded, load_vae, local_device
-from sample import MODELS, autocast, contact_sheet, ddim, gamma, to_images
+from encode import Encoded, load_vae
+from sample import MODELS, ddim, gamma
 
 PRESETS = {"dit": model_dit.PRESETS, "cad": model_cad.PRESETS}
 
@@ -167,7 +168,7 @@ def update_ema(ema, model, decay, step):
 # Settings
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = functools.partial(parser.add_argument, metavar="X")
     add("--data", help="encoded originals with their captions (encode.py)")
     add("--augmented", help="encoded CutMix composites with theirs; without it, text augmentation alone")

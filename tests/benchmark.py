@@ -40,6 +40,7 @@ def section_cutmix():
     import numpy as np
     from PIL import Image
 
+    import common
     import cutmix
 
     def make(folder, count, size, quality):
@@ -62,7 +63,7 @@ def section_cutmix():
     cores, times = len(os.sched_getaffinity(0)), 16
     with tempfile.TemporaryDirectory() as folder:
         make(folder, 300, (500, 375), 98)                       # about 110 kB, as most ImageNet photos
-        files = [f"{folder}/{file}" for file in cutmix.list_images(folder)]
+        files = [f"{folder}/{file}" for file in common.list_images(folder)]
         pairs = np.random.default_rng(1).integers(len(files), size=(times * len(files), 2))
 
         def ours(setting):

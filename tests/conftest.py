@@ -1,4 +1,4 @@
-"""The toy paper, run once with a handful of steps through the real stages: what several tests look at."""
+"""What several test files use: commands as a user types them, tiny pictures, one run of the toy paper."""
 
 import contextlib
 import importlib
@@ -9,37 +9,51 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from cutmix import command_line
+from common import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
+# The toy paper in seconds instead of minutes.
 TOY = ["--images", "36", "--steps", "8", "--prompts", "1"]
 
 
-def run(*words, **environment):
-    """A stage's command as a user types it -> the finished process, its output as text."""
+def run(*words, check=False, **environment):
+    """Run a command as a user types it (`run("train.py", "--steps", 3)`) and return the finished process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, text=True,
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, text=True,
                           capture_output=True, timeout=300)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
 
 
-def refused(*words):
-    """Runs a command that must be refused -> its one line on stderr (beside progress bars)."""
-    stage, stderr = importlib.import_module(words[0].removesuffix(".py")), io.StringIO()
-    with mock.patch.object(sys, "argv", [words[0]]), contextlib.redirect_stderr(stderr), \
-            pytest.raises(SystemExit) as stop:
-        command_line(lambda: stage.main([str(word) for word in words[1:]]))
-    lines = [line for line in stderr.getvalue().splitlines() if line.startswith(f"{words[0]}:")]
-    assert stop.value.code == 2 and len(lines) == 1, stderr.getvalue()
+def refused(stage, *words):
+    """Run a command that must be refused, `refused("train.py", "--p", 2)`, and return its one error line."""
+    module = importlib.import_module("toy.run" if stage == "toy" else stage.removesuffix(".py"))
+    stderr = io.StringIO()
+    with mock.patch.object(sys, "argv", [stage]), contextlib.redirect_stderr(stderr):
+        with pytest.raises(SystemExit) as stop:
+            command_line(lambda: module.main([str(word) for word in words]))
+    assert stop.value.code == 2, stderr.getvalue()
+    # Progress bars also write to stderr, and must have ended their line.
+    lines = [line for line in stderr.getvalue().splitlines() if line.startswith(f"{stage}:")]
+    assert len(lines) == 1, stderr.getvalue()
     return lines[0]
+
+
+def photo(seed, size=(60, 45)):
+    """Return a PIL image of smooth random colours, different for each seed."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="session")
 def toy_paper(tmp_path_factory):
-    """-> (folder of the finished toy paper, what it printed)."""
+    """Run the toy paper once for all tests -> (its folder, what it printed)."""
     out = tmp_path_factory.mktemp("toy")
-    done = run("toy.py", "--out", out, *TOY)
-    assert done.returncode == 0, done.stderr
+    done = run("-m", "toy", "--out", out, *TOY, check=True)
     return out, done.stdout

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import common
 import caption
 import cutmix
+import encode
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,19 +119,19 @@ def test_class_names_come_from_folders_or_from_either_table(tmp_path):
     for table in ("map.txt", "map.json"):
         names = caption.class_names(["n01440764", "n02099601"], tmp_path / table)
         assert names == {"n01440764": "tench", "n02099601": "golden retriever"}
-        with pytest.raises(cutmix.UserError, match="n00000000"):
+        with pytest.raises(common.UserError, match="n00000000"):
             caption.class_names(["n00000000"], tmp_path / table)
-    with pytest.raises(cutmix.UserError, match="WordNet id"):
+    with pytest.raises(common.UserError, match="WordNet id"):
         caption.class_names(["n01440764"])
     (tmp_path / "bad.json").write_text("[1]")
-    with pytest.raises(cutmix.UserError, match="neither"):
+    with pytest.raises(common.UserError, match="neither"):
         caption.class_names([], tmp_path / "bad.json")
 
 
 def test_aio_captions_every_file_of_every_class(pictures, tmp_path):
     caption.main(["aio", "--images", str(pictures / "photos"), "--out", str(tmp_path / "aio.jsonl")])
-    files = cutmix.list_images(pictures / "photos")
-    assert caption.read_captions(tmp_path / "aio.jsonl") == {
+    files = common.list_images(pictures / "photos")
+    assert encode.read_captions(tmp_path / "aio.jsonl") == {
         file: f"An image of a {file.split('/')[0]}" for file in files}
 
 
@@ -139,9 +141,9 @@ def test_aio_captions_every_file_of_every_class(pictures, tmp_path):
 def test_both_kinds_of_caption_files_are_read(tmp_path):
     whole, torn = '{"file": "n1/ä b.jpg", "caption": "x\u2028y"}\n', '{"file": "c", "capt'
     (tmp_path / "a.jsonl").write_bytes((whole + torn).encode())
-    assert caption.read_captions(tmp_path / "a.jsonl") == {"n1/ä b.jpg": "x\u2028y"}
+    assert encode.read_captions(tmp_path / "a.jsonl") == {"n1/ä b.jpg": "x\u2028y"}
     (tmp_path / "a.tsv").write_text("n1_1.JPEG\tA dog. It \"sits\".\nn1_2.JPEG\tA cat\twith a tab.\nn1_3")
-    assert caption.read_captions(tmp_path / "a.tsv") == {"n1_1.JPEG": 'A dog. It "sits".',
+    assert encode.read_captions(tmp_path / "a.tsv") == {"n1_1.JPEG": 'A dog. It "sits".',
                                                          "n1_2.JPEG": "A cat\twith a tab."}
 
 
@@ -153,8 +155,8 @@ def test_both_kinds_of_caption_files_are_read(tmp_path):
     ("a.jsonl", 'what\n', "not JSON")])
 def test_a_bad_captions_file_is_refused_with_the_reason(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)
-    with pytest.raises(cutmix.UserError, match=said):
-        caption.read_captions(tmp_path / name)
+    with pytest.raises(common.UserError, match=said):
+        encode.read_captions(tmp_path / name)
 
 
 ITEMS = [f"f{k}" for k in range(23)]
@@ -217,7 +219,7 @@ def test_ranks_write_parts_that_are_joined_to_the_file_of_one(tmp_path):
     _, one = grown(tmp_path / "one")
     assert [grown(tmp_path / "three", rank, 3)[0] for rank in (2, 0)] == [False, False]
     assert not (tmp_path / "three" / "c.jsonl").exists()
-    with pytest.raises(cutmix.UserError, match="another number of ranks"):
+    with pytest.raises(common.UserError, match="another number of ranks"):
         grown(tmp_path / "three")
     assert grown(tmp_path / "three", 1, 3) == (True, one)
     assert grown(tmp_path / "three", 0, 3, produce=None) == (True, one)
@@ -225,7 +227,7 @@ def test_ranks_write_parts_that_are_joined_to_the_file_of_one(tmp_path):
 
 def test_captions_of_two_models_are_not_mixed(tmp_path):
     assert not grown(tmp_path, 0, 2)[0]
-    with pytest.raises(cutmix.UserError, match="other settings .*a model.*another.*delete .*c.json") as error:
+    with pytest.raises(common.UserError, match="c.json.*other settings .*a model, now another") as error:
         grown(tmp_path, 1, 2, model="another")
     assert "\n" not in str(error.value)
     done, files = grown(tmp_path, 1, 2)
@@ -235,11 +237,11 @@ def test_captions_of_two_models_are_not_mixed(tmp_path):
 def test_a_file_of_other_images_is_not_continued(tmp_path):
     other = '{"file": "other", "caption": "x"}\n'
     (tmp_path / "c.jsonl.0of1").write_text(4 * other)
-    with pytest.raises(cutmix.UserError, match="another list"):
+    with pytest.raises(common.UserError, match="another list"):
         grown(tmp_path)
     (tmp_path / "c.jsonl").write_text(other)
     (tmp_path / "c.skipped.jsonl").write_text("")
-    with pytest.raises(cutmix.UserError, match="another list"):
+    with pytest.raises(common.UserError, match="another list"):
         grown(tmp_path)
 
 
@@ -275,8 +277,8 @@ def loaded(tiny_llava):
 
 
 def images_of(pictures, count=5):
-    files = [file for file in cutmix.list_images(pictures / "photos") if "4.png" not in file][:count]
-    return [cutmix.load_image(pictures / "photos" / file, 56) for file in files]
+    files = [file for file in common.list_images(pictures / "photos") if "4.png" not in file][:count]
+    return [common.load_image(pictures / "photos" / file, 56) for file in files]
 
 
 def test_without_pruning_it_is_transformers_own_path_to_the_last_bit(tiny_llava, pictures):
@@ -350,16 +352,17 @@ def test_a_batch_padded_on_the_left_says_what_each_picture_says_alone(tiny_llava
 
 
 def test_every_photo_and_composite_gets_a_caption_or_an_entry(tiny_llava, pictures, tmp_path):
-    common = ["--model", str(tiny_llava), "--batch-size", "3", "--max-new-tokens", "12", "--workers", "0"]
-    caption.main(["llava", "--images", str(pictures / "photos"), "--out", str(tmp_path / "p.jsonl"), *common])
-    files = cutmix.list_images(pictures / "photos")
-    captions, skipped = (cutmix.read_jsonl(tmp_path / name) for name in ("p.jsonl", "p.skipped.jsonl"))
+    options = ["--model", str(tiny_llava), "--batch-size", "3", "--max-new-tokens", "12", "--workers", "0"]
+    caption.main(["llava", "--images", str(pictures / "photos"), "--out", str(tmp_path / "p.jsonl"),
+                  *options])
+    files = common.list_images(pictures / "photos")
+    captions, skipped = (common.read_jsonl(tmp_path / name) for name in ("p.jsonl", "p.skipped.jsonl"))
     assert sorted(row["file"] for row in captions + skipped) == files
     assert "not a readable image" in {row["file"]: row["reason"] for row in skipped}["class0/4.png"]
     manifest = pictures / "cutmix" / "cutmix.jsonl"
-    caption.main(["llava", "--cutmix", str(manifest), "--out", str(tmp_path / "c.jsonl"), *common])
-    rows = cutmix.read_jsonl(manifest)
-    done = cutmix.read_jsonl(tmp_path / "c.jsonl") + cutmix.read_jsonl(tmp_path / "c.skipped.jsonl")
+    caption.main(["llava", "--cutmix", str(manifest), "--out", str(tmp_path / "c.jsonl"), *options])
+    rows = common.read_jsonl(manifest)
+    done = common.read_jsonl(tmp_path / "c.jsonl") + common.read_jsonl(tmp_path / "c.skipped.jsonl")
     assert sorted(row["file"] for row in done) == [row["file"] for row in rows]
 
 
@@ -373,10 +376,10 @@ def test_composites_are_shown_the_views_of_their_setting(tiny_llava, pictures, t
     original = caption.embed
     monkeypatch.setattr(caption, "embed", embed)
     manifest = pictures / "cutmix" / "cutmix.jsonl"
-    common = ["llava", "--cutmix", str(manifest), "--model", str(tiny_llava), "--max-new-tokens", "2",
+    options = ["llava", "--cutmix", str(manifest), "--model", str(tiny_llava), "--max-new-tokens", "2",
               "--workers", "0"]
-    caption.main([*common, "--out", str(tmp_path / "c.jsonl")])
-    rows = cutmix.read_jsonl(manifest)
+    caption.main([*options, "--out", str(tmp_path / "c.jsonl")])
+    rows = common.read_jsonl(manifest)
     assert {row["setting"] for row in rows} == {"1/2", "1/4", "1/9", "1/16"}
     expected = [caption.kept_patches(row["setting"], row["box"], 64) for row in rows]
     assert [kept for kept, _, _ in seen] == expected
@@ -384,7 +387,7 @@ def test_composites_are_shown_the_views_of_their_setting(tiny_llava, pictures, t
     said = len(re.findall(r"\w+|[.,]", caption.PROMPT_CUTMIX))         # <s> user : <image> ... ASSISTANT :
     assert len(seen[0][2]) == 6 + said
     seen.clear()
-    caption.main([*common, "--out", str(tmp_path / "d.jsonl"), "--no-prune"])
+    caption.main([*options, "--out", str(tmp_path / "d.jsonl"), "--no-prune"])
     assert all(kept == [0, 1, 2, 3, 4] for kept, _, _ in seen) and len(seen) == len(rows)
 
 
@@ -460,7 +463,7 @@ def test_prompts_become_long_stay_whole_or_stay_short(tiny_llm, tmp_path, monkey
         {"tag": "again", "prompt": "a photo of a red dog"}]))
     caption.main(["extend", "--prompts", str(tmp_path / "evaluation_metadata.jsonl"), "--out",
                   str(tmp_path / "long.jsonl"), "--model", str(tiny_llm), "--batch-size", "3"])
-    rows = cutmix.read_jsonl(tmp_path / "long.jsonl")
+    rows = common.read_jsonl(tmp_path / "long.jsonl")
     assert rows[0] == {"tag": "colors", "include": [{"class": "dog"}], "short_prompt": "a photo of a red dog",
                        "prompt": "The image features a red dog. The dog is on a table."}
     assert rows[1]["prompt"] == "The image features seven clocks." and rows[3]["tag"] == "again"
@@ -474,7 +477,7 @@ def test_a_text_file_of_prompts_goes_through_a_real_model(tiny_llm, tmp_path):
     (tmp_path / "prompts.txt").write_text("a photo of a dog\n\na photo of two cats\n")
     caption.main(["extend", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "long.jsonl"),
                   "--model", str(tiny_llm), "--max-new-tokens", "5", "--attempts", "2"])
-    rows = cutmix.read_jsonl(tmp_path / "long.jsonl")
+    rows = common.read_jsonl(tmp_path / "long.jsonl")
     assert [row["short_prompt"] for row in rows] == ["a photo of a dog", "a photo of two cats"]
 
 
@@ -492,7 +495,7 @@ def test_mistakes_end_in_one_line(tiny_llava, tiny_llm, pictures, tmp_path):
                        (["aio", "--images", str(pictures / "photos" / "class0")], "no class folder"),
                        (["extend", "--prompts", str(tmp_path / "none.txt")], "empty"),
                        (["extend", "--prompts", str(tmp_path / "bad.jsonl")], "without a prompt")]:
-        with pytest.raises(cutmix.UserError, match=said) as caught:
+        with pytest.raises(common.UserError, match=said) as caught:
             caption.main([*args, *out])
         assert "\n" not in str(caught.value)
     done = run("aio", "--images", tmp_path / "nowhere", *out, check=False)

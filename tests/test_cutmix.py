@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import common
 import cutmix
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,9 +118,9 @@ def test_both_kinds_of_random_generator_work(make_rng):
 
 
 def test_an_unknown_setting_and_a_tiny_size_are_refused():
-    with pytest.raises(cutmix.UserError, match="1/5"):
+    with pytest.raises(common.UserError, match="1/5"):
         cutmix.paste_box("1/5", 256, random.Random(0))
-    with pytest.raises(cutmix.UserError, match="at least 16"):
+    with pytest.raises(common.UserError, match="at least 16"):
         cutmix.paste_box("1/16", 8, random.Random(0))
 
 
@@ -148,7 +149,7 @@ def test_a_composite_is_the_base_outside_the_box_and_the_second_photo_inside(set
 @pytest.mark.parametrize("folder", [False, True])
 def test_what_failed_half_made_is_not_there_and_the_failure_is_what_is_told(tmp_path, folder):
     for attempt in ("fails", "is whole"):
-        with contextlib.suppress(ZeroDivisionError), cutmix.complete(tmp_path / "out") as temporary:
+        with contextlib.suppress(ZeroDivisionError), common.complete(tmp_path / "out") as temporary:
             if folder:
                 temporary.mkdir(exist_ok=True)
             (temporary / "file" if folder else temporary).write_text(attempt)
@@ -170,7 +171,7 @@ def test_every_kind_of_picture_becomes_the_same_rgb(tmp_path):
         if image is None:
             image = Image.fromarray(ramp.astype(np.uint16) * 257)
         image.save(tmp_path / name)
-        got = cutmix.load_image(tmp_path / name, 64)
+        got = common.load_image(tmp_path / name, 64)
         assert got.mode == "RGB", name
         assert np.abs(np.asarray(got).astype(int) - ramp[..., None]).max() <= 1, name
 
@@ -180,17 +181,17 @@ def test_transparent_parts_are_white(tmp_path):
     Image.new("P", (20, 20), 0).save(tmp_path / "palette.png", transparency=0)
     half = Image.new("LA", (20, 20), (0, 128))
     half.save(tmp_path / "half.png")
-    assert cutmix.load_image(tmp_path / "alpha.png", 16).getpixel((8, 8)) == (255, 255, 255)
-    assert cutmix.load_image(tmp_path / "palette.png", 16).getpixel((8, 8)) == (255, 255, 255)
-    assert cutmix.load_image(tmp_path / "half.png", 16).getpixel((8, 8)) == (127, 127, 127)
+    assert common.load_image(tmp_path / "alpha.png", 16).getpixel((8, 8)) == (255, 255, 255)
+    assert common.load_image(tmp_path / "palette.png", 16).getpixel((8, 8)) == (255, 255, 255)
+    assert common.load_image(tmp_path / "half.png", 16).getpixel((8, 8)) == (127, 127, 127)
 
 
 @pytest.mark.parametrize("size", [31, 64, 85, 256])
 def test_a_part_of_a_fitted_picture_is_that_part(size):
     for source in [(500, 375), (333, 500), (51, 77)]:
-        whole = cutmix.fit(photo(9, source), size)
+        whole = common.resize_and_crop(photo(9, source), size)
         for box in [(size // 2, 0, size, size), (0, size // 2, size, size)]:
-            part = cutmix.fit(photo(9, source), size, box)
+            part = common.resize_and_crop(photo(9, source), size, box)
             assert np.abs(np.asarray(whole.crop(box)).astype(int) - np.asarray(part)).max() <= 2
 
 
@@ -201,14 +202,14 @@ def test_exif_rotation_is_applied_and_a_damaged_exif_block_ignored(tmp_path):
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "side.jpg", quality=95, exif=exif)
     upright.save(tmp_path / "broken.jpg", quality=95, exif=b"Exif\x00\x00MM\x00\x2a\x00\x00\xff\xff\x00\x01")
     for name in ("side.jpg", "broken.jpg"):
-        got = np.asarray(cutmix.load_image(tmp_path / name, 64)).astype(int)
+        got = np.asarray(common.load_image(tmp_path / name, 64)).astype(int)
         assert np.abs(got - np.asarray(upright)).mean() < 4, name
 
 
 def test_nothing_is_squashed(tmp_path):
     circle = np.hypot(*np.ogrid[-100:100, -150:150]) < 80
     Image.fromarray((circle * 255).astype(np.uint8)).save(tmp_path / "circle.png")
-    got = np.asarray(cutmix.load_image(tmp_path / "circle.png", 100))[..., 0] > 127
+    got = np.asarray(common.load_image(tmp_path / "circle.png", 100))[..., 0] > 127
     width, height = got.any(0).sum(), got.any(1).sum()
     assert abs(int(width) - 80) <= 1 and abs(int(height) - 80) <= 1
 
@@ -221,9 +222,9 @@ def test_decoding_a_jpeg_at_reduced_scale_loses_nothing_that_can_be_seen(tmp_pat
     big = Image.fromarray((sum(octaves) / 2).astype(np.uint8))                  # a natural photo's spectrum
     big.save(tmp_path / "big.jpg", quality=95)
     with Image.open(tmp_path / "big.jpg") as image:
-        full = np.asarray(cutmix.fit(image.convert("RGB"), 128)).astype(float)
-    assert cutmix.open_image(tmp_path / "big.jpg", 256).size == (376, 300)      # 1/4, and still large enough
-    error = np.asarray(cutmix.load_image(tmp_path / "big.jpg", 128)) - full
+        full = np.asarray(common.resize_and_crop(image.convert("RGB"), 128)).astype(float)
+    assert common.open_image(tmp_path / "big.jpg", 256).size == (376, 300)      # 1/4, and still large enough
+    error = np.asarray(common.load_image(tmp_path / "big.jpg", 128)) - full
     assert 10 * np.log10(255 ** 2 / (error ** 2).mean()) > 40                   # dB
 
 
@@ -240,7 +241,7 @@ def small(tmp_path_factory):
 
 
 def test_each_photo_is_the_base_once_a_pass_and_its_partner_is_of_another_class(small):
-    files, rows = cutmix.list_images(small / "photos"), rows_of(small / "out")
+    files, rows = common.list_images(small / "photos"), rows_of(small / "out")
     assert [row["base"] for row in rows] == files * 3
     for i, row in enumerate(rows):
         assert row["file"] == f"00000/{i:09d}.jpg"
@@ -254,10 +255,10 @@ def test_each_photo_is_the_base_once_a_pass_and_its_partner_is_of_another_class(
 def test_the_manifest_tells_what_is_in_the_picture(small):
     for row in rows_of(small / "out")[::5]:
         picture = np.asarray(Image.open(small / "out" / row["file"])).astype(float)
-        base = np.asarray(cutmix.load_image(small / "photos" / row["base"], 32))
+        base = np.asarray(common.load_image(small / "photos" / row["base"], 32))
         x0, y0, x1, y1 = row["box"]
         full = row["setting"] == "1/2"
-        paste = cutmix.load_image(small / "photos" / row["paste"], 32 if full else x1 - x0)   # Lanczos
+        paste = common.load_image(small / "photos" / row["paste"], 32 if full else x1 - x0)   # Lanczos
         expected = base.copy()
         expected[y0:y1, x0:x1] = np.asarray(paste.crop(row["box"]) if full else paste)
         assert np.abs(picture - expected).mean() < 3, row
@@ -394,7 +395,7 @@ def test_broken_photos_are_named_counted_and_never_used(tmp_path, capsys):
     photo(78).save(os.fsencode(images / "class3") + b"/latin-\xe4.png")         # not even UTF-8
     main("--images", images, "--out", tmp_path / "out", "--size", 16, "--times", 4, "--workers", 2)
     rows = rows_of(tmp_path / "out")
-    skipped = cutmix.read_jsonl(tmp_path / "out" / "skipped.jsonl")
+    skipped = common.read_jsonl(tmp_path / "out" / "skipped.jsonl")
     assert {row["file"] for row in skipped} == broken and len(skipped) == 4
     assert all(row["reason"] and str(tmp_path) not in row["reason"] for row in skipped)
     assert len(rows) == 4 * 26 and not broken & {row[k] for row in rows for k in ("base", "paste")}
@@ -433,9 +434,9 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_loses_nothing(tmp_path, worke
     noise.save(images / "class2" / "3.png")             # noise does not compress
     out = tmp_path / "out"
     limited = ("import resource as r, sys; sys.path.insert(0, sys.argv[1])\n"
-               "import cutmix; make = cutmix.make\n"
+               "import common, cutmix; make = cutmix.make\n"
                "def full(*job): r.setrlimit(r.RLIMIT_FSIZE, (2000, 2000)); return make(*job)\n"
-               "cutmix.make = full; cutmix.command_line(lambda: cutmix.main(sys.argv[2:]))")
+               "cutmix.make = full; common.command_line(lambda: cutmix.main(sys.argv[2:]))")
     args = ["--images", str(images), "--out", str(out), "--size", "32", "--workers", str(workers)]
     done = subprocess.run([sys.executable, "-c", limited, ROOT, *args], check=False,
                           capture_output=True, text=True)
@@ -452,7 +453,7 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_loses_nothing(tmp_path, worke
 def test_a_dead_worker_is_reported(tmp_path, monkeypatch):
     images = photos(tmp_path / "photos", classes=2)
     monkeypatch.setattr(cutmix, "composite", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(cutmix.UserError, match="killed"):
+    with pytest.raises(common.UserError, match="killed"):
         main("--images", images, "--out", tmp_path / "out", "--workers", 1)
 
 
@@ -467,7 +468,7 @@ def test_the_sheets_show_every_setting_and_mark_tau(small, tmp_path):
     assert abs(np.flatnonzero(red).mean() - (50 + 4 * 198 - 3)) <= 1            # between t = 0.3 and t = 0.4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["noise.png", "preview.png"]
     args = SimpleNamespace(images=small / "photos", size=32, seed=0)
-    args.files = np.array([os.fsencode(file) for file in cutmix.list_images(small / "photos")])
+    args.files = np.array([os.fsencode(file) for file in common.list_images(small / "photos")])
     picture = np.asarray(cutmix.composite(args, 0, "1/2")[0]).astype(int)
     shown = np.asarray(noise)[26:26 + 192:6, 50:50 + 192:6].astype(int)         # six times enlarged
     assert np.abs(shown - picture).max() <= 1                                   # t = 0: no noise
@@ -477,15 +478,15 @@ def test_the_sheets_show_every_setting_and_mark_tau(small, tmp_path):
 def test_jsonl_with_a_torn_last_line_is_read_and_other_damage_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('{"a": "x\u2028y"}\n\n{"a": "ä'.encode()[:-1])              # torn inside a character
-    assert cutmix.read_jsonl(path) == [{"a": "x\u2028y"}]
+    assert common.read_jsonl(path) == [{"a": "x\u2028y"}]
     path.write_text('{"a": 1}\n{"a": \n{"a": 2}\n')
-    with pytest.raises(cutmix.UserError, match="line 2: not JSON"):
-        cutmix.read_jsonl(path)
+    with pytest.raises(common.UserError, match="line 2: not JSON"):
+        common.read_jsonl(path)
     path.write_text("[1]\n")
-    with pytest.raises(cutmix.UserError, match="line 1: not a JSON object"):
-        cutmix.read_jsonl(path)
-    with pytest.raises(cutmix.UserError, match="No such file"):
-        cutmix.read_jsonl(tmp_path / "none.jsonl")
+    with pytest.raises(common.UserError, match="line 1: not a JSON object"):
+        common.read_jsonl(path)
+    with pytest.raises(common.UserError, match="No such file"):
+        common.read_jsonl(tmp_path / "none.jsonl")
 
 
 def test_the_help_shows_a_command_that_works_and_every_default():

@@ -19,8 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
+import common
 import encode
-from cutmix import UserError, load_image
+from common import UserError, load_image
 
 ROOT = Path(__file__).resolve().parent.parent
 VAE = Path(__file__).parent / "fixtures" / "vae_tiny"
@@ -154,17 +155,17 @@ def test_fetch_asks_the_hub_only_for_what_may_be_there(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert encode.fetch("some/repo", "a", "b") == tmp_path / "b"
+    assert common.fetch("some/repo", "a", "b") == tmp_path / "b"
     assert asked == [("some/repo", name, cached) for cached in (True, False) for name in "ab"]
     with pytest.raises(UserError, match="some/repo: no such folder, or no a or c in it"):
-        encode.fetch("some/repo", "a", "c")
+        common.fetch("some/repo", "a", "c")
     asked, online = [], False
     with pytest.raises(UserError, match=r"some/repo: no such .* hub \(no connection second line\)$"):
-        encode.fetch("some/repo", "b")
+        common.fetch("some/repo", "b")
     asked = []
     for typo in ("runs/mine", "../mine", tmp_path / "mine"):
         with pytest.raises(UserError, match="no such folder"):
-            encode.fetch(typo, "b")
+            common.fetch(typo, "b")
     assert not asked
 
 
@@ -386,10 +387,10 @@ def test_a_later_captions_file_replaces_what_an_earlier_one_says(data):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"size": 40}, "another size \\(32, now 40\\)"), ({"text_dtype": "float8"}, "another text dtype"),
-    ({"max_tokens": 9}, "another max tokens"), ({"shard_images": 6}, "another images per shard"),
-    ({"captions": "other.jsonl"}, "another list of images and captions"), ({"vae": 1}, "another autoencoder"),
-    ({"text_encoder": ""}, "another T5")])
+    ({"size": 40}, "size 32, now 40\\)"), ({"text_dtype": "float8"}, "text dtype"),
+    ({"max_tokens": 9}, "max tokens"), ({"shard_images": 6}, "images per shard"),
+    ({"captions": "other.jsonl"}, "list of images and captions"), ({"vae": 1}, "autoencoder"),
+    ({"text_encoder": ""}, "T5 ")])
 def test_changed_settings_are_refused_and_nothing_is_touched(data, t5_folder, change, message):
     before = contents(data())
     data.write([{**row, "caption": row["caption"] + " ."} for row in data.rows], "other.jsonl")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
-from cutmix import UserError
+from common import UserError
 
 RNG = np.random.default_rng
 

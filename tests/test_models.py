@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import model_cad
 import model_dit
-from cutmix import UserError
+from common import UserError
 from sample import ddim, load_model
 
 CAD_TINY = FIXTURES / "cad_tiny"

@@ -8,7 +8,7 @@ from conftest import FIXTURES, refused, run
 from PIL import Image
 
 import sample
-from cutmix import read_jsonl
+from common import read_jsonl
 
 
 class Known:

@@ -17,7 +17,7 @@ from conftest import ROOT, refused, run
 from safetensors.torch import load_file
 
 import train
-from cutmix import read_jsonl
+from common import read_jsonl
 from encode import Encoded
 
 SMALL = ["--preset", "toy", "--batch-size", "6", "--warmup", "2", "--optimizer", "adamw", "--log-every", "2",

@@ -1,0 +1,563 @@
+"""What every stage shares and no stage is about: errors, files, ranks, images, the hub.
+
+Every stage promises its user the same things. A mistake ends in one line, not in a
+traceback. A file that bears its final name is whole. A killed command goes on when it is
+started again, and refuses to mix two kinds of data in one output. Several processes share
+the work without talking to each other. This file keeps those promises in one place, and
+draws the pictures that people look at. It imports no stage, and torch only where it is
+needed: cutmix.py works without, and its many worker processes stay small.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import html
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Errors and command lines
+
+class UserError(Exception):
+    """A mistake of the user's (a path, a number, a file): reported in one line, without a traceback."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Format `--help`: the module's docstring as it is written, and the options' defaults."""
+
+    def _get_help_string(self, action):
+        has_default = action.default is not None and not isinstance(action.default, bool)
+        if has_default:
+            return super()._get_help_string(action)
+        return action.help
+
+
+def command_line(main):
+    """Run a stage's `main()`. A UserError or a failing file system ends in one line and exit code 2."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        close_progress_bars()
+        print(f"{program_name()}: {one_line(error, 500)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        close_progress_bars()
+        sys.exit(128 + signal.SIGINT)
+
+
+def program_name():
+    """Return the command's name as its user typed it: `train.py`, or `toy` for `python -m toy`."""
+    path = Path(sys.argv[0])
+    if path.name == "__main__.py":
+        return path.parent.name
+    return path.name
+
+
+def close_progress_bars():
+    """End the line of every open progress bar, so that a message does not continue it."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
+def one_line(error, length=200):
+    """Return an exception's message as one line of at most `length` characters."""
+    message = " ".join(str(error).split())
+    return message[:length] or type(error).__name__
+
+
+def at_least(args, **bounds):
+    """Check options against lower bounds: `at_least(args, steps=1)`.
+
+    An option that this command does not have, or that was not given (None), passes. Raises UserError.
+    """
+    for name, low in bounds.items():
+        value = getattr(args, name, None)
+        if value is None:
+            continue
+        if not value >= low or not math.isfinite(value):
+            raise UserError(f"{option(name)} {value}: must be at least {low}")
+
+
+def between(args, low, high, *names):
+    """Check that options lie in [low, high]; NaN does not. Raises UserError."""
+    for name in names:
+        value = getattr(args, name)
+        if not low <= value <= high:
+            raise UserError(f"{option(name)} {value}: must be in [{low}, {high}]")
+
+
+def option(name):
+    """Return the command-line option that sets `args.name`: "batch_size" -> "--batch-size"."""
+    return "--" + name.replace("_", "-")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Complete files
+
+@contextlib.contextmanager
+def complete(path, durable=False):
+    """Yield a temporary path to write to; only when the block ends without an error does it become `path`.
+
+    The temporary name is the same at the next attempt (and another for each rank), so that running the same
+    command again clears away what a kill left behind. `durable` waits until the bytes are on the disk before
+    the rename: for files whose loss would cost work, since after a crash of the whole machine a file may
+    otherwise bear its final name and be empty. An OSError without a file name gets this one's.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    rank = os.environ.get("RANK", "0")
+    temporary = path.with_name(f".{path.name}.{rank}.tmp")
+    try:
+        yield temporary
+        if durable:
+            flush_to_disk(temporary)
+        os.replace(temporary, path)
+        if durable:
+            flush_to_disk(path.parent)
+    except BaseException as error:
+        # If even this fails (the temporary path may be a folder), the first error is the one to report.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def flush_to_disk(path):
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path, what):
+    """Return the object in a JSON file. Raises UserError: not there, not JSON, or not an object.
+
+    `what` names in the message what the file should have been: "the meta.json of an encoded data set".
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not {what} ({one_line(error)})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not {what} (no JSON object)")
+    return value
+
+
+def read_jsonl(path):
+    """Return the objects of a JSONL file, one a line.
+
+    A last line without its newline was torn by a kill and is left out. Raises UserError (file, line) for
+    anything else that is not a JSON object.
+    """
+    rows = []
+    try:
+        # Bytes, because a torn line may end inside a character.
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    if not line.endswith(b"\n"):
+                        break
+                    reason = getattr(error, "msg", error)
+                    raise UserError(f"{path} line {number}: not JSON ({reason})") from None
+                if not isinstance(row, dict):
+                    raise UserError(f"{path} line {number}: not a JSON object")
+                rows.append(row)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    return rows
+
+
+def write_jsonl(path, rows):
+    """Write objects to a JSONL file, in ASCII: any file name survives, even one that is not UTF-8."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    with complete(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+@functools.cache
+def sha256(path):
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# An output belongs to the settings it was begun with
+
+def refuse_other_settings(output, before, now):
+    """Raise UserError if `now` differs from `before`, the settings that `output` was begun with.
+
+    Both are dicts. Going on with other settings would silently mix two kinds of data in one place.
+    """
+    for key in [*before, *now]:
+        if before.get(key) != now.get(key):
+            name = key.replace("_", " ")
+            raise UserError(f"{output}: begun with other settings ({name} {shorten(before.get(key))}, now "
+                            f"{shorten(now.get(key))}): use the same, or another --out, or delete it")
+
+
+def shorten(value):
+    """Return a value as text, cut after 80 characters."""
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def begin_or_resume(path, output, settings):
+    """Remember in the file `path` which settings `output` is made with, or check those that it remembers.
+
+    Raises UserError if they differ.
+    """
+    path = Path(path)
+    # As JSON gives it back: a tuple becomes a list, a number as a key becomes a string.
+    settings = json.loads(json.dumps(settings))
+    if path.exists():
+        before = read_json(path, "the settings of an output")
+        refuse_other_settings(output, before, settings)
+    else:
+        with complete(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Ranks and devices
+
+def rank_and_world():
+    """Return (rank, number of ranks) as torchrun puts them into the environment; (0, 1) without it.
+
+    Raises UserError.
+    """
+    rank = os.environ.get("RANK", "0")
+    world = os.environ.get("WORLD_SIZE", "1")
+    valid = rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
+    if not valid:
+        raise UserError(f"RANK {rank}, WORLD_SIZE {world} in the environment: not a rank below their number")
+    return int(rank), int(world)
+
+
+def is_last_rank(rank, paths, product):
+    """Tell whether all of `paths` exist, so that this rank, the last one to end, has to make `product`.
+
+    Ranks never wait for each other. Each makes its share, then looks whether the others' shares are there.
+    """
+    missing = [path for path in paths if not Path(path).exists()]
+    if missing:
+        print(f"rank {rank}: its share is done; the last rank to end writes {product}")
+    return not missing
+
+
+def default_workers():
+    """Return the number of worker processes for this rank: the machine's cores, divided among its ranks."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, os.cpu_count() // ranks_here)
+
+
+def local_device():
+    """Return this process's device: the GPU of its rank on this node, or the CPU."""
+    import torch
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def autocast(device, precision):
+    """Return the context that `--precision` auto, fp32 or bf16 stands for; auto is bf16 on CUDA."""
+    import torch
+    use_bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    if use_bf16:
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Images
+
+def list_images(folder):
+    """Return all images below `folder`, as sorted paths relative to it with forward slashes.
+
+    Only names are read, no file is opened; hidden files and folders are passed over. Raises UserError.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder")
+    files = []
+    for here, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = os.path.relpath(here, folder).replace(os.sep, "/")
+        prefix = "" if inside == "." else f"{inside}/"
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in IMAGE_SUFFIXES and not name.startswith("."):
+                files.append(prefix + name)
+    if not files:
+        known = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise UserError(f"{folder}: no images in it (looked for {known})")
+    return sorted(files)
+
+
+def class_of(file):
+    """Return the class of an image, which is its first folder: "n02099601/7.JPEG" -> "n02099601", or ""."""
+    folder, slash, _ = file.partition("/")
+    return folder if slash else ""
+
+
+def rgb(image):
+    """Return a PIL image in RGB. One that is RGB already is not copied: that costs a quarter of decoding."""
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_image(path, size):
+    """Return any image file as an upright RGB PIL image, its shorter side at least `size` if the file has it.
+
+    Understands grey, CMYK, palette, 16-bit, alpha (put on white) and EXIF rotation. Raises OSError with one
+    line that names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, which is cheaper than to shrink it later.
+            image.draft(None, (size, size))
+            image.load()
+            # A damaged EXIF block does not spoil the pixels.
+            with contextlib.suppress(Exception):
+                ImageOps.exif_transpose(image, in_place=True)
+            # 16-bit grey, which convert() would clip at 255.
+            if image.mode[0] == "I":
+                grey = (np.asarray(image) // 256).clip(0, 255)
+                image = Image.fromarray(grey.astype(np.uint8))
+            # Alpha, or a transparent palette entry or key colour.
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            return rgb(image)
+    # Pillow raises almost any exception on broken bytes.
+    except Exception as error:  # noqa: BLE001
+        reason = getattr(error, "strerror", None) or str(error).replace(repr(str(path)), "").strip()
+        raise OSError(f"{path}: not a readable image ({reason or type(error).__name__})") from None
+
+
+def resize_and_crop(image, size, part=None, resample=Image.Resampling.LANCZOS):
+    """Return the size x size picture of a PIL image: shorter side to `size`, centre crop, nothing squashed.
+
+    `part` (x0, y0, x1, y1), in pixels of that picture, computes only this box of it.
+    """
+    side = min(image.size)
+    # The crop begins at a whole pixel: no blur where nothing is scaled.
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
+    x0, y0, x1, y1 = part or (0, 0, size, size)
+    box = (left + x0 * side / size, top + y0 * side / size, left + x1 * side / size, top + y1 * side / size)
+    if side < size:
+        resample = Image.Resampling.BICUBIC
+    return image.resize((x1 - x0, y1 - y0), resample, box=box)
+
+
+def load_image(path, size):
+    """Return an image file as an RGB PIL image of size x size (shorter side, centre crop). Raises OSError."""
+    # Decoded at twice the size, because JPEG decoders average rather crudely when they shrink.
+    return resize_and_crop(open_image(path, 2 * size), size)
+
+
+def to_images(pixels):
+    """Return PIL images for pixels (B, 3, H, W) in about [-1, 1]."""
+    levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte()
+    arrays = levels.permute(0, 2, 3, 1).cpu().numpy()                                # (B, H, W, 3)
+    return [Image.fromarray(array) for array in arrays]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pictures to look at
+
+def contact_sheet(images, captions=None, columns=None, gap=4, lines=3):
+    """Return PIL images of one size as one picture, a grid, each with the start of its caption below.
+
+    `columns` defaults to a square grid; `lines` is how many lines of a caption are shown.
+    """
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    width, height = images[0].size
+    text_height = 0
+    if captions:
+        width = max(width, 96)
+        text_height = 12 * lines
+    step_x = width + gap
+    step_y = height + text_height + gap
+    sheet = Image.new("RGB", (columns * step_x + gap, rows * step_y + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        x = gap + column * step_x
+        y = gap + row * step_y
+        sheet.paste(image, (x + (width - image.width) // 2, y))
+        if captions:
+            text = wrap_text(captions[i], width, pen)[:lines]
+            pen.multiline_text((x, y + height), "\n".join(text), fill="black", spacing=1)
+    return sheet
+
+
+def wrap_text(text, width, pen):
+    """Return a text as lines that are at most `width` pixels wide when `pen` draws them."""
+    lines = [""]
+    for word in text.split():
+        if pen.textlength(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
+
+
+def labelled_grid(rows, row_titles, column_titles=(), cell=192):
+    """Return rows of PIL images as one picture, with a title left of each row and above each column.
+
+    Every image is drawn in a square of at least `cell` pixels. `grid_left(c)` is where column c begins.
+    """
+    size = max(cell, rows[0][0].width)
+    width = grid_left(len(rows[0]), size)
+    height = GRID_TOP + len(rows) * (size + GRID_GAP) + 20
+    picture = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=13)
+    for r, (title, row) in enumerate(zip(row_titles, rows)):
+        y = GRID_TOP + r * (size + GRID_GAP)
+        pen.text((GRID_LEFT - 8, y + size // 2), title, "black", font, anchor="rm")
+        for c, image in enumerate(row):
+            picture.paste(image.resize((size, size), Image.Resampling.BOX), (grid_left(c, size), y))
+    for c, title in enumerate(column_titles):
+        pen.text((grid_left(c, size) + size // 2, GRID_TOP // 2), title, "black", font, anchor="mm")
+    return picture
+
+
+GRID_LEFT, GRID_TOP, GRID_GAP = 50, 26, 6
+
+
+def grid_left(column, size=192):
+    """Return the x coordinate at which a column of `labelled_grid` begins."""
+    return GRID_LEFT + column * (size + GRID_GAP)
+
+
+CURVE_COLORS = ["#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6", "#dd4477", "#66aa00"]
+
+
+def line_chart(series, x_label, y_label, log=False, width=720, height=300):
+    """Return curves as an SVG picture, ready to stand in an HTML page or alone in a file.
+
+    series: {name: [(x, y), ...]}, the points of each curve in order of x; points that are not finite (or, on
+    a logarithmic axis, not positive) are left out, and a curve of one point is drawn as a dot. `log` makes
+    the y axis logarithmic.
+    """
+    curves = {}
+    for name, points in series.items():
+        curves[name] = [point for point in points if can_be_drawn(*point, log)]
+    xs = [x for points in curves.values() for x, _ in points]
+    ys = [y for points in curves.values() for _, y in points]
+    if not xs:
+        return f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="20"></svg>'
+    scale = math.log10 if log else float
+    x_low, x_high = widen(min(xs), max(xs))
+    y_low, y_high = widen(scale(min(ys)), scale(max(ys)))
+    left, right, top, bottom = 64, width - 12, 12, height - 46
+
+    def place(x, y):
+        across = (x - x_low) / (x_high - x_low)
+        up = (scale(y) - y_low) / (y_high - y_low)
+        return left + across * (right - left), bottom - up * (bottom - top)
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+             f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">',
+             f'<rect width="{width}" height="{height}" fill="white"/>']
+    # The axes: five ticks each, with a thin line across the picture for each height.
+    for k in range(5):
+        share = k / 4
+        x = left + share * (right - left)
+        y = bottom - share * (bottom - top)
+        value = y_low + share * (y_high - y_low)
+        value = 10 ** value if log else value
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">'
+                     f'{x_low + share * (x_high - x_low):.4g}</text>')
+    parts.append(f'<text x="{(left + right) / 2}" y="{height - 14}" text-anchor="middle">'
+                 f'{html.escape(x_label)}</text>')
+    parts.append(f'<text x="{left}" y="{height - 2}">{html.escape(y_label)}</text>')
+    # The curves, and a legend in the upper right corner.
+    for k, (name, points) in enumerate(curves.items()):
+        color = CURVE_COLORS[k % len(CURVE_COLORS)]
+        corners = [place(x, y) for x, y in points]
+        if len(corners) == 1:
+            x, y = corners[0]
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>')
+        text = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{text}"/>')
+        parts.append(f'<text x="{right - 4}" y="{top + 12 + 14 * k}" text-anchor="end" fill="{color}">'
+                     f'{html.escape(name)}</text>')
+    parts.append("</svg>")
+    return "\n".join(parts)
+
+
+def can_be_drawn(x, y, log):
+    """Tell whether a point has a place on the chart: finite, and positive on a logarithmic axis."""
+    return math.isfinite(x) and math.isfinite(y) and (y > 0 or not log)
+
+
+def widen(low, high):
+    """Return an axis's ends a little apart from the data's, also where all values are the same."""
+    margin = 0.02 * (high - low) or 0.5 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Models, from a folder or from the Hugging Face hub
+
+def fetch(path_or_repo, *names):
+    """Return the path of the first of `names` in a local folder or, without one, in a hub repository.
+
+    Raises UserError: no such folder or repository, the hub is out of reach, or none of the names is there.
+    """
+    folder = Path(path_or_repo)
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    # "out/dit" beside an existing "out" is a mistyped path, not a repository: do not wait for the hub.
+    mistyped = folder.parent != Path(".") and folder.parent.exists()
+    if not folder.exists() and not mistyped:
+        downloaded = download(str(path_or_repo), names)
+        if downloaded:
+            return downloaded
+    raise UserError(f"{folder}: no such folder, or no {' or '.join(names)} in it")
+
+
+def download(repo, names):
+    """Return the local copy of the first of `names` that a hub repository has, or None. Raises UserError."""
+    from huggingface_hub import errors, hf_hub_download
+    # What was downloaded before needs no network.
+    for name in names:
+        with contextlib.suppress(Exception):
+            return Path(hf_hub_download(repo, name, local_files_only=True))
+    for name in names:
+        try:
+            return Path(hf_hub_download(repo, name, local_files_only=False))
+        except errors.RemoteEntryNotFoundError:
+            continue
+        # No such repository, a licence to accept, no network, ...
+        except Exception as error:  # noqa: BLE001
+            raise UserError(f"{repo}: no such folder, and not on the hub ({one_line(error)})") from None
+    return None
