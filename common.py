@@ -27,14 +27,15 @@ from tqdm import tqdm
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Errors and command lines
 
 class UserError(Exception):
-    """A mistake of the user's (a path, a number, a file): reported in one line, without a traceback."""
+    """A mistake of the user's: a path, a number, a file. It is reported in one line."""
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter,
+                    argparse.ArgumentDefaultsHelpFormatter):
     """Format `--help`: the module's docstring as it is written, and the options' defaults."""
 
     def _get_help_string(self, action):
@@ -45,7 +46,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 def command_line(main):
-    """Run a stage's `main()`. A UserError or a failing file system ends in one line and exit code 2."""
+    """Run a stage's `main()`; a UserError or a failing file system becomes one line, exit code 2."""
     try:
         main()
     except (UserError, OSError) as error:
@@ -58,7 +59,7 @@ def command_line(main):
 
 
 def program_name():
-    """Return the command's name as its user typed it: `train.py`, or `toy` for `python -m toy`."""
+    """Return the command's name as it was typed: `train.py`, or `toy` for `python -m toy`."""
     path = Path(sys.argv[0])
     if path.name == "__main__.py":
         return path.parent.name
@@ -80,7 +81,8 @@ def one_line(error, length=200):
 def at_least(args, **bounds):
     """Check options against lower bounds: `at_least(args, steps=1)`.
 
-    An option that this command does not have, or that was not given (None), passes. Raises UserError.
+    An option that this command does not have, or that was not given (None), passes.
+    Raises UserError.
     """
     for name, low in bounds.items():
         value = getattr(args, name, None)
@@ -103,17 +105,22 @@ def option(name):
     return "--" + name.replace("_", "-")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Complete files
 
 @contextlib.contextmanager
 def complete(path, durable=False):
-    """Yield a temporary path to write to; only when the block ends without an error does it become `path`.
+    """Yield a temporary path to write to, and rename it to `path` when the block is done.
 
-    The temporary name is the same at the next attempt (and another for each rank), so that running the same
-    command again clears away what a kill left behind. `durable` waits until the bytes are on the disk before
-    the rename: for files whose loss would cost work, since after a crash of the whole machine a file may
-    otherwise bear its final name and be empty. An OSError without a file name gets this one's.
+    The temporary name is the same at the next attempt (and another for each rank), so that
+    running the same command again clears away what a kill left behind.
+
+    `durable` waits until the bytes are on the disk before the rename. Without it, a file may
+    bear its final name and be empty after a crash of the whole machine. It is for files
+    whose loss would cost work.
+
+    An OSError that names no file gets the name of this one: "No space left on device" alone
+    does not tell the user which disk is full.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -128,10 +135,11 @@ def complete(path, durable=False):
         if durable:
             flush_to_disk(path.parent)
     except BaseException as error:
-        # If even this fails (the temporary path may be a folder), the first error is the one to report.
+        # The temporary path may be a folder; the first error is the one to report.
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+        names_no_file = isinstance(error, OSError) and error.filename is None
+        if names_no_file and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
@@ -146,9 +154,10 @@ def flush_to_disk(path):
 
 
 def read_json(path, what):
-    """Return the object in a JSON file. Raises UserError: not there, not JSON, or not an object.
+    """Return the object in a JSON file.
 
-    `what` names in the message what the file should have been: "the meta.json of an encoded data set".
+    `what` says in the message what the file should have been: "the settings of an output".
+    Raises UserError if it is not there, not JSON, or not an object.
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -164,8 +173,8 @@ def read_json(path, what):
 def read_jsonl(path):
     """Return the objects of a JSONL file, one a line.
 
-    A last line without its newline was torn by a kill and is left out. Raises UserError (file, line) for
-    anything else that is not a JSON object.
+    A last line without its newline was torn by a kill and is left out. Raises UserError
+    (file, line) for anything else that is not a JSON object.
     """
     rows = []
     try:
@@ -190,7 +199,7 @@ def read_jsonl(path):
 
 
 def write_jsonl(path, rows):
-    """Write objects to a JSONL file, in ASCII: any file name survives, even one that is not UTF-8."""
+    """Write objects to a JSONL file, in ASCII: even a file name that is not UTF-8 survives."""
     lines = [json.dumps(row) + "\n" for row in rows]
     with complete(path) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
@@ -203,19 +212,22 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # An output belongs to the settings it was begun with
 
 def refuse_other_settings(output, before, now):
-    """Raise UserError if `now` differs from `before`, the settings that `output` was begun with.
+    """Raise UserError if the settings `now` differ from those that `output` was begun with.
 
-    Both are dicts. Going on with other settings would silently mix two kinds of data in one place.
+    Both are dicts. Going on with other settings would silently mix two kinds of data.
     """
     for key in [*before, *now]:
-        if before.get(key) != now.get(key):
+        old = before.get(key)
+        new = now.get(key)
+        if old != new:
             name = key.replace("_", " ")
-            raise UserError(f"{output}: begun with other settings ({name} {shorten(before.get(key))}, now "
-                            f"{shorten(now.get(key))}): use the same, or another --out, or delete it")
+            change = f"{name} {shorten(old)}, now {shorten(new)}"
+            raise UserError(f"{output}: begun with other settings ({change}): use the same, or "
+                            f"another --out, or delete it")
 
 
 def shorten(value):
@@ -225,9 +237,9 @@ def shorten(value):
 
 
 def begin_or_resume(path, output, settings):
-    """Remember in the file `path` which settings `output` is made with, or check those that it remembers.
+    """Remember in the file `path` which settings `output` is made with.
 
-    Raises UserError if they differ.
+    Where the file exists already, check its settings instead. Raises UserError if they differ.
     """
     path = Path(path)
     # As JSON gives it back: a tuple becomes a list, a number as a key becomes a string.
@@ -240,11 +252,11 @@ def begin_or_resume(path, output, settings):
             temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Ranks and devices
 
 def rank_and_world():
-    """Return (rank, number of ranks) as torchrun puts them into the environment; (0, 1) without it.
+    """Return (rank, number of ranks) from the environment that torchrun sets; (0, 1) without.
 
     Raises UserError.
     """
@@ -252,14 +264,16 @@ def rank_and_world():
     world = os.environ.get("WORLD_SIZE", "1")
     valid = rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
     if not valid:
-        raise UserError(f"RANK {rank}, WORLD_SIZE {world} in the environment: not a rank below their number")
+        raise UserError(f"RANK {rank}, WORLD_SIZE {world} in the environment: not a rank below "
+                        f"their number")
     return int(rank), int(world)
 
 
 def is_last_rank(rank, paths, product):
-    """Tell whether all of `paths` exist, so that this rank, the last one to end, has to make `product`.
+    """Tell whether all of `paths` exist, so that this rank has to make `product` of them.
 
-    Ranks never wait for each other. Each makes its share, then looks whether the others' shares are there.
+    Ranks never wait for each other. Each makes its share and then looks whether the others'
+    shares are there; only the last one to end finds them all.
     """
     missing = [path for path in paths if not Path(path).exists()]
     if missing:
@@ -268,7 +282,7 @@ def is_last_rank(rank, paths, product):
 
 
 def default_workers():
-    """Return the number of worker processes for this rank: the machine's cores, divided among its ranks."""
+    """Return the number of worker processes for a rank: its part of the machine's cores."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, os.cpu_count() // ranks_here)
 
@@ -282,7 +296,7 @@ def local_device():
 
 
 def autocast(device, precision):
-    """Return the context that `--precision` auto, fp32 or bf16 stands for; auto is bf16 on CUDA."""
+    """Return the context for `--precision` auto, fp32 or bf16; auto is bf16 on CUDA."""
     import torch
     use_bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     if use_bf16:
@@ -290,13 +304,14 @@ def autocast(device, precision):
     return contextlib.nullcontext()
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Images
 
 def list_images(folder):
     """Return all images below `folder`, as sorted paths relative to it with forward slashes.
 
-    Only names are read, no file is opened; hidden files and folders are passed over. Raises UserError.
+    Only names are read, no file is opened. Hidden files and folders are passed over.
+    Raises UserError.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder")
@@ -316,25 +331,29 @@ def list_images(folder):
 
 
 def class_of(file):
-    """Return the class of an image, which is its first folder: "n02099601/7.JPEG" -> "n02099601", or ""."""
+    """Return the class of an image, its first folder: "n02099601/7.JPEG" -> "n02099601".
+
+    An image that is in no folder has the class "".
+    """
     folder, slash, _ = file.partition("/")
     return folder if slash else ""
 
 
 def rgb(image):
-    """Return a PIL image in RGB. One that is RGB already is not copied: that costs a quarter of decoding."""
+    """Return a PIL image in RGB. It is not copied if it is RGB already, which saves time."""
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def open_image(path, size):
-    """Return any image file as an upright RGB PIL image, its shorter side at least `size` if the file has it.
+    """Return any image file as an upright RGB PIL image.
 
-    Understands grey, CMYK, palette, 16-bit, alpha (put on white) and EXIF rotation. Raises OSError with one
-    line that names the file.
+    Its shorter side is at least `size` if the file has as much. Understands grey, CMYK,
+    palette, 16-bit, alpha (put on white) and EXIF rotation. Raises OSError with one line
+    that names the file.
     """
     try:
         with Image.open(path) as image:
-            # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, which is cheaper than to shrink it later.
+            # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size: cheaper than shrinking it.
             image.draft(None, (size, size))
             image.load()
             # A damaged EXIF block does not spoil the pixels.
@@ -352,46 +371,52 @@ def open_image(path, size):
             return rgb(image)
     # Pillow raises almost any exception on broken bytes.
     except Exception as error:  # noqa: BLE001
-        reason = getattr(error, "strerror", None) or str(error).replace(repr(str(path)), "").strip()
-        raise OSError(f"{path}: not a readable image ({reason or type(error).__name__})") from None
+        reason = getattr(error, "strerror", None)
+        if not reason:
+            # Pillow's messages often name the path, which ours does already.
+            reason = str(error).replace(repr(str(path)), "").strip() or type(error).__name__
+        raise OSError(f"{path}: not a readable image ({reason})") from None
 
 
 def resize_and_crop(image, size, part=None, resample=Image.Resampling.LANCZOS):
-    """Return the size x size picture of a PIL image: shorter side to `size`, centre crop, nothing squashed.
+    """Return a PIL image as size x size pixels: shorter side to `size`, then centre crop.
 
-    `part` (x0, y0, x1, y1), in pixels of that picture, computes only this box of it.
+    `part` (x0, y0, x1, y1), in pixels of the result, computes only this box of it.
     """
     side = min(image.size)
     # The crop begins at a whole pixel: no blur where nothing is scaled.
     left = (image.width - side) // 2
     top = (image.height - side) // 2
     x0, y0, x1, y1 = part or (0, 0, size, size)
-    box = (left + x0 * side / size, top + y0 * side / size, left + x1 * side / size, top + y1 * side / size)
+    box = (left + x0 * side / size,
+           top + y0 * side / size,
+           left + x1 * side / size,
+           top + y1 * side / size)
     if side < size:
         resample = Image.Resampling.BICUBIC
     return image.resize((x1 - x0, y1 - y0), resample, box=box)
 
 
 def load_image(path, size):
-    """Return an image file as an RGB PIL image of size x size (shorter side, centre crop). Raises OSError."""
-    # Decoded at twice the size, because JPEG decoders average rather crudely when they shrink.
+    """Return an image file as size x size RGB pixels, a PIL image. Raises OSError."""
+    # Decoded at twice the size, because JPEG decoders average crudely when they shrink.
     return resize_and_crop(open_image(path, 2 * size), size)
 
 
 def to_images(pixels):
     """Return PIL images for pixels (B, 3, H, W) in about [-1, 1]."""
     levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte()
-    arrays = levels.permute(0, 2, 3, 1).cpu().numpy()                                # (B, H, W, 3)
+    arrays = levels.permute(0, 2, 3, 1).cpu().numpy()                     # (B, H, W, 3)
     return [Image.fromarray(array) for array in arrays]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Pictures to look at
 
 def contact_sheet(images, captions=None, columns=None, gap=4, lines=3):
-    """Return PIL images of one size as one picture, a grid, each with the start of its caption below.
+    """Return PIL images of one size as a grid, each with the start of its caption below.
 
-    `columns` defaults to a square grid; `lines` is how many lines of a caption are shown.
+    The grid is square unless `columns` says otherwise. Of each caption, `lines` lines are shown.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
@@ -426,9 +451,9 @@ def wrap_text(text, width, pen):
 
 
 def labelled_grid(rows, row_titles, column_titles=(), cell=192):
-    """Return rows of PIL images as one picture, with a title left of each row and above each column.
+    """Return rows of PIL images as one picture, with titles left of rows and above columns.
 
-    Every image is drawn in a square of at least `cell` pixels. `grid_left(c)` is where column c begins.
+    Every image is drawn in a square of at least `cell` pixels.
     """
     size = max(cell, rows[0][0].width)
     width = grid_left(len(rows[0]), size)
@@ -440,9 +465,11 @@ def labelled_grid(rows, row_titles, column_titles=(), cell=192):
         y = GRID_TOP + r * (size + GRID_GAP)
         pen.text((GRID_LEFT - 8, y + size // 2), title, "black", font, anchor="rm")
         for c, image in enumerate(row):
-            picture.paste(image.resize((size, size), Image.Resampling.BOX), (grid_left(c, size), y))
+            image = image.resize((size, size), Image.Resampling.BOX)
+            picture.paste(image, (grid_left(c, size), y))
     for c, title in enumerate(column_titles):
-        pen.text((grid_left(c, size) + size // 2, GRID_TOP // 2), title, "black", font, anchor="mm")
+        middle = grid_left(c, size) + size // 2
+        pen.text((middle, GRID_TOP // 2), title, "black", font, anchor="mm")
     return picture
 
 
@@ -454,15 +481,19 @@ def grid_left(column, size=192):
     return GRID_LEFT + column * (size + GRID_GAP)
 
 
-CURVE_COLORS = ["#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6", "#dd4477", "#66aa00"]
+CURVE_COLORS = ["#3366cc", "#dc3912", "#109618", "#ff9900",
+                "#990099", "#0099c6", "#dd4477", "#66aa00"]
+
+
+SVG = "http://www.w3.org/2000/svg"
 
 
 def line_chart(series, x_label, y_label, log=False, width=720, height=300):
     """Return curves as an SVG picture, ready to stand in an HTML page or alone in a file.
 
-    series: {name: [(x, y), ...]}, the points of each curve in order of x; points that are not finite (or, on
-    a logarithmic axis, not positive) are left out, and a curve of one point is drawn as a dot. `log` makes
-    the y axis logarithmic.
+    series: {name: [(x, y), ...]}, the points of each curve in order of x. Points that are not
+    finite (or, on a logarithmic axis, not positive) are left out; a curve of one point is
+    drawn as a dot. `log` makes the y axis logarithmic.
     """
     curves = {}
     for name, points in series.items():
@@ -470,7 +501,7 @@ def line_chart(series, x_label, y_label, log=False, width=720, height=300):
     xs = [x for points in curves.values() for x, _ in points]
     ys = [y for points in curves.values() for _, y in points]
     if not xs:
-        return f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="20"></svg>'
+        return f'<svg xmlns="{SVG}" width="{width}" height="20"></svg>'
     scale = math.log10 if log else float
     x_low, x_high = widen(min(xs), max(xs))
     y_low, y_high = widen(scale(min(ys)), scale(max(ys)))
@@ -481,7 +512,7 @@ def line_chart(series, x_label, y_label, log=False, width=720, height=300):
         up = (scale(y) - y_low) / (y_high - y_low)
         return left + across * (right - left), bottom - up * (bottom - top)
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+    parts = [f'<svg xmlns="{SVG}" width="{width}" height="{height}" '
              f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">',
              f'<rect width="{width}" height="{height}" fill="white"/>']
     # The axes: five ticks each, with a thin line across the picture for each height.
@@ -491,8 +522,10 @@ def line_chart(series, x_label, y_label, log=False, width=720, height=300):
         y = bottom - share * (bottom - top)
         value = y_low + share * (y_high - y_low)
         value = 10 ** value if log else value
-        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" '
+                     f'stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">'
+                     f'{value:.3g}</text>')
         parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">'
                      f'{x_low + share * (x_high - x_low):.4g}</text>')
     parts.append(f'<text x="{(left + right) / 2}" y="{height - 14}" text-anchor="middle">'
@@ -506,37 +539,39 @@ def line_chart(series, x_label, y_label, log=False, width=720, height=300):
             x, y = corners[0]
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>')
         text = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
-        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{text}"/>')
-        parts.append(f'<text x="{right - 4}" y="{top + 12 + 14 * k}" text-anchor="end" fill="{color}">'
-                     f'{html.escape(name)}</text>')
+        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" '
+                     f'points="{text}"/>')
+        parts.append(f'<text x="{right - 4}" y="{top + 12 + 14 * k}" text-anchor="end" '
+                     f'fill="{color}">{html.escape(name)}</text>')
     parts.append("</svg>")
     return "\n".join(parts)
 
 
 def can_be_drawn(x, y, log):
-    """Tell whether a point has a place on the chart: finite, and positive on a logarithmic axis."""
+    """Tell whether a point has a place on the chart: finite, and positive if `log`."""
     return math.isfinite(x) and math.isfinite(y) and (y > 0 or not log)
 
 
 def widen(low, high):
-    """Return an axis's ends a little apart from the data's, also where all values are the same."""
+    """Return an axis's ends, a little apart from the data's. They may be one value."""
     margin = 0.02 * (high - low) or 0.5 * abs(high) or 1.0
     return low - margin, high + margin
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Models, from a folder or from the Hugging Face hub
 
 def fetch(path_or_repo, *names):
-    """Return the path of the first of `names` in a local folder or, without one, in a hub repository.
+    """Return the path of the first of `names` in a local folder or in a hub repository.
 
-    Raises UserError: no such folder or repository, the hub is out of reach, or none of the names is there.
+    The hub is asked only where there is no such folder. Raises UserError: no such folder or
+    repository, the hub is out of reach, or none of the names is there.
     """
     folder = Path(path_or_repo)
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    # "out/dit" beside an existing "out" is a mistyped path, not a repository: do not wait for the hub.
+    # "out/dit" beside an existing "out" is a mistyped path, not a repository.
     mistyped = folder.parent != Path(".") and folder.parent.exists()
     if not folder.exists() and not mistyped:
         downloaded = download(str(path_or_repo), names)
@@ -546,7 +581,10 @@ def fetch(path_or_repo, *names):
 
 
 def download(repo, names):
-    """Return the local copy of the first of `names` that a hub repository has, or None. Raises UserError."""
+    """Return a local copy of the first of `names` that a hub repository has, or None.
+
+    Raises UserError if the repository cannot be read.
+    """
     from huggingface_hub import errors, hf_hub_download
     # What was downloaded before needs no network.
     for name in names:
@@ -559,5 +597,6 @@ def download(repo, names):
             continue
         # No such repository, a licence to accept, no network, ...
         except Exception as error:  # noqa: BLE001
-            raise UserError(f"{repo}: no such folder, and not on the hub ({one_line(error)})") from None
+            reason = one_line(error)
+            raise UserError(f"{repo}: no such folder, and not on the hub ({reason})") from None
     return None
