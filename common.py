@@ -10,6 +10,7 @@ needed: cutmix.py works without, and its many worker processes stay small.
 
 import argparse
 import contextlib
+import csv
 import functools
 import hashlib
 import html
@@ -210,6 +211,144 @@ def sha256(path):
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --------------------------------------------------------------------------------------
+# Captions of images
+
+def read_captions(path):
+    """Return {file: caption}; every file is a path below the folder of images.
+
+    The suffix tells the format. JSONL and CSV name the image `file`, as caption.py does,
+    or `image_path`, as the captions do that the paper's authors have published. CSV begins
+    with a line that names its columns. A `.tsv` is what the authors' captioner writes:
+    file, tab, caption, and no such line. Theirs leave out an image's folder.
+
+    Raises UserError: a line without file or caption, a file with two captions.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".tsv":
+        rows = read_tsv_captions(path)
+    elif suffix == ".csv":
+        rows = read_csv_captions(path)
+    elif suffix == ".parquet":
+        raise UserError(f"{path}: Parquet is not read here; save it as JSONL or CSV, for "
+                        'instance with load_dataset(...).to_json("captions.jsonl")')
+    else:
+        rows = read_jsonl(path)
+
+    captions = {}
+    for number, row in enumerate(rows, 1):
+        file = row.get("file", row.get("image_path"))
+        caption = row.get("caption")
+        both_are_text = isinstance(file, str) and isinstance(caption, str)
+        if not (both_are_text and file and caption):
+            raise UserError(f"{path}, caption {number}: needs a file and a caption")
+        if captions.setdefault(file, caption) != caption:
+            raise UserError(f"{path}, caption {number}: {file} had another caption before (a "
+                            "name in two folders? then the captions must name the folder too)")
+    return captions
+
+
+def read_tsv_captions(path):
+    """Return the lines "file<TAB>caption" as dicts. Raises UserError if not UTF-8."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8", newline="\n") as lines:
+            for line in lines:
+                torn_by_a_kill = "\t" not in line and not line.endswith("\n")
+                if torn_by_a_kill:
+                    break
+                file, _, caption = line.partition("\t")
+                rows.append({"file": file, "caption": caption.strip()})
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8") from None
+    return rows
+
+
+def read_csv_captions(path):
+    """Return the rows of a CSV file as dicts, keyed by the names in its first line.
+
+    Raises UserError if it is not UTF-8, not CSV, or has no columns of files and captions.
+    """
+    try:
+        # Spreadsheets begin UTF-8 with an invisible mark (BOM), which "utf-8-sig" removes.
+        with open(path, encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines)
+            columns = reader.fieldnames or []
+            if "caption" not in columns or not {"file", "image_path"} & set(columns):
+                raise UserError(f"{path}: its first line must name the columns file (or "
+                                "image_path) and caption, and is "
+                                f"{shorten(', '.join(columns) or 'empty')}")
+            return list(reader)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num}: not CSV ({error})") from None
+
+
+def read_coco_captions(path, limit=None, seed=0):
+    """Return COCO's captions (captions_val2014.json) as prompts, one for each image.
+
+    Returns dicts {"prompt", "name", "file"} in order of the images' ids; `name` is the
+    file's name without its suffix. Of an image's captions, the one with the smallest id
+    that is not blank becomes the prompt; an image without any is left out.
+
+    `limit` takes at most so many images. Each image draws a lot that depends on nothing but
+    `seed` and its id, and the lowest lots are taken: a lower limit gives a part of what a
+    higher one gives. Raises UserError if the file is not such a file, or damaged.
+    """
+    data = read_json(path, "COCO's captions")
+    images = coco_entries(path, data, "images", {"id": int, "file_name": str})
+    fields = {"id": int, "image_id": int, "caption": str}
+    annotations = coco_entries(path, data, "annotations", fields)
+    files = {image["id"]: image["file_name"] for image in images}
+    captions = {}
+    for annotation in sorted(annotations, key=lambda annotation: annotation["id"]):
+        image_id = annotation["image_id"]
+        caption = annotation["caption"].strip()
+        if image_id not in files:
+            raise UserError(f"{path}: annotation {annotation['id']} describes image "
+                            f"{image_id}, which is not among its images")
+        if caption:
+            captions.setdefault(image_id, caption)
+
+    def lot(image_id):
+        return hashlib.sha256(f"{seed} {image_id}".encode()).digest()
+
+    chosen = sorted(captions, key=lot)[:limit]
+    prompts = []
+    for image_id in sorted(chosen):
+        file = files[image_id]
+        name = Path(file).stem
+        # Samples are saved under this name, so it must be one.
+        if not name or name.startswith(".") or "\0" in name:
+            raise UserError(f"{path}: image {image_id} is called {file!r}: no file name")
+        prompts.append({"prompt": captions[image_id], "name": name, "file": file})
+    if not prompts:
+        raise UserError(f"{path}: no image in it has a caption")
+    names = {prompt["name"] for prompt in prompts}
+    if len(names) < len(prompts) or len(files) < len(images):
+        raise UserError(f"{path}: two images have the same id or the same name")
+    return prompts
+
+
+def coco_entries(path, data, key, fields):
+    """Return the list `data[key]` of an annotation file, after a look at every entry.
+
+    fields: {name: type}, what each entry must have. Raises UserError.
+    """
+    entries = data.get(key)
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: not COCO's captions (no list of {key!r})")
+    for number, entry in enumerate(entries, 1):
+        for name, kind in fields.items():
+            value = entry.get(name) if isinstance(entry, dict) else None
+            if type(value) is not kind:
+                wanted = "whole number" if kind is int else "text"
+                raise UserError(f"{path}: entry {number} of {key!r} needs {name!r}, a "
+                                f"{wanted}, and has {shorten(value)}")
+    return entries
 
 
 # --------------------------------------------------------------------------------------
