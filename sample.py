@@ -12,6 +12,7 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,75 @@ from common import (HelpFormatter, UserError, at_least, autocast, command_line, 
                     to_images)
 from encode import encode_text, load_text_encoder, load_vae
 
-MODELS = {"dit": model_dit.DiT, "cad": model_cad.CAD}
 VAE, TEXT_ENCODER = "stabilityai/sd-vae-ft-ema", "google/flan-t5-xl"  # where a checkpoint names none
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The models
+
+class TextToImageModel(Protocol):
+    """What sampling and training ask of a network. A new one is written to this contract.
+
+    A model predicts the noise in noisy latents from a caption. Its work is in two parts, because sampling
+    repeats only the second one at each of its steps.
+
+    config: the arguments that build the network again, a dict that JSON can store. Among them are `channels`,
+    `size` (the latents' height and width) and `text_dim`.
+    """
+
+    config: dict
+
+    def condition(self, text, mask, coherence):
+        """Return the context: all that depends on the caption alone, such as attention's keys and values.
+
+        text (B, L, text_dim): T5's last hidden states; mask (B, L) bool: True where there is a token;
+        coherence (B,): 1 for a caption, 0 for the null prompt. Only `denoise` looks into the context.
+        """
+
+    def denoise(self, x, gamma, context, state=None):
+        """Return the predicted noise (B, channels, size, size) and the state that the next step begins with.
+
+        x (B, channels, size, size): noisy latents; gamma (B,) in (0, 1]: their signal level. `state` is what
+        the step before returned, None at the first step. It is None for ever, or a tensor whose first
+        dimension is the batch's: where captions and null prompts share a batch, sampling repeats and cuts it.
+        """
+
+    def forward(self, x, gamma, text, mask, coherence, coin=None):
+        """Return the predicted noise in training, where there is no step before.
+
+        coin (B,) uniform in [0, 1), one number a sample: the only chance a model may use. None: drawn inside.
+        """
+
+
+class ModelFamily(NamedTuple):
+    """A network, and the sizes that have a name."""
+
+    network: type                   # the class, a TextToImageModel
+    presets: dict                   # name -> arguments of the class
+    default_preset: str
+
+
+# To add a model, add a line here. What is missing from it is told as soon as this file is imported.
+MODELS = {
+    "dit": ModelFamily(model_dit.DiT, model_dit.PRESETS, "L/2"),
+    "cad": ModelFamily(model_cad.CAD, model_cad.PRESETS, "L"),
+}
+
+
+def check_model_family(name, family):
+    """Raise TypeError if an entry of MODELS does not keep the contract of `TextToImageModel`."""
+    for method in ("condition", "denoise", "forward"):
+        own = getattr(family.network, method, None)
+        # Every torch module inherits a `forward` that only raises.
+        if own is None or own is getattr(torch.nn.Module, method, None):
+            raise TypeError(f"MODELS[{name!r}]: {family.network.__name__} has no `{method}`")
+    if family.default_preset not in family.presets:
+        raise TypeError(f"MODELS[{name!r}]: the default preset {family.default_preset!r} is none of "
+                        f"{', '.join(family.presets)}")
+
+
+for _name, _family in MODELS.items():
+    check_model_family(_name, _family)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -96,7 +164,7 @@ def load_model(path_or_repo, device="cpu"):
             args, weights = model_cad.from_released(config, weights)
         else:
             kind, args = config["model"], config["args"]
-        model = MODELS[kind](**args)
+        model = MODELS[kind].network(**args)
         model.load_state_dict(weights)
     except KeyError as error:
         raise UserError(f"{path_or_repo}: config.json is not that of a DiT or CAD (no {error})")

@@ -25,15 +25,13 @@ from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import model_cad
-import model_dit
 from common import (HelpFormatter, UserError, at_least, autocast, command_line, complete,
                     contact_sheet, local_device, rank_and_world, read_jsonl, to_images,
                     write_jsonl)
 from encode import Encoded, load_vae
 from sample import MODELS, ddim, gamma
 
-PRESETS = {"dit": model_dit.PRESETS, "cad": model_cad.PRESETS}
+PRESETS = {name: family.presets for name, family in MODELS.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -173,7 +171,7 @@ def arguments(argv):
     add("--data", help="encoded originals with their captions (encode.py)")
     add("--augmented", help="encoded CutMix composites with theirs; without it, text augmentation alone")
     add("--out", help="folder of the checkpoint, training state, log.jsonl and sample grids")
-    add("--model", choices=["dit", "cad"], default="dit", help="dit or cad")
+    add("--model", choices=list(MODELS), default="dit", help="dit or cad")
     add("--preset", help="DiT: S/2, B/2, L/2, toy; CAD: B, L, toy (default: L/2 and L)")
     add("--p", type=float, default=0.5, help="chance of a composite where t > tau")
     add("--tau", type=float, default=0.4, help="composites only where t > tau")
@@ -204,7 +202,7 @@ def arguments(argv):
     add("--clamp", type=float, default=1.2, help="bound of |x_0| in those grids; 0 is none")
     parser.add_argument("--benchmark", action="store_true", help="only time training steps on random data")
     args = parser.parse_args(argv)
-    args.preset = args.preset or {"dit": "L/2", "cad": "L"}[args.model]
+    args.preset = args.preset or MODELS[args.model].default_preset
     args.schedule_steps = args.schedule_steps or 2 * args.steps  # the paper stops half-way through it
     args.micro_batch = args.micro_batch or args.batch_size
     if args.preset not in PRESETS[args.model]:
@@ -312,8 +310,8 @@ def main(argv=None):
     sizes = PRESETS[args.model][args.preset] | dict(
         channels=meta["latent_shape"][0], size=meta["latent_shape"][1], text_dim=meta["text_dim"])
     torch.manual_seed(args.seed)
-    model = MODELS[args.model](**sizes).to(device)
-    ema = MODELS[args.model](**sizes).to(device).requires_grad_(False).eval()
+    model = MODELS[args.model].network(**sizes).to(device)
+    ema = MODELS[args.model].network(**sizes).to(device).requires_grad_(False).eval()
     ema.load_state_dict(model.state_dict())
     optimizer = make_optimizer(model, args)
     first, running = 0, torch.zeros(2, device=device)                   # sums of loss and gradient norm
@@ -405,7 +403,7 @@ def benchmark(args, device):
     from torch.utils.benchmark import Timer
     from torch.utils.flop_counter import FlopCounterMode
     cuda, B = device.type == "cuda", args.micro_batch
-    model = MODELS[args.model](**PRESETS[args.model][args.preset]).to(device)
+    model = MODELS[args.model].network(**PRESETS[args.model][args.preset]).to(device)
     c = model.config
     shape = B, c["channels"], c["size"], c["size"]
     with device:
