@@ -391,6 +391,39 @@ def begin_or_resume(path, output, settings):
             temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
+@contextlib.contextmanager
+def only_command(folder):
+    """Keep `folder` for this command (this rank of it) until the block ends.
+
+    Two commands that write to one folder at once would take turns at the same temporary names.
+    The operating system releases the lock when the process ends, also after a kill -9. A folder
+    that is still empty at the end is removed. Raises UserError if another command is at work.
+    """
+    import fcntl
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".lock.{os.environ.get('RANK', '0')}"
+    with open(path, "w") as lock:
+        busy = False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The other command may have deleted the file just before it released the lock.
+            busy = os.fstat(lock.fileno()).st_nlink == 0
+        except BlockingIOError:
+            busy = True
+        except OSError:
+            pass        # A file system without locks: there is nothing to ask.
+        if busy:
+            raise UserError(f"{folder}: another command is writing to it; wait until it has "
+                            f"ended, or choose another --out")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
 # --------------------------------------------------------------------------------------
 # Ranks and devices
 
@@ -441,6 +474,40 @@ def autocast(device, precision):
     if use_bf16:
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+# Dense bfloat16 multiplications and additions a second, from the makers' data sheets. The first
+# name that is part of the card's own name counts.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops(device, precision):
+    """Return a device's peak in FLOP/s, and in words what it was taken from.
+
+    Cards in PEAK_FLOPS have their maker's figure. Of any other device, a large matrix product
+    is timed in the precision that `autocast` takes for `precision`.
+    """
+    import torch
+    from torch.utils.benchmark import Timer
+    if device.type == "cuda":
+        card = torch.cuda.get_device_name(device)
+        for name, peak in PEAK_FLOPS.items():
+            if name in card and precision != "fp32":
+                return peak, f"the peak of {name}"
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device)
+    with autocast(device, precision):
+        timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+        seconds = timer.timeit(5).mean
+    return 2 * n ** 3 / seconds, f"a {n} x {n} matrix product"
 
 
 # --------------------------------------------------------------------------------------
