@@ -1,9 +1,13 @@
 """DiT-I: the paper's Diffusion Transformer with text (Appendix A, Fig. 6).
 
-DiT-L/2 (Peebles and Xie 2023) in which cross-attention to the caption replaces AdaLN-Zero's class label, as
-in PixArt-alpha: time modulates every block through one shared MLP (adaLN-single), the caption's T5 tokens are
-projected and refined by two self-attention layers. Two changes keep it stable on a small data set: QK
-normalisation in every attention and LayerScale on every residual branch.
+It is DiT-L/2 (Peebles and Xie 2023) with a caption in place of the class label, built as in
+PixArt-alpha (Chen et al. 2024). Every block reads the caption by cross-attention. Time
+shifts, scales and gates every block through one shared network (adaLN-single). The
+caption's T5 tokens are projected and then refined by two layers of self-attention. Two
+changes keep training stable on a small data set: QK normalisation in every attention, and
+LayerScale on every residual branch.
+
+The class keeps the contract of all models, `TextToImageModel` in sample.py.
 
 Shapes: B images, N image tokens and L text tokens of width D, H heads of width D / H.
 """
@@ -11,168 +15,302 @@ Shapes: B images, N image tokens and L text tokens of width D, H heads of width 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Embeddings
 
 def sinusoids(x, dim):
-    """Cosines then sines of x (...,) at dim / 2 frequencies from 1 to 1 / 10000 -> (..., dim), float32."""
-    i = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
-    angle = x.float()[..., None] * 10000 ** (-i / (dim // 2))
-    return torch.cat([angle.cos(), angle.sin()], -1)
+    """Return cosines, then sines, of x (...,) at dim / 2 frequencies: (..., dim) float32.
+
+    The frequencies fall geometrically from 1 to 1 / 10000. Neighbouring values differ in
+    the fast waves, distant ones in the slow waves (Vaswani et al. 2017).
+    """
+    half = dim // 2
+    i = torch.arange(half, device=x.device, dtype=torch.float32)
+    frequency = 10000 ** (-i / half)                                 # (dim / 2,)
+    angle = x.float()[..., None] * frequency                         # (..., dim / 2)
+    return torch.cat([angle.cos(), angle.sin()], -1)                 # (..., dim)
 
 
 def position_embedding(n, dim):
-    """Fixed 2-D sine-cosine positions of an n x n grid -> (n * n, dim): first half for y, second for x."""
-    axis = sinusoids(torch.arange(n), dim // 2)                                     # (n, dim / 2)
-    return torch.cat([axis[:, None].expand(n, n, -1), axis[None].expand(n, n, -1)], -1).flatten(0, 1)
+    """Return fixed positions of an n x n grid, row by row: (n * n, dim) float32.
+
+    The first half of the features tells y, the second half x. They are computed, not
+    learned, so a model of any size has them.
+    """
+    axis = sinusoids(torch.arange(n), dim // 2)                      # (n, dim / 2)
+    y = axis[:, None].expand(n, n, -1)                               # (n, n, dim / 2)
+    x = axis[None].expand(n, n, -1)                                  # (n, n, dim / 2)
+    return torch.cat([y, x], -1).flatten(0, 1)                       # (n * n, dim)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Layers
 
 class Attention(nn.Module):
-    """Multi-head attention with QK normalisation (Henry et al. 2020): queries and keys are RMS-normalised per
-    head, so that no logit grows without bound. Self-attention where keys and values are made from `x`."""
+    """Multi-head attention with QK normalisation (Henry et al. 2020).
+
+    Queries and keys are RMS-normalised in each head, so that no attention logit can grow
+    without bound. It is self-attention if keys and values are made from `x` itself.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.q_norm, self.k_norm = nn.RMSNorm(dim // heads, eps=1e-6), nn.RMSNorm(dim // heads, eps=1e-6)
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.q_norm = nn.RMSNorm(dim // heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(dim // heads, eps=1e-6)
 
     def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                    # (B, H, N, D / H)
+        """Return x (B, N, D) as heads (B, H, N, D / H)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_values(self, x):
-        """x (B, S, D) -> normalised keys (float32) and values, each (B, H, S, D / H)."""
-        k, v = self.kv(x).chunk(2, -1)
-        return self.k_norm(self.split(k).float()), self.split(v)
+        """Return normalised keys (float32) and values of x (B, S, D), each (B, H, S, D / H)."""
+        k, v = self.kv(x).chunk(2, -1)                               # (B, S, D) each
+        k = self.k_norm(self.split(k).float())                       # (B, H, S, D / H)
+        return k, self.split(v)
 
     def forward(self, x, keys_values=None, mask=None):
-        """x (B, N, D), keys and values, mask (B, S) True where a key may be looked at -> (B, N, D)."""
-        q = self.q_norm(self.split(self.q(x)).float())
-        k, v = keys_values or self.keys_values(x)
+        """Return what the queries of x (B, N, D) read: (B, N, D).
+
+        keys_values: those of the tokens to look at; None: those of x.
+        mask: (B, S) bool, True where a key may be looked at; None: everywhere.
+        """
+        q = self.q_norm(self.split(self.q(x)).float())               # (B, H, N, D / H)
+        k, v = self.keys_values(x) if keys_values is None else keys_values
+        if mask is not None:
+            mask = mask[:, None, None]                               # (B, 1, 1, S)
+
+        # Under autocast the values are bfloat16 and the normalised q and k float32; attention
+        # wants one type. On a CPU that is float32: its fused attention has a backward that
+        # is five times slower in bfloat16.
         dtype = v.dtype
-        # The CPU's fused attention has a backward five times slower in bfloat16 than in float32.
-        q, k, v = (z.float() if x.device.type == "cpu" else z.to(dtype) for z in (q, k, v))
-        h = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
-        return self.out(h.transpose(1, 2).flatten(2).to(dtype))
+        fast = torch.float32 if x.device.type == "cpu" else dtype
+        h = F.scaled_dot_product_attention(q.to(fast), k.to(fast), v.to(fast), mask)
+        h = h.transpose(1, 2).flatten(2)                             # (B, N, D)
+        return self.out(h.to(dtype))
 
 
 def mlp(dim, ratio=4):
-    return nn.Sequential(
-        nn.Linear(dim, ratio * dim), nn.GELU(approximate="tanh"), nn.Linear(ratio * dim, dim))
+    """Return a network of two layers, (..., dim) -> (..., dim)."""
+    return nn.Sequential(nn.Linear(dim, ratio * dim),
+                         nn.GELU(approximate="tanh"),
+                         nn.Linear(ratio * dim, dim))
 
 
 def modulate(x, shift, scale):
+    """Return normalised tokens x (B, N, D), scaled and shifted by (B, 1, D) each."""
     return x * (1 + scale) + shift
 
 
+def layer_scale_parameter(dim, value):
+    """Return LayerScale's learned factor of a residual branch (Touvron et al. 2021): (D,)."""
+    return nn.Parameter(torch.full((dim,), value))
+
+
 class RefinerBlock(nn.Module):
-    """Self-attention and MLP over the caption's tokens; they know nothing of time or image."""
+    """Self-attention and MLP over the caption's tokens. They know nothing of time or image."""
 
     def __init__(self, dim, heads, layer_scale):
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), mlp(dim)
-        self.scale1, self.scale2 = (nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(2))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attention = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp(dim)
+        self.scale1 = layer_scale_parameter(dim, layer_scale)
+        self.scale2 = layer_scale_parameter(dim, layer_scale)
 
     def forward(self, text, mask):
-        text = text + self.scale1 * self.attention(self.norm1(text), mask=mask)     # (B, L, D)
-        return text + self.scale2 * self.mlp(self.norm2(text))                      # (B, L, D)
+        """Return text (B, L, D) refined; mask (B, L) bool is True where there is a token."""
+        text = text + self.scale1 * self.attention(self.norm1(text), mask=mask)
+        text = text + self.scale2 * self.mlp(self.norm2(text))
+        return text                                                  # (B, L, D)
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the caption, MLP; each residual branch has its own LayerScale
-    (Touvron et al. 2021). Time shifts, scales and gates the first and the last (adaLN-single)."""
+    """Self-attention, cross-attention to the caption, MLP, each with its own LayerScale.
+
+    Time shifts, scales and gates the self-attention and the MLP. The numbers for that come
+    from one network for all blocks; a block only adds its own table to them (adaLN-single).
+    """
 
     def __init__(self, dim, heads, layer_scale):
         super().__init__()
+        # Where time gives shift and scale, the norm needs none of its own.
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(dim, heads)
-        self.norm2, self.cross = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
-        self.norm3, self.mlp = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False), mlp(dim)
-        self.scale1, self.scale2, self.scale3 = (
-            nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(3))
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.cross = Attention(dim, heads)
+        self.norm3 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.mlp = mlp(dim)
+        self.scale1 = layer_scale_parameter(dim, layer_scale)
+        self.scale2 = layer_scale_parameter(dim, layer_scale)
+        self.scale3 = layer_scale_parameter(dim, layer_scale)
+
+        # Shift, scale and gate of the attention, then of the MLP. The two gates start open,
+        # because LayerScale already starts small.
         self.table = nn.Parameter(torch.zeros(6, dim))
-        nn.init.ones_(self.table.data[2::3])       # the two gates start open: LayerScale already starts small
+        nn.init.ones_(self.table.data[2::3])
 
     def forward(self, x, time, text_kv, mask):
-        """x (B, N, D), time (B, 6, D), text_kv and mask of the caption -> (B, N, D)."""
-        shift1, scale1, gate1, shift3, scale3, gate3 = (time + self.table)[:, :, None].unbind(1)   # (B, 1, D)
-        x = x + self.scale1 * gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
-        x = x + self.scale2 * self.cross(self.norm2(x), text_kv, mask)
-        return x + self.scale3 * gate3 * self.mlp(modulate(self.norm3(x), shift3, scale3))
+        """Return x (B, N, D) after the block.
+
+        time: (B, 6, D), the shared modulation. text_kv: keys and values of the caption.
+        mask: (B, L) bool, True where there is a token.
+        """
+        modulation = (time + self.table)[:, :, None]                 # (B, 6, 1, D)
+        shift1, scale1, gate1, shift3, scale3, gate3 = modulation.unbind(1)
+
+        h = self.attention(modulate(self.norm1(x), shift1, scale1))
+        x = x + self.scale1 * gate1 * h                              # (B, N, D)
+        h = self.cross(self.norm2(x), text_kv, mask)
+        x = x + self.scale2 * h                                      # (B, N, D)
+        h = self.mlp(modulate(self.norm3(x), shift3, scale3))
+        x = x + self.scale3 * gate3 * h                              # (B, N, D)
+        return x
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # The model
 
 class DiT(nn.Module):
-    """eps-prediction of VAE latents (B, channels, size, size) from a caption's T5 tokens (B, L, text_dim)."""
+    """Predict the noise in VAE latents (B, channels, size, size) from a caption's T5 tokens.
 
-    def __init__(self, size=32, channels=4, patch=2, text_dim=2048, depth=24, dim=1024, heads=16,
-                 layer_scale=0.1):
+    size: latents along a side, any multiple of `patch`. patch: latents along a side that
+    become one token. text_dim: width of T5's tokens. layer_scale: what every branch is
+    multiplied with at the start. Raises ValueError if the sizes do not go together.
+    """
+
+    def __init__(self, size=32, channels=4, patch=2, text_dim=2048, depth=24, dim=1024,
+                 heads=16, layer_scale=0.1):
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.size, self.channels, self.patch, self.dim = size, channels, patch, dim
+        if size % patch:
+            raise ValueError(f"size {size} is no multiple of patch {patch}")
+        if dim % heads or dim % 4:
+            raise ValueError(f"dim {dim} is no multiple of heads {heads} and of 4")
+        # All that it takes to build the same network again; saved in config.json.
+        self.config = {
+            "size": size, "channels": channels, "patch": patch, "text_dim": text_dim,
+            "depth": depth, "dim": dim, "heads": heads, "layer_scale": layer_scale,
+        }
+        self.size = size
+        self.channels = channels
+        self.patch = patch
+        self.dim = dim
+        # True: blocks do not keep their activations for the backward pass but compute them
+        # again in it. That saves most of the memory and costs about a third more time.
+        self.checkpoint_activations = False
+
+        # Image tokens. The buffer is not saved, because it can be computed.
         self.patch_embed = nn.Linear(channels * patch * patch, dim)
-        self.register_buffer("position", position_embedding(size // patch, dim), persistent=False)
+        position = position_embedding(size // patch, dim)            # (N, D)
+        self.register_buffer("position", position, persistent=False)
+
+        # Time, and the modulation of all blocks that is computed from it.
         self.time_embed = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.time_table = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))      # adaLN-single, shared by all
-        self.text_embed = nn.Sequential(
-            nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.time_table = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+        # The caption.
+        self.text_embed = nn.Sequential(nn.Linear(text_dim, dim),
+                                        nn.GELU(approximate="tanh"),
+                                        nn.Linear(dim, dim))
         self.refine = nn.ModuleList(RefinerBlock(dim, heads, layer_scale) for _ in range(2))
+
         self.blocks = nn.ModuleList(Block(dim, heads, layer_scale) for _ in range(depth))
+
+        # Back to latents.
         self.final_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.final_table = nn.Parameter(torch.zeros(2, dim))
         self.out = nn.Linear(dim, channels * patch * patch)
         self.init_weights()
 
     def init_weights(self):
+        """Initialise as DiT does: the untrained network predicts zero, at every time alike."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.time_embed[0], self.time_embed[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        nn.init.zeros_(self.time_table[1].weight)   # at the start every block is modulated by its table alone
-        nn.init.zeros_(self.out.weight)                 # and the prediction is zero
+        nn.init.normal_(self.time_embed[0].weight, std=0.02)
+        nn.init.normal_(self.time_embed[2].weight, std=0.02)
+        # At the start every block is modulated by its table alone ...
+        nn.init.zeros_(self.time_table[1].weight)
+        # ... and no token is written to the prediction.
+        nn.init.zeros_(self.out.weight)
+
+    def to_tokens(self, x):
+        """Cut latents x (B, C, size, size) into patches, row by row: (B, N, p * p * C)."""
+        p = self.patch
+        n = self.size // p                                           # tokens along a side
+        patches = x.reshape(-1, self.channels, n, p, n, p)           # (B, C, n, p, n, p)
+        patches = patches.permute(0, 2, 4, 3, 5, 1)                  # (B, n, n, p, p, C)
+        return patches.flatten(3).flatten(1, 2)                      # (B, N, p * p * C)
+
+    def to_latents(self, tokens):
+        """Put patches (B, N, p * p * C) back to their places: (B, C, size, size)."""
+        p = self.patch
+        n = self.size // p
+        patches = tokens.reshape(-1, n, n, p, p, self.channels)      # (B, n, n, p, p, C)
+        patches = patches.permute(0, 5, 1, 3, 2, 4)                  # (B, C, n, p, n, p)
+        return patches.reshape(-1, self.channels, self.size, self.size)
 
     def condition(self, text, mask, coherence=None):
-        """text (B, L, text_dim), mask (B, L) bool -> context: every block's keys and values, and the mask.
+        """Return the context of captions: what `denoise` needs of them at every step.
 
-        `coherence` is CAD's and is not used: a dropped caption shows in its null text."""
-        text = self.text_embed(text.to(self.out.weight.dtype))                       # (B, L, D)
+        text: (B, L, text_dim). mask: (B, L) bool, True where there is a token.
+        coherence: an input of CAD, not used here. A dropped caption shows in its null text.
+
+        The context is a list of every block's keys and values of the caption, and the mask.
+        """
+        text = self.text_embed(text.to(self.out.weight.dtype))       # (B, L, D)
         for block in self.refine:
-            text = block(text, mask)
-        return [block.cross.keys_values(text) for block in self.blocks], mask
+            text = block(text, mask)                                 # (B, L, D)
+        text_kv = [block.cross.keys_values(text) for block in self.blocks]
+        return text_kv, mask
 
     def denoise(self, x, gamma, context, state=None):
-        """x (B, C, size, size), gamma (B,), context of `condition` -> (eps (B, C, size, size), None)."""
+        """Return the noise predicted in x (B, C, size, size), and None for the state.
+
+        gamma: (B,), the signal level of each sample. context: what `condition` returns.
+        state: part of the contract; this model carries nothing from step to step.
+        """
         text_kv, mask = context
-        p, n = self.patch, self.size // self.patch
-        tokens = x.reshape(-1, self.channels, n, p, n, p).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        tokens = self.patch_embed(tokens) + self.position                            # (B, N, D)
-        t = 1000 * (1 - gamma.float())                                           # the paper's step, 0 .. 1000
-        time = self.time_embed(sinusoids(t, 256).to(self.out.weight.dtype))          # (B, D)
-        modulation = self.time_table(time).unflatten(-1, (6, self.dim))              # (B, 6, D)
+        tokens = self.patch_embed(self.to_tokens(x)) + self.position   # (B, N, D)
+
+        # The network is told the paper's step, 0 to 1000, in place of gamma = 1 - step / 1000.
+        step = 1000 * (1 - gamma.float())                            # (B,)
+        time = sinusoids(step, 256).to(self.out.weight.dtype)        # (B, 256)
+        time = self.time_embed(time)                                 # (B, D)
+        modulation = self.time_table(time).unflatten(-1, (6, self.dim))   # (B, 6, D)
+
         for block, kv in zip(self.blocks, text_kv):
-            tokens = block(tokens, modulation, kv, mask)
-        shift, scale = (time[:, None] + self.final_table)[:, :, None].unbind(1)      # (B, 1, D)
-        eps = self.out(modulate(self.final_norm(tokens), shift, scale))              # (B, N, p p C)
-        eps = eps.reshape(-1, n, n, p, p, self.channels).permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+            if self.checkpoint_activations:
+                tokens = checkpoint(block, tokens, modulation, kv, mask, use_reentrant=False)
+            else:
+                tokens = block(tokens, modulation, kv, mask)         # (B, N, D)
+
+        shift, scale = (time[:, None] + self.final_table)[:, :, None].unbind(1)   # (B, 1, D)
+        tokens = modulate(self.final_norm(tokens), shift, scale)     # (B, N, D)
+        eps = self.to_latents(self.out(tokens))                      # (B, C, size, size)
         return eps, None
 
-    def forward(self, x, gamma, text, mask, coherence=None):
-        """The training pass -> eps (B, C, size, size)."""
-        return self.denoise(x, gamma, self.condition(text, mask, coherence))[0]
+    def forward(self, x, gamma, text, mask, coherence=None, coin=None):
+        """Return the noise predicted in x: the training pass, (B, C, size, size).
+
+        `coherence` and `coin` are inputs of CAD and are not used.
+        """
+        context = self.condition(text, mask, coherence)
+        eps, _ = self.denoise(x, gamma, context)
+        return eps
 
 
-PRESETS = {     # DiT's sizes for 256 x 256 pictures; the toy's latents are 8 x 8
-    "toy": dict(size=8, channels=8, patch=2, text_dim=128, depth=4, dim=128, heads=4, layer_scale=0.3),
+# DiT's sizes for images of 256 x 256 pixels; the toy's latents are 8 x 8.
+PRESETS = {
+    "toy": dict(size=8, channels=8, patch=2, text_dim=128,
+                depth=4, dim=128, heads=4, layer_scale=0.3),
     "S/2": dict(depth=12, dim=384, heads=6),
     "B/2": dict(depth=12, dim=768, heads=12),
     "L/2": dict(depth=24, dim=1024, heads=16),
