@@ -74,8 +74,15 @@ def close_progress_bars():
 
 
 def one_line(error, length=200):
-    """Return an exception's message as one line of at most `length` characters."""
-    message = " ".join(str(error).split())
+    """Return an exception's message as one line of at most `length` characters.
+
+    A DataLoader raises an error of its worker processes again with their whole traceback as
+    the message. What the error said stands at its end, behind the name of its class.
+    """
+    message = str(error)
+    if message.startswith("Caught ") and "\nOriginal Traceback" in message:
+        message = message.rpartition(f"{type(error).__name__}: ")[2]
+    message = " ".join(message.split())
     return message[:length] or type(error).__name__
 
 
