@@ -172,112 +172,171 @@ def section_evaluate():
 
 
 def section_encode():
-    """What reading a sample costs beside its bytes; what float8 and a bfloat16 VAE lose; cost is linear."""
+    """Reading a sample beside copying its bytes; what float8 and a bfloat16 VAE lose; cost is linear."""
+    for text_dtype in ("bfloat16", "float8"):
+        reading_of_encoded_data(text_dtype)
+    losses_of_precision()
+    encoding_in_the_small()
+
+
+def write_encoded_data(folder, text_dtype):
+    """Write two shards of random numbers, as of flan-t5-xl and 256 x 256 pixels."""
     import json
 
-    import numpy as np
     import torch
-    from PIL import Image
-    from safetensors.torch import save, save_file
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+    from safetensors.torch import save
+
+    import encode
+    rng = torch.Generator().manual_seed(0)
+    count = 400
+    longest = 0
+    for k in range(2):
+        lengths = torch.randint(100, 200, (count,), generator=rng)
+        longest = max(longest, int(lengths.max()))
+        tokens = torch.randn(int(lengths.sum()), 2048, generator=rng)
+        shard = encode.store_text(tokens, text_dtype)
+        shard["mean"] = torch.randn(count, 4, 32, 32, generator=rng).half()
+        shard["std"] = torch.rand(count, 4, 32, 32, generator=rng).half()
+        shard["offset"] = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        (folder / encode.shard_name(k)).write_bytes(save(shard, {"samples": "{}"}))
+    null = save({"text": torch.zeros(1, 2048, dtype=torch.bfloat16)})
+    (folder / "null.safetensors").write_bytes(null)
+    meta = {"version": 1, "size": 256, "vae": "", "text_encoder": "", "text_dtype": text_dtype,
+            "text_dim": 2048, "latent_shape": [4, 32, 32], "scaling_factor": 0.18215,
+            "shards": 2, "counts": [count, count], "count": 2 * count, "longest": longest}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def reading_of_encoded_data(text_dtype):
+    """Print the time that a sample costs in random order, and that of copying as many bytes."""
+    import numpy as np
+
+    import encode
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_encoded_data(folder, text_dtype)
+        data = encode.Encoded(folder)
+        order = np.random.default_rng(0).permutation(len(data)).tolist()
+
+        def microseconds(read):
+            times = []
+            # The first round reads the file into memory.
+            for _ in range(6):
+                start = time.perf_counter()
+                for i in order:
+                    read(i)
+                times.append((time.perf_counter() - start) / len(order) * 1e6)
+            return min(times)
+
+        raw = np.memmap(folder / encode.shard_name(0), np.uint8, "r")
+        width = 1 if text_dtype == "float8" else 2
+        pieces = np.split(raw[:400 * 150 * 2048 * width], 400)
+        located = microseconds(data.text)
+        copied = microseconds(lambda i: data.text(i).clone())
+        moments = microseconds(data.moments)
+        bare = microseconds(lambda i: pieces[i % 400].copy())
+    print(f"encode: reading a sample of 150 {text_dtype} tokens: {copied:.0f} us ({located:.1f} us "
+          f"before its bytes are copied), moments {moments:.0f} us; numpy.memmap, same size: "
+          f"{bare:.0f} us", flush=True)
+
+
+def losses_of_precision():
+    """Print the relative errors of float8 tokens and of the autoencoder in 16 bits."""
+    import torch
 
     import encode
 
     def relative(a, b):
         return float((a.float() - b.float()).norm() / b.float().norm())
 
-    order = np.random.default_rng(0).permutation(800).tolist()
-
-    def timed(read):
-        times = []
-        for _ in range(6):                                      # the first one reads the file into memory
-            start = time.perf_counter()
-            for i in order:
-                read(i)
-            times.append((time.perf_counter() - start) / len(order) * 1e6)
-        return min(times)
-
     rng = torch.Generator().manual_seed(0)
-    for dtype in "bfloat16", "float8":
-        with tempfile.TemporaryDirectory() as folder:       # two shards as of flan-t5-xl and 256 x 256 pixels
-            for k in range(2):
-                lengths = torch.randint(100, 200, (400,), generator=rng)
-                shard = encode.pack(torch.randn(int(lengths.sum()), 2048, generator=rng), dtype)
-                shard.update(mean=torch.randn(400, 4, 32, 32, generator=rng).half(),
-                             std=torch.rand(400, 4, 32, 32, generator=rng).half(),
-                             offset=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]))
-                Path(folder, encode.shard_name(k)).write_bytes(save(shard, {"samples": "{}"}))
-            save_file({"text": torch.zeros(1, 2048)}, Path(folder, "null.safetensors"))
-            Path(folder, "meta.json").write_text(json.dumps(
-                {"shards": 2, "counts": [400, 400], "count": 800}))
-            ds, raw = encode.Encoded(folder), np.memmap(Path(folder, encode.shard_name(0)), np.uint8, "r")
-            pieces = np.split(raw[:400 * 150 * 2048 * (1 if dtype == "float8" else 2)], 400)
-            text, copied, moments, bare = map(timed, (
-                ds.text, lambda i, ds=ds: ds.text(i).clone(), ds.moments,
-                lambda i, pieces=pieces: pieces[i % 400].copy()))
-            print(f"encode: reading a sample of 150 {dtype} tokens: {copied:.0f} us ({text:.0f} us before "
-                  f"its bytes are copied), moments {moments:.0f} us; numpy.memmap, same size: {bare:.0f} us")
-
-    x = torch.randn(2000, 2048, generator=rng)
-    outlying = x.clone()
+    tokens = torch.randn(2000, 2048, generator=rng)
+    outlying = tokens.clone()
     outlying[:, 7] *= 100
-    for name, text in ("normal", x), ("normal, one feature 100 times as large (the others)", outlying):
-        back = encode.unpack(**encode.pack(text, "float8"))
-        back, text = (back[:, 8:], text[:, 8:]) if "others" in name else (back, text)
-        print(f"encode: relative error of float8 {relative(back, text):.4f}, "
-              f"of bfloat16 {relative(text.bfloat16(), text):.4f} ({name})")
+    # Of the tokens with an outlier, the other features tell what it costs them.
+    for name, text, first in [("normal", tokens, 0),
+                              ("normal, one feature 100 times as large (the others)", outlying, 8)]:
+        restored = encode.restore_text(**encode.store_text(text, "float8"))
+        float8 = relative(restored[:, first:], text[:, first:])
+        bfloat16 = relative(text.bfloat16()[:, first:], text[:, first:])
+        print(f"encode: relative error of float8 {float8:.4f}, of bfloat16 {bfloat16:.4f} ({name})",
+              flush=True)
 
+    # Stable Diffusion's size with random weights. 64 pixels, because 16-bit convolutions are
+    # slow on a CPU that has no instructions for them.
     torch.manual_seed(0)
-    vae = encode.AutoencoderKL().eval()                         # Stable Diffusion's size, random weights
-    image = torch.nn.functional.interpolate(torch.randn(1, 3, 32, 32), size=256, mode="bicubic").clamp(-1, 1)
-    with torch.no_grad():
-        mean, std = vae.encode(image)
-        for dtype in torch.bfloat16, torch.float16:
-            low = vae.to(dtype).encode(image.to(dtype))
-            print(f"encode: VAE in {str(dtype).removeprefix('torch.')}: mean {relative(low[0], mean):.4f}, "
-                  f"std {relative(low[1], std):.4f} relative to float32 (weights rounded too)")
-            vae.float()
+    vae = encode.AutoencoderKL().eval().requires_grad_(False)
+    image = torch.nn.functional.interpolate(torch.randn(1, 3, 8, 8), size=64, mode="bicubic")
+    mean, std = vae.encode(image.clamp(-1, 1))
+    for dtype in (torch.bfloat16, torch.float16):
+        low_mean, low_std = vae.to(dtype).encode(image.clamp(-1, 1).to(dtype))
+        name = str(dtype).removeprefix("torch.")
+        print(f"encode: VAE in {name}: mean {relative(low_mean, mean):.4f}, std "
+              f"{relative(low_std, std):.4f} relative to float32 (weights rounded too)", flush=True)
+        vae.float()
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+
+def encoding_in_the_small():
+    """Print what encode.py costs an image with small encoders, for two numbers of images."""
+    import json
+
+    import numpy as np
+    import torch
+    from PIL import Image
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    import encode
+    with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         words = [f"w{i}" for i in range(50)]
         vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", *words])}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, "</s>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder / "t5")
-        T5EncoderModel(T5Config(vocab_size=52, d_model=128, d_kv=32, d_ff=256, num_layers=2,
-                                num_heads=4)).save_pretrained(folder / "t5")
-        vae = encode.AutoencoderKL(latent_channels=8, block_out_channels=(32, 32, 64), layers_per_block=1,
-                                   norm_num_groups=8, patch_size=2)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            "$A </s>", special_tokens=[("</s>", 1)])
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+        fast.save_pretrained(folder / "t5")
+        config = T5Config(vocab_size=52, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
+        T5EncoderModel(config).save_pretrained(folder / "t5")
+        vae = encode.AutoencoderKL(latent_channels=8, block_out_channels=(32, 32, 64),
+                                   layers_per_block=1, norm_num_groups=8, patch_size=2)
         (folder / "vae").mkdir()
         (folder / "vae" / "config.json").write_text(json.dumps(vae.config))
         save_file(vae.state_dict(), folder / "vae" / "diffusion_pytorch_model.safetensors")
-        draw, times = np.random.default_rng(0), {}
-        for count in 200, 1000, 4000:                           # the first one warms up
+
+        draw = np.random.default_rng(0)
+        # The first one warms up.
+        for count in (100, 500, 2000):
             images = folder / str(count)
             images.mkdir()
-            with open(folder / f"{count}.jsonl", "w") as file:
-                for i in range(count):
-                    Image.fromarray(draw.integers(0, 256, (64, 64, 3), np.uint8)).save(images / f"{i}.png")
-                    caption = " ".join(draw.choice(words, draw.integers(20, 60)))
-                    file.write(json.dumps({"file": f"{i}.png", "caption": caption}) + "\n")
+            rows = []
+            for i in range(count):
+                pixels = draw.integers(0, 256, (64, 64, 3), np.uint8)
+                Image.fromarray(pixels).save(images / f"{i}.png")
+                caption = " ".join(draw.choice(words, draw.integers(20, 60)))
+                rows.append(json.dumps({"file": f"{i}.png", "caption": caption}) + "\n")
+            (folder / f"{count}.jsonl").write_text("".join(rows))
             start = time.perf_counter()
-            with contextlib.redirect_stdout(io.StringIO()):
-                encode.main([f"--images={images}", f"--captions={images}.jsonl", f"--out={images}-out",
-                             "--workers=0", f"--vae={folder / 'vae'}", f"--text-encoder={folder / 't5'}",
-                             "--size=64"])
-            times[count] = (time.perf_counter() - start) / count * 1e3
-        x = torch.rand(64, 3, 64, 64).to(memory_format=torch.channels_last)
-        with torch.no_grad():
+            with contextlib.redirect_stdout(io.StringIO()), \
+                    contextlib.redirect_stderr(io.StringIO()):
+                encode.main([f"--images={images}", f"--captions={images}.jsonl",
+                             f"--out={images}-out", "--workers=0", f"--vae={folder / 'vae'}",
+                             f"--text-encoder={folder / 't5'}", "--size=64"])
+            took = (time.perf_counter() - start) / count * 1e3
+            if count > 100:
+                print(f"encode: toy encoders, 64 x 64 pixels: {took:.2f} ms a picture for {count}",
+                      flush=True)
+
+    x = torch.rand(64, 3, 64, 64).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        vae.encode(x)
+        start = time.perf_counter()
+        for _ in range(5):
             vae.encode(x)
-            start = time.perf_counter()
-            for _ in range(10):
-                vae.encode(x)
-        bare = (time.perf_counter() - start) / 640 * 1e3
-        print(f"encode: toy encoders, 64 x 64 pixels: {times[1000]:.2f} ms a picture for 1,000, "
-              f"{times[4000]:.2f} ms for 4,000; the VAE's convolutions alone {bare:.2f} ms")
+    bare = (time.perf_counter() - start) / (5 * 64) * 1e3
+    print(f"encode: the toy VAE's convolutions alone: {bare:.2f} ms a picture", flush=True)
 
 
 if __name__ == "__main__":
