@@ -102,6 +102,11 @@ def mlp(dim, ratio=4):
                          nn.Linear(ratio * dim, dim))
 
 
+def plain_norm(dim):
+    """Return a LayerNorm without weights, for tokens that time shifts and scales."""
+    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+
+
 def modulate(x, shift, scale):
     """Return normalised tokens x (B, N, D), scaled and shifted by (B, 1, D) each."""
     return x * (1 + scale) + shift
@@ -140,12 +145,11 @@ class Block(nn.Module):
 
     def __init__(self, dim, heads, layer_scale):
         super().__init__()
-        # Where time gives shift and scale, the norm needs none of its own.
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm1 = plain_norm(dim)
         self.attention = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.cross = Attention(dim, heads)
-        self.norm3 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm3 = plain_norm(dim)
         self.mlp = mlp(dim)
         self.scale1 = layer_scale_parameter(dim, layer_scale)
         self.scale2 = layer_scale_parameter(dim, layer_scale)
@@ -194,8 +198,14 @@ class DiT(nn.Module):
             raise ValueError(f"dim {dim} is no multiple of heads {heads} and of 4")
         # All that it takes to build the same network again; saved in config.json.
         self.config = {
-            "size": size, "channels": channels, "patch": patch, "text_dim": text_dim,
-            "depth": depth, "dim": dim, "heads": heads, "layer_scale": layer_scale,
+            "size": size,
+            "channels": channels,
+            "patch": patch,
+            "text_dim": text_dim,
+            "depth": depth,
+            "dim": dim,
+            "heads": heads,
+            "layer_scale": layer_scale,
         }
         self.size = size
         self.channels = channels
@@ -223,7 +233,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, layer_scale) for _ in range(depth))
 
         # Back to latents.
-        self.final_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.final_norm = plain_norm(dim)
         self.final_table = nn.Parameter(torch.zeros(2, dim))
         self.out = nn.Linear(dim, channels * patch * patch)
         self.init_weights()
