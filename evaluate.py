@@ -561,7 +561,7 @@ class FeatureFolder:
     @torch.no_grad()
     def compute(self, args, rank, world):
         """Compute this rank's share of the parts that are missing."""
-        todo = self.missing()[rank::world]
+        todo = [path for path in list(self.parts)[rank::world] if not path.exists()]
         load = functools.partial(load_pixels, size=None if args.no_crop else args.size)
         skipped = {}
         batches = load_ahead(self.folder, [self.parts[path] for path in todo], load, skipped)
@@ -1240,10 +1240,11 @@ def scores_of(path, command, section):
             raise UserError(f"{path}: {command}: {name} is {value!r}, which is not a number")
     settings = section.get("settings", {})
     counts = section.get("counts", {})
+    others = DEPENDS_ON[command]
     scores = {}
     for name in [name for name in found if not name.endswith("_error")]:
         made_with = {}
-        for key in DEPENDS_ON.get(name, DEPENDS_ON[command]):
+        for key in DEPENDS_ON.get(name, others):
             # A model is known by the hash of its weights, whatever its folder is called.
             made_with[key] = section.get("weights", {}).get(settings.get(key), settings.get(key))
         if command == "quality":
@@ -1335,17 +1336,22 @@ def print_tables(rows, paper=False):
     column that was measured in different ways, and a line below the table says in which.
     """
     for table in TABLES:
-        facts = [fact for fact in table.facts if paper and any(fact in row.facts for row in rows)]
-        of_table = rows
+        wanted = [prefix + column for prefix in table.prefixes for column in table.columns]
+        shown_rows = [row for row in rows if any(name in row.scores for name in wanted)]
         if table.columns is ABLATION:
-            of_table = [row for row in rows if row.facts.get(table.facts[0])]
-            if not paper or len({row.facts[table.facts[0]] for row in of_table}) < 2:
+            [fact] = table.facts
+            shown_rows = [row for row in shown_rows if row.facts.get(fact)]
+            if not paper or len({row.facts[fact] for row in shown_rows}) < 2:
                 continue
+        if all(row.published for row in shown_rows):
+            continue
+        facts = [fact for fact in table.facts
+                 if paper and any(fact in row.facts for row in shown_rows)]
         names = []
         texts = {heading: [] for heading in table.columns.values()}
         unranked = {}
         for prefix, mark in table.prefixes.items():
-            group = [row for row in of_table
+            group = [row for row in shown_rows
                      if any(prefix + column in row.scores for column in table.columns)]
             for row in group:
                 name = f"{row.name} (published)" if row.published else row.name
@@ -1359,14 +1365,13 @@ def print_tables(rows, paper=False):
                     rivals = []
                 digits = 3 if heading.split()[-2] in ("P", "R", "D", "C") else 2
                 texts[heading] += cell_texts(scores, rivals, "↓" in heading, digits)
-        if names:
-            shown = [heading for heading in texts if any(texts[heading])]
-            print(f"\n{table.title}\n\n| | {' | '.join([*facts, *shown])} |")
-            print(f"|---|{'---|' * len(facts)}{'--:|' * len(shown)}")
-            for i, name in enumerate(names):
-                print(f"| {' | '.join([*name, *[texts[heading][i] for heading in shown]])} |")
-            for difference, headings in unranked.items():
-                print(f"\n- not ranked: {', '.join(headings)}; measured with another {difference}")
+        shown = [heading for heading in texts if any(texts[heading])]
+        print(f"\n{table.title}\n\n| | {' | '.join([*facts, *shown])} |")
+        print(f"|---|{'---|' * len(facts)}{'--:|' * len(shown)}")
+        for i, name in enumerate(names):
+            print(f"| {' | '.join([*name, *[texts[heading][i] for heading in shown]])} |")
+        for difference, headings in unranked.items():
+            print(f"\n- not ranked: {', '.join(headings)}; measured with another {difference}")
 
 
 def compare(args):
@@ -1402,8 +1407,9 @@ def read_csv(path):
         for cells in csv.DictReader(file):
             try:
                 name = cells.pop("model")
-                facts = {fact: cells.pop(fact, None) or "" for fact in FACTS}
-                scores = {key: Score(float(text)) for key, text in cells.items() if text}
+                filled = {key: text for key, text in cells.items() if text}
+                facts = {fact: filled.pop(fact) for fact in FACTS if fact in filled}
+                scores = {key: Score(float(text)) for key, text in filled.items()}
             except (KeyError, ValueError, TypeError) as error:
                 raise UserError(f"{path}: not a table as compare --csv writes it ({error})") from None
             rows.append(Row(name, scores, facts, published=True))
