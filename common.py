@@ -872,3 +872,31 @@ def download(repo, names):
             reason = one_line(error)
             raise UserError(f"{repo}: no such folder, and not on the hub ({reason})") from None
     return None
+
+
+def weights_hash(name):
+    """Return the sha256 of the weights of a model folder or hub id (or of their index)."""
+    return sha256(fetch(name, "model.safetensors", "pytorch_model.bin",
+                        "model.safetensors.index.json"))
+
+
+@functools.cache
+def pretrained(name, kind, companion=None, **options):
+    """Return (model, companion) of a folder or hub id, the model in eval mode on this
+    process's device.
+
+    `kind` is a class of transformers, `companion` that of a tokenizer or processor. Raises
+    UserError where there is no such model, or the weights are those of another class.
+    """
+    import transformers
+    weights_hash(name)
+    try:
+        model, info = getattr(transformers, kind).from_pretrained(
+            name, output_loading_info=True, **options)
+        companion = companion and getattr(transformers, companion).from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{name}: does not load as {kind} ({reason})") from None
+    if len(info["missing_keys"]) > len(model.state_dict()) / 10:
+        raise UserError(f"{name}: these are not the weights of a {type(model).__name__}")
+    return model.eval().to(local_device()), companion

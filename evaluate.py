@@ -29,10 +29,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from common import (HelpFormatter, UserError, at_least, command_line, complete, fetch,
-                    is_last_rank, line_chart, list_images, load_ahead, load_image,
-                    local_device, open_image, rank_and_world, read_json, read_jsonl,
-                    report_skipped, sha256, write_jsonl)
+from common import (HelpFormatter, UserError, at_least, command_line, complete, is_last_rank,
+                    line_chart, list_images, load_ahead, load_image, local_device, open_image,
+                    pretrained, rank_and_world, read_json, read_jsonl, report_skipped, sha256,
+                    weights_hash, write_jsonl)
 
 DEVICE = local_device()
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
@@ -390,33 +390,6 @@ def stamp(folder, file):
     return f"{status.st_size}:{status.st_mtime_ns}"
 
 
-def weights_hash(name):
-    """Return the sha256 of the weights of a model folder or hub id (or of their index)."""
-    return sha256(fetch(name, "model.safetensors", "pytorch_model.bin",
-                        "model.safetensors.index.json"))
-
-
-@functools.cache
-def pretrained(name, kind, companion=None, **options):
-    """Return (model, companion) of a folder or hub id, the model in eval mode on DEVICE.
-
-    `kind` is a class of transformers, `companion` that of a tokenizer or processor. Raises
-    UserError where there is no such model, or the weights are those of another class.
-    """
-    import transformers
-    weights_hash(name)
-    try:
-        model, info = getattr(transformers, kind).from_pretrained(
-            name, output_loading_info=True, **options)
-        companion = companion and getattr(transformers, companion).from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{name}: does not load as {kind} ({reason})") from None
-    if len(info["missing_keys"]) > len(model.state_dict()) / 10:
-        raise UserError(f"{name}: these are not the weights of a {type(model).__name__}")
-    return model.eval().to(DEVICE), companion
-
-
 def judged(folder, files, log, weights, judge, given=None):
     """Yield (file, image, row), where row holds what models say of the image.
 
@@ -470,14 +443,17 @@ def sample_names(folder):
     """
     path = Path(folder, "samples.jsonl")
     if not path.exists():
-        return {file: None for file in list_images(folder) if file != "sheet.png"}
-    names = {}
-    for row in read_jsonl(path):
-        if not isinstance(row.get("file"), str):
-            raise UserError(f'{path}: every line needs a "file"')
-        names[row["file"]] = row.get("name")
+        names = {file: None for file in list_images(folder) if file != "sheet.png"}
+    else:
+        names = {}
+        for row in read_jsonl(path):
+            if not isinstance(row.get("file"), str):
+                raise UserError(f'{path}: every line needs a "file"')
+            if not isinstance(row.get("name"), str | None):
+                raise UserError(f'{path}: the "name" of {row["file"]} is not text')
+            names[row["file"]] = row.get("name")
     if not names:
-        raise UserError(f"{path}: no samples in it")
+        raise UserError(f"{folder}: no samples in it")
     return dict(sorted(names.items()))
 
 
@@ -486,7 +462,7 @@ def asked_for(source, files, names):
 
     Raises UserError if there are none.
     """
-    wanted = {name for name in names if isinstance(name, str)}
+    wanted = {name for name in names if name}
     chosen = [file for file in files if not wanted or Path(file).stem in wanted]
     if not chosen:
         raise UserError(f"{source}: none of its images was asked for: the samples are named "

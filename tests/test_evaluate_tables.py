@@ -93,9 +93,11 @@ def test_samples_jsonl_is_the_list_of_samples(quality, tmp_path, capsys):
     quality("--real", real, "--fake", fake)
     assert section(fake)["counts"] == {"real": 6, "fake": 4, "skipped": 1}
     assert "0009.png" in capsys.readouterr().err
-    write_lines(fake / "samples.jsonl", [{"file": ["0000.png"]}])
-    with pytest.raises(UserError, match='samples.jsonl: every line needs a "file"'):
-        quality("--real", real, "--fake", fake)
+    for row, message in (({"file": ["0000.png"]}, 'every line needs a "file"'),
+                         ({"file": "0000.png", "name": ["a"]}, 'the "name" of 0000.png is not text')):
+        write_lines(fake / "samples.jsonl", [row])
+        with pytest.raises(UserError, match=message):
+            quality("--real", real, "--fake", fake)
 
 
 def test_coco_is_compared_only_where_it_was_asked_for(quality, tmp_path, capsys):
