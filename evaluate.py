@@ -1070,7 +1070,7 @@ def dpg(args):
         raise UserError(f"{args.images}: no image is named after a prompt of {args.questions}, "
                         f"like {min(prompts)}.png")
     read_results(args.images)
-    args.judge = args.judge or args.answers or args.vqa
+    args.judge = (args.judge or args.answers) if args.answers else args.vqa
     weights = {args.questions: sha256(args.questions)}
     if not args.answers:
         weights[args.vqa] = weights_hash(args.vqa)
@@ -1212,7 +1212,8 @@ def scores_of(path, command, section):
         found = {f"{prompts} {task}": value for prompts in found
                  for task, value in found[prompts].items()}
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
             raise UserError(f"{path}: {command}: {name} is {value!r}, which is not a number")
     settings = section.get("settings", {})
     counts = section.get("counts", {})
@@ -1239,8 +1240,9 @@ def read_row(path):
             row.scores.update(scores_of(path, command, section))
             training = (section.get("checkpoint") or {}).get("training") or {}
             weights = (section.get("sampling") or {}).get("weights")
-            row = row._replace(weights=weights or row.weights,
-                               steps=training.get("steps", row.steps))
+            row = row._replace(weights=weights or row.weights)
+            if training.get("steps") is not None:
+                row = row._replace(steps=int(training["steps"]))
             for fact, key in (("Params", "parameters"), ("Images", "images")):
                 if training.get(key):
                     row.facts[fact] = f"{training[key] / 1e6:.3g}M"
@@ -1255,11 +1257,11 @@ def read_row(path):
 
 
 def results_files(place):
-    """Return the results.json meant by a path: itself, in that folder, or in folders of it."""
+    """Return the results.json that a path means: itself, in it, or else in the folders in it."""
     place = Path(place)
     if not place.is_dir():
         return [place]
-    found = [*place.glob("results.json"), *sorted(place.glob("*/results.json"))]
+    found = list(place.glob("results.json")) or sorted(place.glob("*/results.json"))
     if not found:
         raise UserError(f"{place}: no results.json in it")
     return found
@@ -1305,6 +1307,20 @@ def cell_texts(scores, rivals, lowest, digits):
     return texts
 
 
+def rows_of_table(table, rows, paper):
+    """Return the rows that have a score of a table; none if the table is not to be printed."""
+    columns = [prefix + column for prefix in table.prefixes for column in table.columns]
+    chosen = [row for row in rows if row.scores.keys() & set(columns)]
+    if table.columns is ABLATION:
+        # Only a study of what varies: two settings of CutMix, or two probabilities.
+        [fact] = table.facts
+        chosen = [row for row in chosen if fact in row.facts]
+        if not paper or len({row.facts[fact] for row in chosen}) < 2:
+            return []
+    only_published = all(row.published for row in chosen)
+    return [] if only_published else chosen
+
+
 def print_tables(rows, paper=False):
     """Print rows as the paper's tables, in Markdown; `paper`: with the checkpoints' facts.
 
@@ -1312,40 +1328,42 @@ def print_tables(rows, paper=False):
     column that was measured in different ways, and a line below the table says in which.
     """
     for table in TABLES:
-        wanted = [prefix + column for prefix in table.prefixes for column in table.columns]
-        shown_rows = [row for row in rows if any(name in row.scores for name in wanted)]
-        if table.columns is ABLATION:
-            [fact] = table.facts
-            shown_rows = [row for row in shown_rows if row.facts.get(fact)]
-            if not paper or len({row.facts[fact] for row in shown_rows}) < 2:
-                continue
-        if all(row.published for row in shown_rows):
+        chosen = rows_of_table(table, rows, paper)
+        if not chosen:
             continue
-        facts = [fact for fact in table.facts
-                 if paper and any(fact in row.facts for row in shown_rows)]
+        facts = []
+        if paper:
+            facts = [fact for fact in table.facts if any(fact in row.facts for row in chosen)]
         names = []
         texts = {heading: [] for heading in table.columns.values()}
         unranked = {}
         for prefix, mark in table.prefixes.items():
-            group = [row for row in shown_rows
-                     if any(prefix + column in row.scores for column in table.columns)]
-            for row in group:
-                name = f"{row.name} (published)" if row.published else row.name
-                names.append([name + mark, *[row.facts.get(fact, "") for fact in facts]])
+            group = []
+            for row in chosen:
+                if any(prefix + column in row.scores for column in table.columns):
+                    name = f"{row.name} (published)" if row.published else row.name
+                    names.append([name + mark, *[row.facts.get(fact, "") for fact in facts]])
+                    group.append(row)
+
             for column, heading in table.columns.items():
                 scores = [row.scores.get(prefix + column) for row in group]
-                rivals = [score for row, score in zip(group, scores) if score and not row.published]
+                rivals = [score for row, score in zip(group, scores)
+                          if score and not row.published]
                 difference = disagreement(rivals)
                 if difference:
                     unranked.setdefault(difference, []).append(heading)
                     rivals = []
+                # Shares between 0 and 1 have three digits.
                 digits = 3 if heading.split()[-2] in ("P", "R", "D", "C") else 2
                 texts[heading] += cell_texts(scores, rivals, "↓" in heading, digits)
+
+        # A column that is empty in every row is not shown.
         shown = [heading for heading in texts if any(texts[heading])]
         print(f"\n{table.title}\n\n| | {' | '.join([*facts, *shown])} |")
         print(f"|---|{'---|' * len(facts)}{'--:|' * len(shown)}")
         for i, name in enumerate(names):
-            print(f"| {' | '.join([*name, *[texts[heading][i] for heading in shown]])} |")
+            cells = [texts[heading][i] for heading in shown]
+            print(f"| {' | '.join([*name, *cells])} |")
         for difference, headings in unranked.items():
             print(f"\n- not ranked: {', '.join(headings)}; measured with another {difference}")
 
