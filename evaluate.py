@@ -51,9 +51,10 @@ open_full = functools.partial(open_image, size=1 << 16)
 # Table 1: two sets of features -> Fréchet distance; precision, recall, density, coverage
 
 def mean_and_factor(x):
-    """Return the mean (D,) of features (N, D), and F (min(N, D), D) with F^T F = covariance.
+    """Return mean (D,) and F (min(N, D), D) of features (N, D), F^T F = covariance.
 
-    Both are float64. Raises UserError for fewer than 2 samples or values that are not finite.
+    Both are float64. Raises UserError for fewer than 2 samples or values that are not
+    finite.
     """
     if len(x) < 2:
         raise UserError(f"a Fréchet distance needs at least 2 images on each side, here is "
@@ -84,8 +85,8 @@ def mean_and_factor(x):
 def frechet_distance(a, b):
     """Return |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features (N, D) and (M, D).
 
-    m are means, S unbiased covariances; arrays or tensors. On `Inception`'s features it is
-    FID as pytorch-fid computes it.
+    m are means, S unbiased covariances; arrays or tensors. On `Inception`'s features it
+    is FID as pytorch-fid computes it.
 
     With S = F^T F, the nonzero eigenvalues of S_a S_b are those of P P^T, P = F_a F_b^T.
     That matrix is symmetric: no Schur decomposition as in scipy's sqrtm is needed, and no
@@ -103,7 +104,7 @@ def frechet_distance(a, b):
 
 
 def squared_distances(a, b):
-    """Yield (rows, |a_i - b_j|^2 (len(rows), M)) for a (N, D), b (M, D), 128 rows at a time."""
+    """Yield (rows, |a_i - b_j|^2) for a (N, D) and b (M, D), 128 rows of a at a time."""
     norms_a = a.square().sum(1)
     norms_b = b.square().sum(1)
     for rows in torch.arange(len(a), device=a.device).split(128):
@@ -112,7 +113,7 @@ def squared_distances(a, b):
 
 
 def squared_radii(x, k):
-    """Return the squared distance (N,) of each sample of x (N, D) to its k-th neighbour in x."""
+    """Return the squared distance (N,) of samples (N, D) to their k-th neighbour."""
     radii = []
     for rows, distance in squared_distances(x, x):                     # (128, N)
         # A sample is not its own neighbour.
@@ -123,10 +124,10 @@ def squared_radii(x, k):
 
 
 def prdc(real, fake, k=3):
-    """Return {"precision", "recall", "density", "coverage"} of fake (M, D) against real (N, D).
+    """Return precision, recall, density, coverage of fake (M, D) against real (N, D).
 
-    Every sample is the centre of a ball that reaches to its k-th nearest neighbour in its own
-    set; the border is outside. Then (Kynkäänniemi et al. 2019, Naeem et al. 2020)
+    Every sample is the centre of a ball that reaches to its k-th nearest neighbour in its
+    own set; the border is outside. Then (Kynkäänniemi et al. 2019, Naeem et al. 2020)
 
         precision = share of fakes that lie in the ball of any real
         recall    = share of reals that lie in the ball of any fake
@@ -170,9 +171,9 @@ def prdc(real, fake, k=3):
 def mean_prdc(real, fake, k, chunk, seed):
     """Return (P/R/D/C averaged over chunks, number of chunks, their size on each side).
 
-    Both sets are shuffled by `seed` and cut into chunks of `chunk` samples (0: one chunk of
-    all), because the figures depend on the number of samples. What does not fill a last
-    chunk is left out; a set smaller than `chunk` is taken whole.
+    Both sets are shuffled by `seed` and cut into chunks of `chunk` samples (0: one chunk
+    of all), because the figures depend on the number of samples. What does not fill a
+    last chunk is left out; a set smaller than `chunk` is taken whole.
     """
     chunk = chunk or max(len(real), len(fake))
     count = max(1, min(len(real), len(fake)) // chunk)
@@ -246,7 +247,7 @@ class BlockB(Block):
 
 
 class BlockC(Block):
-    """(B, 768, 17, 17) -> the same: 7 x 7 pixels as 1 x 7 and 7 x 1, `c` channels between."""
+    """(B, 768, 17, 17) -> the same: 7 x 7 as 1 x 7 and 7 x 1, `c` channels between."""
 
     def __init__(self, c):
         across, down = (1, 7), (7, 1)
@@ -301,9 +302,10 @@ class BlockE(Block):
 
 
 def resize_tf1(x, size=299):
-    """Resize (B, C, H, W) to size x size as TensorFlow 1 did, on whose images FID is defined.
+    """Resize (B, C, H, W) to size x size as TensorFlow 1 did: FID is defined so.
 
-    Bilinear: pixel i is taken at i x scale, with no shift by half a pixel and no antialias.
+    Bilinear: pixel i is taken at i x scale, with no shift by half a pixel and no
+    antialias.
     """
     for dim in (2, 3):
         length = x.shape[dim]
@@ -316,11 +318,11 @@ def resize_tf1(x, size=299):
 
 
 class Inception(nn.Sequential):
-    """FID's Inception-v3: images (B, 3, H, W) of any size, values 0..255 -> features (B, 2048).
+    """FID's Inception-v3: images (B, 3, H, W), values 0..255 -> features (B, 2048).
 
-    `weights` is the file pt_inception-2015-12-05-6726825d.pth, or torch-fidelity's. Without it
-    they are random until `load_state_dict`, which passes over the classifier's. Raises
-    UserError for another file.
+    `weights` is the file pt_inception-2015-12-05-6726825d.pth, or torch-fidelity's.
+    Without it they are random until `load_state_dict`, which passes over the
+    classifier's. Raises UserError for another file.
     """
 
     def __init__(self, weights=None):
@@ -375,14 +377,14 @@ def pixels_of(image):
 
 
 def normalised(pixels, mean, std):
-    """Return pixels (..., 3, H, W) of 0..255 in float32, as a network was trained with them."""
+    """Return pixels (..., 3, H, W) of 0..255 as a network was trained with, float32."""
     mean = torch.tensor(mean, device=pixels.device)[:, None, None]
     std = torch.tensor(std, device=pixels.device)[:, None, None]
     return (pixels.float() / 255 - mean) / std
 
 
 def stamp(folder, file):
-    """Return size and time of a file as text, which changes with it; "" where there is none."""
+    """Return a file's size and time as text, "" where there is none."""
     try:
         status = os.stat(Path(folder, file))
     except OSError:
@@ -394,13 +396,16 @@ def judged(folder, files, log, weights, judge, given=None):
     """Yield (file, image, row), where row holds what models say of the image.
 
     A row comes from the JSONL file `given` by the user. Without one it is {"file": file,
-    **judge(file, image)} and is kept in folder/log, so that a killed run goes on there. It is
-    made again where the image or `weights`, {name: hash} of the models, have changed.
+    **judge(file, image)} and is kept in folder/log, so that a killed run goes on there.
+    It is made again where the image or `weights`, {name: hash} of the models, have
+    changed.
     """
     path = Path(given or Path(folder, log))
     made_of = {}
     for file in files:
         made_of[file] = {"models": list(weights.values()), "stamp": stamp(folder, file)}
+
+    # What is known already.
     rows = {}
     for row in read_jsonl(path) if given or path.exists() else []:
         file = row.get("file")
@@ -438,8 +443,8 @@ BATCH = 64              # images that go through the networks at once
 def sample_names(folder):
     """Return {file: name or None} of the images of a folder that count, in order of files.
 
-    samples.jsonl is the list where sample.py wrote one; samples of COCO's prompts bear the
-    names of COCO's images. Else it is every image but sample.py's sheet.png.
+    samples.jsonl is the list where sample.py wrote one; samples of COCO's prompts bear
+    the names of COCO's images. Else it is every image but sample.py's sheet.png.
     """
     path = Path(folder, "samples.jsonl")
     if not path.exists():
@@ -458,7 +463,7 @@ def sample_names(folder):
 
 
 def asked_for(source, files, names):
-    """Return those of the real `files` that the samples are named after; all, without names.
+    """Return those real `files` that the samples are named after; all, without names.
 
     Raises UserError if there are none.
     """
@@ -499,8 +504,8 @@ def load_inception(weights):
 def load_pixels(path, size):
     """Return an image file as uint8 pixels for Inception and for DINOv2, (3, 224, 224).
 
-    Its shorter side becomes `size`, and the centre is cropped. With None it stays as it is,
-    and is resized for Inception already here, because the next one has another size.
+    Its shorter side becomes `size`, and the centre is cropped. With None it stays as it
+    is, and is resized for Inception already here, because the next one has another size.
     """
     image = open_full(path) if size is None else load_image(path, size)
     pixels = pixels_of(image)                                          # (3, size, size)
@@ -512,9 +517,9 @@ def load_pixels(path, size):
 class FeatureFolder:
     """The features of images, in parts of 256 images below the folder's .features/.
 
-    A part is named after its files, their stamps and the weights, so another run or rank that
-    needs the same one finds it. An image that cannot be read is not tried again before it
-    changes.
+    A part is named after its files, their stamps and the weights, so another run or rank
+    that needs the same one finds it. An image that cannot be read is not tried again
+    before it changes.
     """
 
     def __init__(self, folder, files, made_with):
@@ -532,6 +537,7 @@ class FeatureFolder:
             self.parts[place / f"{key}.safetensors"] = part
 
     def missing(self):
+        """Return the paths of the parts that nobody has computed yet."""
         return [path for path in self.parts if not path.exists()]
 
     @torch.no_grad()
@@ -602,7 +608,7 @@ def inception_file(given):
 def quality(args):
     """Table 1: FID, FID-DINOv2, precision, recall, density, coverage of --fake against --real"""
     at_least(args, k=1, size=1, chunk=0, seed=0)
-    if not args.fake and not args.save_stats:
+    if not (args.fake or args.save_stats):
         raise UserError("give --fake, or --save-stats: --real alone has nothing to be compared "
                         "with")
     rank, world = rank_and_world()
@@ -653,6 +659,8 @@ def measure(args, real, fake, names, weights):
     scores["fid"] = frechet_distance(x, y)
     scores["fid_dino"] = frechet_distance(u, v)
     counts = {"real": len(x), "fake": len(y), "skipped": len(names) - len(y)}
+
+    # What the figures depend on, beside the images.
     notes = [f"FID: {len(y)} images against {len(x)}. P, R, D, C: mean over {chunks} chunks of "
              f"{sizes[1]} images against {sizes[0]}, k = {args.k}, seed {args.seed}. All depend "
              "on these numbers"]
@@ -686,7 +694,7 @@ def clip_images(name, images):
 
 @torch.no_grad()
 def clip_texts(name, texts):
-    """Return the unit vectors (B, D), on the CPU, of texts, which are cut after 77 tokens."""
+    """Return the unit vectors (B, D), on the CPU, of texts, cut after 77 tokens."""
     model, tokenizer = pretrained(name, "CLIPModel", "AutoTokenizer")
     length = model.config.text_config.max_position_embeddings          # 77
     tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt",
@@ -734,6 +742,7 @@ def clip(args):
                 cosines[name].append(F.cosine_similarity(x, y))
     report_skipped(folder, skipped, len(prompts))
 
+    # The mean of the cosines, of which negative ones count as 0, and its standard error.
     scores = {}
     for name, values in cosines.items():
         score = 100 * torch.cat(values).clamp(min=0)
@@ -758,17 +767,18 @@ NEAR = 0.1                  # share of both boxes' sizes by which their offset i
 TURN = 0.5                  # share of the offset along one axis that makes it a direction
 # COCO's classes, with the names that GenEval gives to some of them.
 COCO = """\
-person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,
-parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,
-handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,
-surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,
-broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,
-laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,
-book,clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(",")
+person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,
+stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,
+backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,
+baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,
+fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,
+cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,
+tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,
+clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(",")
 
 
 def relations(a, b):
-    """Return the names of the relations in which box `a` stands to `b`, [x0, y0, x1, y1]."""
+    """Return the names of the relations in which box `a` [x0, y0, x1, y1] is to `b`."""
     a = np.asarray(a[:4], float).reshape(2, 2)                         # two corners (x, y)
     b = np.asarray(b[:4], float).reshape(2, 2)
     offset = a.mean(0) - b.mean(0)
@@ -782,26 +792,29 @@ def relations(a, b):
     return {name for name in holds if holds[name]}
 
 
-def clause_fault(clause, found, target, color_of):
-    """Return what is wrong with the objects `found` for one "include" clause, "" if nothing.
+def clause_fault(clause, found, clauses, matched, color_of):
+    """Return what is wrong with the objects `found` for an "include" clause, "" if nothing.
 
-    `target` are the objects of the clause that the position refers to, None if it failed.
+    A position refers to an earlier one of `clauses`, whose objects are in `matched`, None if it
+    failed.
     """
     name = clause["class"]
     count = clause["count"]
     if len(found) < count:
         return f"expected {name}>={count}, found {len(found)}"
+
     if clause.get("color"):
         colors = [color_of(thing, name) for thing in found]
         if colors != [clause["color"]] * count:
             return f"expected {clause['color']} {name}>={count}, found {', '.join(colors)}"
+
     if clause.get("position"):
-        relation = clause["position"][0]
-        if target is None:
+        relation, target = clause["position"]
+        if matched[target] is None:
             return f"no target for {name} to be {relation}"
-        for thing, other in itertools.product(found, target):
+        for thing, other in itertools.product(found, matched[target]):
             if relation not in relations(thing["box"], other["box"]):
-                return f"expected {name} {relation} target"
+                return f"expected {name} {relation} {clauses[target]['class']}"
     return ""
 
 
@@ -809,16 +822,17 @@ def geneval_verdict(objects, metadata, color_of):
     """Return (correct, reason) for one image by GenEval's rules (its evaluate_images.py).
 
     objects: {class: [{"box": [x0, y0, x1, y1], ...}, ...]}, the most confident first.
-    metadata: the benchmark's line, of "include" and "exclude" clauses. color_of(object, class)
-    -> name of its colour, asked only where a clause names a colour and its count is met.
+    metadata: the benchmark's line, of "include" and "exclude" clauses. color_of(object,
+    class) -> name of its colour, asked only where a clause names a colour and its count
+    is met.
     """
     faults = []
+    clauses = metadata.get("include", [])
     # The objects of each clause; None for one that failed.
     matched = []
-    for clause in metadata.get("include", []):
+    for clause in clauses:
         found = objects.get(clause["class"], [])[:clause["count"]]
-        target = matched[clause["position"][1]] if clause.get("position") else None
-        fault = clause_fault(clause, found, target, color_of)
+        fault = clause_fault(clause, found, clauses, matched, color_of)
         matched.append(None if fault else found)
         if fault:
             faults.append(fault)
@@ -833,9 +847,9 @@ def geneval_verdict(objects, metadata, color_of):
 def detect(name, image):
     """Return what Mask2Former sees: {class: [{"box", "score", "mask" (H, W) bool}, ...]}.
 
-    As in mmdet, with which GenEval was made: the 100 best (query, class) pairs; the score is
-    the probability of the class times the mean probability of the mask's pixels; masks may
-    overlap; boxes are drawn around them, right and bottom exclusive.
+    As in mmdet, with which GenEval was made: the 100 best (query, class) pairs; the score
+    is the probability of the class times the mean probability of the mask's pixels; masks
+    may overlap; boxes are drawn around them, right and bottom exclusive.
     """
     model, _ = pretrained(name, "Mask2FormerForUniversalSegmentation")
     names = COCO if len(model.config.id2label) == 80 else model.config.id2label
@@ -848,6 +862,8 @@ def detect(name, image):
     output = model(pixel_values=x)
     classes = output.class_queries_logits[0].float().softmax(-1)[:, :-1]    # (Q, C)
     best, which = classes.flatten().topk(min(100, classes.numel()))
+
+    # The masks of those pairs at the image's own size; a score only gets lower by its mask.
     found = {}
     for probability, index in zip(best[best > CONFIDENT].tolist(), which.tolist()):
         query, label = divmod(index, classes.shape[1])
@@ -893,7 +909,7 @@ def color_of_object(clip, image, thing, name):
 
 
 def read_geneval(folder):
-    """Return {file: metadata} of GenEval's layout: 00000/metadata.jsonl, 00000/samples/0000.png."""
+    """Return {file: metadata} of GenEval's folders: 00000/samples/0000.png, ..."""
     images = {}
     for path in sorted(path for path in Path(folder).glob("*/") if path.name.isdigit()):
         file = path / "metadata.jsonl"
@@ -915,7 +931,7 @@ def read_geneval(folder):
 
 
 def judge_scene(objects, metadata, image, clip):
-    """Return geneval_verdict of all that was detected, of which only confident objects count."""
+    """Return geneval_verdict of those detected objects that are confident enough."""
     floor = CONFIDENT_COUNTING if metadata["tag"] == "counting" else CONFIDENT
     seen = {}
     for name, things in objects.items():
@@ -990,8 +1006,8 @@ def geneval(args):
 def dpg_score(answers, dependency):
     """Return the share of questions that are answered yes, and whose parents are too.
 
-    answers: {id: bool}; dependency: {id: [ids of parents]}, 0 for none. Questions are taken in
-    ascending order of ids, so that a no reaches grandchildren.
+    answers: {id: bool}; dependency: {id: [ids of parents]}, 0 for none. Questions are
+    taken in ascending order of ids, so that a no reaches grandchildren.
     """
     score = {question: float(answer) for question, answer in answers.items()}
     for question in sorted(score):
@@ -1040,7 +1056,7 @@ def read_questions(path):
 
 @torch.no_grad()
 def ask(name, image, questions):
-    """Return [bool]: does a VQA model (folder or hub id) say yes to questions about an image?"""
+    """Return [bool]: does a VQA model say yes to the questions about an image?"""
     model, processor = pretrained(name, "AutoModelForVisualQuestionAnswering", "AutoProcessor")
     inputs = processor([image] * len(questions), questions, padding=True, return_tensors="pt")
     inputs = inputs.to(DEVICE)
@@ -1257,7 +1273,7 @@ def read_row(path):
 
 
 def results_files(place):
-    """Return the results.json that a path means: itself, in it, or else in the folders in it."""
+    """Return the results.json of a path: itself, in it, or else in its folders."""
     place = Path(place)
     if not place.is_dir():
         return [place]
@@ -1268,7 +1284,7 @@ def results_files(place):
 
 
 def joined(rows):
-    """Return rows of which those of one checkpoint are one, unless both have the same score."""
+    """Return rows, those of one checkpoint made one unless they share a score."""
     models = []
     for row in rows:
         for i, model in enumerate(models):
@@ -1283,7 +1299,7 @@ def joined(rows):
 
 
 def disagreement(scores):
-    """Return in what Scores that stand in one column were measured differently, "" if in nothing."""
+    """Return in what Scores of a column were measured differently, "" if in nothing."""
     reasons = []
     for key in {key: None for score in scores for key in score.made_with}:
         values = sorted({str(score.made_with.get(key))[:12] for score in scores})
@@ -1293,7 +1309,10 @@ def disagreement(scores):
 
 
 def cell_texts(scores, rivals, lowest, digits):
-    """Return Scores (None: no cell) as text, of the rivals the best bold, the second underlined."""
+    """Return Scores as text, of the rivals the best bold, the second underlined.
+
+    None is an empty cell.
+    """
     places = sorted({round(score.value, digits) for score in rivals}, reverse=not lowest)
     texts = []
     for score in scores:
@@ -1324,8 +1343,9 @@ def rows_of_table(table, rows, paper):
 def print_tables(rows, paper=False):
     """Print rows as the paper's tables, in Markdown; `paper`: with the checkpoints' facts.
 
-    Original and extended prompts are ranked apart. What was published is not ranked, nor is a
-    column that was measured in different ways, and a line below the table says in which.
+    Original and extended prompts are ranked apart. What was published is not ranked, nor
+    is a column that was measured in different ways, and a line below the table says in
+    which.
     """
     for table in TABLES:
         chosen = rows_of_table(table, rows, paper)
@@ -1384,7 +1404,7 @@ def compare(args):
 
 
 def write_csv(path, rows):
-    """Write rows to a CSV file: model, facts of the checkpoint, and every score by its name."""
+    """Write rows as CSV: model, facts of the checkpoint, every score by its name."""
     names = {name: None for row in rows for name in row.scores}
     with complete(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["model", *FACTS, *names])
@@ -1395,7 +1415,10 @@ def write_csv(path, rows):
 
 
 def read_csv(path):
-    """Return the rows of a CSV file as `write_csv` makes it, as published ones. Raises UserError."""
+    """Return rows of a CSV file like that of `write_csv`, as published ones.
+
+    Raises UserError.
+    """
     rows = []
     with open(path, encoding="utf-8-sig", newline="") as file:
         for cells in csv.DictReader(file):
@@ -1456,45 +1479,64 @@ def main(argv=None):
         return sub.add_argument
 
     add = command(quality)
-    add("--real", required=True, metavar="FOLDER|FILE", help="real images, or a file of --save-stats")
+    add("--real", required=True, metavar="FOLDER|FILE",
+        help="real images, or a file of --save-stats")
     add("--fake", metavar="FOLDER", help="generated images")
-    add("--size", type=int, default=256, help="both sides: shorter side to this, then centre crop")
+    add("--size", type=int, default=256,
+        help="both sides: shorter side to this, then centre crop")
     add("--no-crop", action="store_true", help="leave the images as they are")
     add("--k", type=int, default=3, help="a sample's ball reaches to this neighbour")
-    add("--chunk", type=int, default=10_000, help="P, R, D, C: mean over chunks of so many; 0: all")
+    add("--chunk", type=int, default=10_000,
+        help="P, R, D, C: mean over chunks of so many; 0: all")
     add("--seed", type=int, default=0, help="how the images are shuffled into chunks")
-    add("--save-stats", metavar="FILE", help="keep the features of --real in one .safetensors file")
-    add("--inception", metavar="FILE", help="FID's weights, pytorch-fid's or torch-fidelity's")
+    add("--save-stats", metavar="FILE",
+        help="keep the features of --real in one .safetensors file")
+    add("--inception", metavar="FILE",
+        help="FID's weights, pytorch-fid's or torch-fidelity's")
     add("--dino", default="facebook/dinov2-large", help="DINOv2: folder or hub id")
     add = command(clip)
-    add("--samples", required=True, metavar="FILE", help="samples.jsonl of sample.py, beside its images")
+    add("--samples", required=True, metavar="FILE",
+        help="samples.jsonl of sample.py, beside its images")
     add("--clip", default=CLIP, help="CLIP: folder or hub id")
     add("--jina", default="jinaai/jina-clip-v2", help="Jina CLIP: folder or hub id")
-    add("--trust-remote-code", action="store_true", help="run the code that comes with --jina")
+    add("--trust-remote-code", action="store_true",
+        help="run the code that comes with --jina")
     add = command(geneval)
-    add("--images", required=True, metavar="FOLDER", help="from sample.py --format geneval, original prompts")
+    add("--images", required=True, metavar="FOLDER",
+        help="from sample.py --format geneval, original prompts")
     add("--extended", metavar="FOLDER", help="the same from extended prompts")
-    add("--detections", metavar="FILE", nargs="+", help="instead of a detector, JSONL (for --images, for "
+    add("--detections", metavar="FILE", nargs="+",
+        help="instead of a detector, JSONL (for --images, for "
         '--extended): {"file": "00000/samples/0000.png", "objects": {class: [{"box": [x0, y0, x1, y1], '
         '"score": 0.9}]}}, with "color" where CLIP is not to tell it')
-    add("--detector", default="facebook/mask2former-swin-small-coco-instance", help="folder or hub id")
+    add("--detector", default="facebook/mask2former-swin-small-coco-instance",
+        help="folder or hub id")
     add("--clip", default=CLIP, help="CLIP, which tells colours: folder or hub id")
     add = command(dpg)
     add("--images", required=True, metavar="FOLDER", help="from sample.py --format dpg")
-    add("--questions", required=True, metavar="FILE", help="the benchmark's dpg_bench.csv")
-    add("--vqa", default="Salesforce/blip-vqa-capfilt-large", help="the judge, a VQA model: folder or hub id")
-    add("--answers", metavar="FILE", help='instead of a judge, lines {"file": "12.png", "answers": '
+    add("--questions", required=True, metavar="FILE",
+        help="the benchmark's dpg_bench.csv")
+    add("--vqa", default="Salesforce/blip-vqa-capfilt-large",
+        help="the judge, a VQA model: folder or hub id")
+    add("--answers", metavar="FILE",
+        help='instead of a judge, lines {"file": "12.png", "answers": '
         '[{"1": true, "2": false}, ...]}, one list entry for each image of the grid')
-    add("--judge", help="who gave --answers; only scores of one judge are ranked (default: the file)")
+    add("--judge",
+        help="who gave --answers; only scores of one judge are ranked (default: the file)")
     add = command(compare)
     add("results", nargs="+", metavar="RESULTS", help="results.json, or folders with one")
-    add("--paper", action="store_true", help="Tables 1 to 5 in the paper's columns, with published rows")
+    add("--paper", action="store_true",
+        help="Tables 1 to 5 in the paper's columns, with published rows")
     add("--csv", metavar="FILE", help="write the rows with all their scores")
-    add("--published", metavar="FILE", help="rows to show, unranked, from a file like that of --csv")
+    add("--published", metavar="FILE",
+        help="rows to show, unranked, from a file like that of --csv")
     add = command(curve)
-    add("results", nargs="+", metavar="CHECKPOINT", help="folders with results.json in them or below")
-    add("--score", default="fid", help='as results.json names it; "COCO fid", "original overall", ...')
-    add("--out", default="curve.svg", metavar="FILE.svg", help="the picture; FILE.jsonl holds its points")
+    add("results", nargs="+", metavar="CHECKPOINT",
+        help="folders with results.json in them or below")
+    add("--score", default="fid",
+        help='as results.json names it; "COCO fid", "original overall", ...')
+    add("--out", default="curve.svg", metavar="FILE.svg",
+        help="the picture; FILE.jsonl holds its points")
     args = parser.parse_args(argv)
     # Only the features of `quality` are shared by the ranks of torchrun.
     rank, _ = rank_and_world()

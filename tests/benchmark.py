@@ -192,7 +192,7 @@ def quality_against_bare_networks():
         bare = time.perf_counter() - start
     print(f"evaluate: quality of {count} JPEGs of 500 x 375, Inception-v3 and a DINOv2 of ViT-S's "
           f"size: {count / seconds:.1f} images/s, networks alone {count / bare:.1f} images/s; "
-          f"{seconds / bare:.2f} x their time")
+          f"{seconds / bare:.2f} x their time", flush=True)
 
 
 class MeansOfParts:
@@ -261,7 +261,7 @@ def section_evaluate():
     import scipy.linalg
 
     import evaluate
-    n = int(os.environ.get("BENCHMARK_N", "10000"))
+    n = int(os.environ.get("BENCHMARK_N", "5000"))
     D = 256
     found = []
     for which in "ours", "full":
@@ -274,7 +274,7 @@ def section_evaluate():
           f"results differ by at most {max(abs(ours[key] - full[key]) for key in ours):.1e}",
           flush=True)
     n = int(os.environ.get("BENCHMARK_N", "10000"))
-    D = int(os.environ.get("BENCHMARK_D", "2048"))
+    D = int(os.environ.get("BENCHMARK_D", "1024"))
     a, b = (np.random.default_rng(seed).normal(size=(n, D)) * np.geomspace(1, 1e-3, D) for seed in (0, 1))
     start = time.perf_counter()
     ours = evaluate.frechet_distance(a, b)
