@@ -150,6 +150,70 @@ def test_prdc_is_the_mean_over_chunks_that_the_seed_fixes(quality, tmp_path, cap
 
 
 # --------------------------------------------------------------------------------------
+# Features that are kept
+
+def test_features_are_computed_once_and_again_only_for_parts_that_changed(quality, tmp_path,
+                                                                          monkeypatch):
+    seen = []
+
+    class Counting(Inception):
+        def forward(self, images):
+            seen.append(len(images))
+            return super().forward(images)
+    monkeypatch.setattr(evaluate, "load_inception", lambda weights: Counting())
+    monkeypatch.setattr(evaluate, "PART", 2)
+    real = pictures(tmp_path / "real", 5)
+    fake = pictures(tmp_path / "fake", 5, seed=50)
+    quality("--real", real, "--fake", fake)
+    first = section(fake)["scores"]
+    assert seen == [2, 2, 1, 2, 2, 1]
+    quality("--real", real, "--fake", fake)
+    assert section(fake)["scores"] == first and len(seen) == 6
+    pictures(fake, 1, seed=99)                              # 0000.png is another picture now
+    quality("--real", real, "--fake", fake)
+    assert seen[6:] == [2] and section(fake)["scores"]["fid"] != first["fid"]
+    (fake / "0004.png").unlink()
+    quality("--real", real, "--fake", fake)
+    assert len(seen) == 7 and section(fake)["counts"]["fake"] == 4
+    quality("--real", real, "--fake", fake, "--size", 200)
+    assert sum(seen[7:]) == 5 + 4                           # at another size, all of them
+
+
+def test_saved_statistics_replace_the_real_images(quality, tmp_path):
+    real = pictures(tmp_path / "real", 5)
+    fake = pictures(tmp_path / "fake", 5, seed=50)
+    stats = tmp_path / "stats.safetensors"
+    quality("--real", real, "--save-stats", stats)
+    quality("--real", real, "--fake", fake)
+    first = section(fake)["scores"]
+    quality("--real", stats, "--fake", fake)
+    assert section(fake)["scores"] == first
+    (tmp_path / "other.pth").write_bytes(b"other weights")
+    for words in (["--inception", tmp_path / "other.pth"], ["--size", 200], ["--no-crop"]):
+        with pytest.raises(UserError, match="made with other weights, --size or --no-crop"):
+            quality("--real", stats, "--fake", fake, *words)
+    stats.write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="stats.safetensors: not a file"):
+        quality("--real", stats, "--fake", fake)
+
+
+def test_a_corrupt_image_is_named_and_counted_and_stops_nothing(quality, tmp_path, capsys):
+    real, fake = pictures(tmp_path / "real", 5), pictures(tmp_path / "fake", 6, seed=50)
+    whole = (fake / "0003.png").read_bytes()
+    (fake / "0003.png").write_bytes(whole[:100])
+    for _ in range(2):                                      # also when the others' features are kept already
+        quality("--real", real, "--fake", fake)
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert [line for line in errors if "skipped 1 of 6" in line and "0003.png" in line]
+        assert section(fake)["counts"]["skipped"] == 1
+        assert json.loads((fake / "skipped.jsonl").read_text())["file"].endswith("0003.png")
+    for path in fake.glob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="none of its 6 images is readable"):
+        quality("--real", real, "--fake", fake)
+
+
+# --------------------------------------------------------------------------------------
 # Ranks, kills, bad options
 
 def quality_in_a_process(words, rank, world, delay):
