@@ -552,6 +552,50 @@ def class_of(file):
     return folder if slash else ""
 
 
+def load_ahead(folder, parts, load, skipped):
+    """Yield for each part, a list of files, [(file, load(path))] while threads load the next.
+
+    An image that cannot be read is left out, and put into `skipped` as {file: reason}.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    def attempt(file):
+        try:
+            return load(Path(folder, file))
+        except OSError as error:
+            skipped[file] = str(error)
+            return None
+
+    loading = {}
+    with ThreadPoolExecutor(default_workers()) as pool:
+        for number, part in enumerate(tqdm(parts, disable=len(parts) < 3)):
+            # This part, where it is the first one, and the two after it.
+            for ahead in range(number, min(number + 3, len(parts))):
+                if ahead not in loading:
+                    loading[ahead] = pool.map(attempt, parts[ahead])
+            images = list(loading.pop(number))
+            yield [(file, image) for file, image in zip(part, images) if image is not None]
+
+
+def report_skipped(folder, skipped, total):
+    """Name unreadable images, {file: reason}, in the folder's skipped.jsonl and on stderr.
+
+    Raises UserError if they are all `total` images.
+    """
+    if not skipped:
+        return
+    first = skipped[min(skipped)]
+    if len(skipped) == total:
+        raise UserError(f"{folder}: none of its {total} images is readable; the first: {first}")
+    close_progress_bars()
+    print(f"{program_name()}: skipped {len(skipped)} of {total} images in {folder}, see its "
+          f"skipped.jsonl; the first: {first}", file=sys.stderr)
+    # The folder may be read-only.
+    with contextlib.suppress(OSError):
+        rows = [{"file": file, "error": skipped[file]} for file in sorted(skipped)]
+        write_jsonl(Path(folder, "skipped.jsonl"), rows)
+
+
 def rgb(image):
     """Return a PIL image in RGB. It is not copied if it is RGB already, which saves time."""
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -835,3 +879,31 @@ def download(repo, names):
             reason = one_line(error)
             raise UserError(f"{repo}: no such folder, and not on the hub ({reason})") from None
     return None
+
+
+def weights_hash(name):
+    """Return the sha256 of the weights of a model folder or hub id (or of their index)."""
+    return sha256(fetch(name, "model.safetensors", "pytorch_model.bin",
+                        "model.safetensors.index.json"))
+
+
+@functools.cache
+def pretrained(name, kind, companion=None, **options):
+    """Return (model, companion) of a folder or hub id, the model in eval mode on this
+    process's device.
+
+    `kind` is a class of transformers, `companion` that of a tokenizer or processor. Raises
+    UserError where there is no such model, or the weights are those of another class.
+    """
+    import transformers
+    weights_hash(name)
+    try:
+        model, info = getattr(transformers, kind).from_pretrained(
+            name, output_loading_info=True, **options)
+        companion = companion and getattr(transformers, companion).from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{name}: does not load as {kind} ({reason})") from None
+    if len(info["missing_keys"]) > len(model.state_dict()) / 10:
+        raise UserError(f"{name}: these are not the weights of a {type(model).__name__}")
+    return model.eval().to(local_device()), companion

@@ -1,25 +1,25 @@
-"""Stage 6, evaluation (paper 4.1): the numbers of its tables, each as the reference implementation gives it.
+"""Stage 6, evaluation (paper 4.1): the numbers of its tables, as each reference gives them.
 
-    python evaluate.py quality --real imagenet/val --fake samples
+    python evaluate.py quality --real imagenet/val --fake out/samples
 
-`quality` and `clip` make Table 1, `geneval` Table 2, `dpg` Table 3; `compare` sets results side by side.
-Each prints its table in Markdown and adds to results.json beside the images (scores, settings, hashes of the
-weights, counts, versions). `evaluate.py COMMAND --help` says what a command needs.
+`quality` and `clip` make Table 1, `geneval` Table 2, `dpg` Table 3. Each prints its table in
+Markdown and adds a section to results.json beside the images. `compare` sets several
+results.json side by side, with --paper as Tables 1 to 5; `curve` draws Fig. 5, a score
+against training steps. `evaluate.py COMMAND --help` says what a command needs.
 """
 
 import argparse
-import contextlib
 import csv
 import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
-import sys
-from collections import ChainMap, OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,478 +27,494 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
-from tqdm import tqdm
 
-from common import (HelpFormatter, UserError, command_line, complete, fetch, list_images,
-                    open_image, read_jsonl, sha256, write_jsonl)
+from common import (HelpFormatter, UserError, at_least, command_line, complete, is_last_rank,
+                    line_chart, list_images, load_ahead, load_image, local_device, open_image,
+                    pretrained, rank_and_world, read_json, read_jsonl, report_skipped, sha256,
+                    weights_hash, write_jsonl)
+from metrics.distances import frechet_distance, mean_prdc, prdc  # noqa: F401
+from metrics.inception import INCEPTION, Inception, resize_tf1
+from metrics.tables import (GENEVAL, GENEVAL_PUBLISHED, TASKS, Row, Score, disagreement, joined,
+                            print_tables, read_csv, read_row, results_files, scores_of, write_csv)
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # mean, deviation of pixels: DINOv2, Mask2Former
-OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)              # CLIP
-INCEPTION, CLIP = "pt_inception-2015-12-05-6726825d.pth", "openai/clip-vit-large-patch14"
+DEVICE = local_device()
+CLIP = "openai/clip-vit-large-patch14"
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Table 1: two sets of features -> Fréchet distance; precision, recall, density, coverage
-
-def spread(x):
-    """Features (N, D) -> mean (D,), factor (min(N, D), D) with factor^T factor = covariance. Float64."""
-    if len(x) < 2:
-        raise UserError(f"a Fréchet distance needs at least 2 images on each side, here is {len(x)}")
-    mean = x.mean(0, dtype=torch.float64)
-    if not mean.isfinite().all():
-        raise UserError("a Fréchet distance needs finite features, here are NaN or infinite ones")
-    scale = (len(x) - 1) ** 0.5
-    if len(x) <= x.shape[1]:                                # the samples themselves are the factor
-        return mean, (x.double() - mean) / scale
-    # In parts: all 50,000 x 2048 in float64 would be 800 MB.
-    covariance = sum(part.T @ part for part in ((part.double() - mean) / scale for part in x.split(8192)))
-    lower, failed = torch.linalg.cholesky_ex(covariance)
-    if not failed:
-        return mean, lower.T
-    values, vectors = torch.linalg.eigh(covariance)         # a feature is constant: Cholesky has no answer
-    return mean, (vectors * values.clamp(min=0).sqrt()).T
+# Mean and standard deviation of the pixels that networks were trained with.
+IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # DINOv2, Mask2Former
+CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
-def frechet_distance(a, b):
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2), with means m and unbiased covariances S of features
-    a (N, D) and b (M, D), arrays or tensors -> float. On `Inception`'s features it is FID, as pytorch-fid's.
-
-    With S = F^T F, the nonzero eigenvalues of S_a S_b are those of P P^T, P = F_a F_b^T: symmetric, so there
-    is no Schur decomposition as in scipy's sqrtm, nor a loss of digits if N or M is below D."""
-    (mean_a, factor_a), (mean_b, factor_b) = (spread(torch.as_tensor(x)) for x in (a, b))
-    P = factor_a @ factor_b.T                                                               # (K_a, K_b)
-    eigenvalues = torch.linalg.eigvalsh(P @ P.T if P.shape[0] <= P.shape[1] else P.T @ P)
-    trace = factor_a.square().sum() + factor_b.square().sum() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
-    return max(float((mean_a - mean_b).square().sum() + trace), 0.0)                    # < 0 only by rounding
+# Images are read in full: no JPEG is so large that its decoder makes it smaller.
+open_full = functools.partial(open_image, size=1 << 16)
 
 
-def prdc(real, fake, k=3):
-    """Precision, recall (Kynkäänniemi et al. 2019), density, coverage (Naeem et al. 2020), as clovaai's prdc.
+# --------------------------------------------------------------------------------------
+# Models from outside, and what they say of images
 
-    real (N, D), fake (M, D), arrays or tensors -> {"precision", "recall", "density", "coverage"}. A sample's
-    ball reaches to the k-th neighbour in its own set, itself not counted; its border is outside. 128 rows at
-    a time, so memory grows with N + M, not N x M. Distances are float32; the few too close to a border for
-    that are computed again in float64. Raises UserError for k samples or fewer."""
-    real, fake = (x if x.dtype == torch.float64 else x.float() for x in map(torch.as_tensor, (real, fake)))
-    if not 1 <= k < min(len(real), len(fake)):
-        raise UserError(f"k = {k} neighbours need more than k images: real {len(real)}, fake {len(fake)}")
-    r, f = ((x - real.mean(0)).float() for x in (real, fake))               # float32 is finer near the origin
-    rr, ff = (x.square().sum(1, keepdim=True) for x in (r, f))
-    doubt = 1e-5 * (rr.max() + ff.max())                    # above the rounding of a float32 squared distance
-
-    def exact(x, y):                                        # squared distances of pairs, float64
-        return (x.double() - y.double()).square().sum(-1)
-
-    def distances(a, aa, b, bb):                            # squared: |a|^2 - 2 a.b + |b|^2 as one product
-        left, right = torch.cat([-2 * a, aa, aa ** 0], 1), torch.cat([b, bb ** 0, bb], 1)
-        buffer = torch.empty(128, len(b), device=b.device)
-        for rows in torch.arange(len(a), device=a.device).split(128):
-            yield rows, torch.mm(left[rows], right.T, out=buffer[:len(rows)])
-
-    def radii(x, z, zz):                                    # (N,) squared, float64
-        radius = torch.empty(len(z), dtype=torch.float64, device=z.device)
-        for rows, d in distances(z, zz, z, zz):                             # (128, N)
-            d[torch.arange(len(rows)), rows] = torch.inf                    # nobody is his own neighbour
-            near = d.topk(min(k + 8, len(z) - 1), largest=False).indices    # 8 more, as float32 may misplace
-            radius[rows] = exact(x[rows, None], x[near]).kthvalue(k).values
-        return radius
-
-    def inside(rows, d, radius):                            # the pairs (i, j) closer than their ball's radius
-        i, j = (d < (radius + doubt).float()).nonzero(as_tuple=True)
-        limit = radius.expand_as(d)[i, j]
-        held = d[i, j] < limit - doubt
-        for n in (~held).nonzero().flatten().split(4096):
-            held[n] = exact(real[rows[i[n]]], fake[j[n]]) < limit[n]
-        return rows[i[held]], j[held]
-
-    R, Q = radii(real, r, rr), radii(fake, f, ff)
-    covered, recalled, precise = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (r, r, f))
-    pairs = 0
-    for rows, d in distances(r, rr, f, ff):                                 # (128, M)
-        i, j = inside(rows, d, R[rows, None])               # f_j in the ball of r_i
-        covered[i] = precise[j] = True
-        pairs += len(i)
-        recalled[inside(rows, d, Q[None])[0]] = True        # r_i in the ball of f_j
-    precision, recall, coverage = (float(x.double().mean()) for x in (precise, recalled, covered))
-    density = pairs / (k * len(fake))
-    return {"precision": precision, "recall": recall, "density": density, "coverage": coverage}
+def pixels_of(image):
+    """Return an RGB PIL image as (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Inception-v3 of 2015-12-05, the network of FID, its parts named as torchvision's
-
-def conv(width, out, kernel=1, stride=1, padding="same"):
-    return nn.Sequential(OrderedDict(
-        conv=nn.Conv2d(width, out, kernel, stride, padding if stride == 1 else 0, bias=False),
-        bn=nn.BatchNorm2d(out, eps=0.001), relu=nn.ReLU(inplace=True)))
-
-
-class Mixed(nn.Module):
-    """Branches {name: [(channels, kernel, stride), ...]} side by side; kernel "fork": 1 x 3 beside 3 x 1."""
-
-    def __init__(self, width, pool, **branches):
-        super().__init__()
-        self.branches = []                                  # lists of steps, lists of what is side by side
-        for name, steps in branches.items():
-            channels, branch = width, [[pool]] if name == "branch_pool" else []
-            for n, (out, kernel, *stride) in enumerate(steps, 1):
-                part = f"{name}_{n}" if len(steps) > 1 else name
-                parts = {f"{part}a": (1, 3), f"{part}b": (3, 1)} if kernel == "fork" else {part: kernel}
-                for part, kernel in parts.items():
-                    self.add_module(part, conv(channels, out, kernel, *stride))
-                branch.append([self.get_submodule(part) for part in parts])
-                channels = out
-            self.branches.append(branch)
-
-    def forward(self, x):
-        def step(h, parts):
-            return torch.cat([part(h) for part in parts], 1)
-        return torch.cat([functools.reduce(step, branch, x) for branch in self.branches], 1)
-
-
-# TensorFlow's average does not count the padding. Mixed_7c takes the maximum instead: a slip of the graph of
-# 2015 that every FID since has kept.
-average, maximum = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 1, 1)
-halve = nn.MaxPool2d(3, 2)
-
-
-def resize_tf1(x, size=299):
-    """TensorFlow 1's bilinear resize of (B, C, H, W): pixel i is taken at i x scale, no half-pixel shift,
-    between its two neighbours, with no antialias. FID has been computed on images like that ever since."""
-    for dim in 2, 3:
-        source = torch.arange(size, device=x.device, dtype=torch.float32) * (x.shape[dim] / size)
-        low = source.long()
-        high = (low + 1).clamp(max=x.shape[dim] - 1)
-        weight = (source - low).view(-1, *[1] * (3 - dim))
-        x = x.index_select(dim, low).lerp(x.index_select(dim, high), weight)
-    return x
-
-
-class Inception(nn.Sequential):
-    """FID's Inception-v3: images (B, 3, H, W) of any size, values 0..255 (uint8) -> features (B, 2048).
-
-    `weights`: the file pt_inception-2015-12-05-6726825d.pth or torch-fidelity's; without, random ones until
-    `load_state_dict`, with or without the classifier's. Raises UserError for another file."""
-
-    def __init__(self, weights=None):
-        super().__init__()                                                                  # (B, 3, 299, 299)
-        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = conv(3, 32, 3, 2), conv(32, 32, 3, padding=0)
-        self.Conv2d_2b_3x3, self.maxpool1 = conv(32, 64, 3), halve                          # (B, 64, 73, 73)
-        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = conv(64, 80), conv(80, 192, 3, padding=0)
-        self.maxpool2 = halve                                                               # (B, 192, 35, 35)
-        for name, width, pooled in ("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64):       # 35 x 35
-            self.add_module(f"Mixed_{name}", Mixed(
-                width, average, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
-                branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)]))
-        self.Mixed_6a = Mixed(288, halve, branch3x3=[(384, 3, 2)],
-                              branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)], branch_pool=[])
-        for name, c in ("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192):                  # 17 x 17
-            self.add_module(f"Mixed_{name}", Mixed(
-                768, average, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, (1, 7)), (192, (7, 1))],
-                branch7x7dbl=[(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))],
-                branch_pool=[(192, 1)]))
-        self.Mixed_7a = Mixed(
-            768, halve, branch3x3=[(192, 1), (320, 3, 2)],
-            branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)], branch_pool=[])
-        for name, width, pool in ("7b", 1280, average), ("7c", 2048, maximum):              # (B, 2048, 8, 8)
-            self.add_module(f"Mixed_{name}", Mixed(
-                width, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, "fork")],
-                branch3x3dbl=[(448, 1), (384, 3), (384, "fork")], branch_pool=[(192, 1)]))
-        self.eval().requires_grad_(False)
-        if weights is not None:
-            try:
-                self.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-            except Exception as error:  # noqa: BLE001      a wrong file fails in any of a dozen ways
-                reason = getattr(error, "strerror", None) or "not the Inception weights of FID"
-                raise UserError(f"{weights}: {reason} ({INCEPTION} or torch-fidelity's)") from None
-
-    def load_state_dict(self, state, *options, **more):
-        kept = {name: x for name, x in state.items() if not name.startswith(("fc.", "AuxLogits."))}
-        return super().load_state_dict(kept, *options, **more)
-
-    @torch.no_grad()
-    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)             # TF32 would move the third digit
-    def forward(self, images):
-        return super().forward((resize_tf1(images.float()) - 128) / 128).mean((2, 3))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Images and models from outside
-
-read = functools.partial(open_image, size=1 << 16)          # no JPEG is so large that it gets reduced
-
-
-def normalised(image, mean, std):
-    """RGB PIL image -> (3, H, W) float32, shifted and scaled as a network was trained with."""
-    x = torch.from_numpy(np.array(image)).float() / 255
-    return ((x - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)
-
-
-def batches(folder, files, load, size, total=None):
-    """Yields ([file], [load(path)]) of up to `size` files, while threads load the next ones. What cannot be
-    read is left out: skipped.jsonl names it, stderr the first; UserError where that is all `total` images."""
-    def attempt(file):
-        try:
-            return file, load(Path(folder, file))
-        except OSError as error:
-            skipped[file] = str(error)
-    skipped, coming, total = {}, (), total or len(files)
-    parts = [files[i:i + size] for i in range(0, len(files), size)]
-    with ThreadPoolExecutor() as pool:
-        for part in tqdm([*parts, []], disable=len(parts) < 3):
-            coming, loaded = pool.map(attempt, part), [pair for pair in coming if pair]
-            if loaded:
-                yield tuple(zip(*loaded))
-    if skipped:
-        first = skipped[min(skipped)]
-        if len(skipped) == total:
-            raise UserError(f"{folder}: none of its {total} images is readable; the first: {first}")
-        print(f"evaluate.py: skipped {len(skipped)} of {total} images in {folder}, see its skipped.jsonl; "
-              f"the first: {first}", file=sys.stderr)
-        with contextlib.suppress(OSError):                  # a folder that is read-only
-            write_jsonl(Path(folder, "skipped.jsonl"),
-                        ({"file": file, "error": skipped[file]} for file in sorted(skipped)))
+def normalised(pixels, mean, std):
+    """Return pixels (..., 3, H, W) of 0..255 as a network was trained with, float32."""
+    mean = torch.tensor(mean, device=pixels.device)[:, None, None]
+    std = torch.tensor(std, device=pixels.device)[:, None, None]
+    return (pixels.float() / 255 - mean) / std
 
 
 def stamp(folder, file):
-    return "{0.st_size}:{0.st_mtime_ns}".format(os.stat(Path(folder, file)))
+    """Return a file's size and time as text, "" where there is none."""
+    try:
+        status = os.stat(Path(folder, file))
+    except OSError:
+        return ""
+    return f"{status.st_size}:{status.st_mtime_ns}"
 
 
-def weights_hash(name):
-    """sha256 of the weights of a model folder or hub id (of their index, where they are in several files)."""
-    return sha256(fetch(name, "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"))
+def judged(folder, files, log, weights, judge, given=None):
+    """Yield (file, image, row), where row holds what models say of the image.
+
+    A row comes from the JSONL file `given` by the user. Without one it is {"file": file,
+    **judge(file, image)} and is kept in folder/log, so that a killed run goes on there.
+    It is made again where the image or `weights`, {name: hash} of the models, have
+    changed.
+    """
+    path = Path(given or Path(folder, log))
+    made_of = {}
+    for file in files:
+        made_of[file] = {"models": list(weights.values()), "stamp": stamp(folder, file)}
+
+    # What is known already.
+    rows = {}
+    for row in read_jsonl(path) if given or path.exists() else []:
+        file = row.get("file")
+        if not isinstance(file, str):
+            raise UserError(f'{path}: "file" is {file!r}, which is not the name of an image')
+        if file in made_of and (given or made_of[file].items() <= row.items()):
+            rows[file] = row
+    missing = [file for file in files if file not in rows]
+    if given and missing:
+        raise UserError(f"{given}: no line for {missing[0]} and {len(missing) - 1} more images")
+    # Without a line that a kill has torn.
+    if not given:
+        write_jsonl(path, rows.values())
+
+    skipped = {}
+    for batch in load_ahead(folder, [[file] for file in files], open_full, skipped):
+        # Of one image, or none if it cannot be read.
+        for file, image in batch:
+            if file not in rows:
+                rows[file] = {"file": file, **judge(file, image)}
+                with open(path, "a", encoding="utf-8") as lines:
+                    lines.write(json.dumps({**rows[file], **made_of[file]}) + "\n")
+            yield file, image, rows[file]
+    report_skipped(folder, skipped, len(files))
+
+
+# --------------------------------------------------------------------------------------
+# `quality`, Table 1: features of two folders, which are kept beside the images
+
+NETWORKS = ("inception", "dino")
+PART = 256              # images whose features are saved together; a kill loses no more
+BATCH = 64              # images that go through the networks at once
+
+
+def sample_names(folder):
+    """Return {file: name or None} of the images of a folder that count, in order of files.
+
+    samples.jsonl is the list where sample.py wrote one; samples of COCO's prompts bear
+    the names of COCO's images. Else it is every image but sample.py's sheet.png.
+    """
+    path = Path(folder, "samples.jsonl")
+    if not path.exists():
+        names = {file: None for file in list_images(folder) if file != "sheet.png"}
+    else:
+        names = {}
+        for row in read_jsonl(path):
+            if not isinstance(row.get("file"), str):
+                raise UserError(f'{path}: every line needs a "file"')
+            if not isinstance(row.get("name"), str | None):
+                raise UserError(f'{path}: the "name" of {row["file"]} is not text')
+            names[row["file"]] = row.get("name")
+    if not names:
+        raise UserError(f"{folder}: no samples in it")
+    return dict(sorted(names.items()))
+
+
+def asked_for(source, files, names):
+    """Return those real `files` that the samples are named after; all, without names.
+
+    Raises UserError if there are none.
+    """
+    wanted = {name for name in names if name}
+    chosen = [file for file in files if not wanted or Path(file).stem in wanted]
+    if not chosen:
+        raise UserError(f"{source}: none of its images was asked for: the samples are named "
+                        f"after {min(wanted)} and {len(wanted) - 1} more")
+    return chosen
 
 
 @functools.cache
-def pretrained(name, kind, companion=None, **options):
-    """Folder or hub id -> (model of transformers' class `kind` in eval mode on DEVICE, its `companion`: a
-    tokenizer or processor). UserError where there is none, or the weights are those of another class."""
-    import transformers
-    weights_hash(name)                                      # says so where there is no such model
+def load_dinov2(name):
+    """Return DINOv2 with the positions that torch.hub's `dinov2_vitl14` has at 224 x 224.
+
+    Its 37 x 37 trained positions become 16 x 16, bicubic and without antialias, with the
+    scale (16 + 0.1) / 37 of the original code; transformers takes 16 / 37.
+    """
+    model, _ = pretrained(name, "Dinov2Model")
+    positions = model.embeddings.position_embeddings.data              # (1, 1 + 37 * 37, D)
+    side = math.isqrt(positions.shape[1] - 1)
+    patches = 224 // model.config.patch_size
+    if side != patches:
+        grid = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        scale = (patches + 0.1) / side
+        grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
+        grid = grid.flatten(2).transpose(1, 2)                         # (1, 16 * 16, D)
+        model.embeddings.position_embeddings.data = torch.cat([positions[:, :1], grid], 1)
+    return model
+
+
+@functools.cache
+def load_inception(weights):
+    """Return FID's network on this process's device."""
+    return Inception(weights).to(DEVICE)
+
+
+def load_pixels(path, size):
+    """Return an image file as uint8 pixels for Inception and for DINOv2, (3, 224, 224).
+
+    Its shorter side becomes `size`, and the centre is cropped. With None it stays as it
+    is, and is resized for Inception already here, because the next one has another size.
+    """
+    image = open_full(path) if size is None else load_image(path, size)
+    pixels = pixels_of(image)                                          # (3, size, size)
+    if size is None:
+        pixels = resize_tf1(pixels[None].float())[0]                   # (3, 299, 299)
+    return pixels, pixels_of(image.resize((224, 224), Image.Resampling.BICUBIC))
+
+
+class FeatureFolder:
+    """The features of images, in parts of 256 images below the folder's .features/.
+
+    A part is named after its files, their stamps and the weights, so another run or rank
+    that needs the same one finds it. An image that cannot be read is not tried again
+    before it changes.
+    """
+
+    def __init__(self, folder, files, made_with):
+        self.folder = folder
+        self.count = len(files)
+        place = Path(folder, ".features")
+        # Features of a read-only data set are kept among the temporary files.
+        if not os.access(folder, os.W_OK):
+            place = Path(tempfile.gettempdir(), "evaluate-features")
+        self.parts = {}
+        for start in range(0, len(files), PART):
+            part = files[start:start + PART]
+            about = [os.path.abspath(folder), made_with, [(f, stamp(folder, f)) for f in part]]
+            key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
+            self.parts[place / f"{key}.safetensors"] = part
+
+    def missing(self):
+        """Return the paths of the parts that nobody has computed yet."""
+        return [path for path in self.parts if not path.exists()]
+
+    @torch.no_grad()
+    def compute(self, args, rank, world):
+        """Compute this rank's share of the parts that are missing."""
+        todo = [path for path in list(self.parts)[rank::world] if not path.exists()]
+        load = functools.partial(load_pixels, size=None if args.no_crop else args.size)
+        skipped = {}
+        batches = load_ahead(self.folder, [self.parts[path] for path in todo], load, skipped)
+        for path, images in zip(todo, batches):
+            found = {network: [] for network in NETWORKS}
+            for start in range(0, len(images), BATCH):
+                pixels, small = zip(*[pair for _, pair in images[start:start + BATCH]])
+                x = torch.stack(pixels).to(DEVICE)                     # (B, 3, size, size)
+                y = normalised(torch.stack(small).to(DEVICE), *IMAGENET_PIXELS)
+                found["inception"].append(load_inception(args.inception)(x).cpu())
+                tokens = load_dinov2(args.dino)(y).last_hidden_state   # (B, 1 + 16 * 16, D)
+                found["dino"].append(tokens[:, 0].cpu())               # the class token
+            tables = {network: torch.cat(rows) for network, rows in found.items() if rows}
+            unread = {file: skipped[file] for file in self.parts[path] if file in skipped}
+            about = {"files": json.dumps([file for file, _ in images]),
+                     "skipped": json.dumps(unread)}
+            with complete(path) as temporary:
+                save_file(tables, temporary, about)
+
+    def read(self):
+        """Return ({network: (N, D) float32}, files) of all images that could be read."""
+        files = []
+        skipped = {}
+        tables = {network: [] for network in NETWORKS}
+        for path in self.parts:
+            with safe_open(path, "pt") as stored:
+                about = stored.metadata()
+                files += json.loads(about["files"])
+                skipped.update(json.loads(about["skipped"]))
+                for network in stored.keys():
+                    tables[network].append(stored.get_tensor(network))
+        report_skipped(self.folder, skipped, self.count)
+        return {network: torch.cat(parts) for network, parts in tables.items()}, files
+
+
+def read_statistics(path, made_with):
+    """Return (tables, files) of what --save-stats wrote. Raises UserError."""
     try:
-        model, info = getattr(transformers, kind).from_pretrained(name, output_loading_info=True, **options)
-        companion = companion and getattr(transformers, companion).from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{name}: does not load as {kind} ({reason})") from None
-    if len(info["missing_keys"]) > len(model.state_dict()) / 10:
-        raise UserError(f"{name}: these are not the weights of a {type(model).__name__}")
-    return model.eval().to(DEVICE), companion
-
-
-def judged(folder, files, log, weights, judge, given):
-    """Yields (file, image, row), a row being what models say of the image: from the JSONL file `given` by the
-    user, or else judge(file, image), kept in folder/log with what the caller adds to it, so that a killed run
-    goes on there; judged again where the image or the `weights` have changed. Raises UserError."""
-    path, rows = Path(given or Path(folder, log)), {}
-    models = list(weights.values())                         # hashes
-    made_of = {file: {"models": models, "stamp": stamp(folder, file)} for file in files}
-    for row in read_jsonl(path) if given or path.exists() else []:
-        file = row.get("file")
-        if file in made_of and (given or made_of[file].items() <= row.items()):
-            rows[file] = row
-    if not given:
-        write_jsonl(path, rows.values())                    # without a torn line
-    elif missing := [file for file in files if file not in rows]:
-        raise UserError(f"{given}: no line for {missing[0]} and {len(missing) - 1} more images")
-    for [file], [image] in batches(folder, files, read, 1):
-        row = rows.get(file) or {"file": file, **judge(file, image)}
-        yield file, image, row
-        if file not in rows:
-            with open(path, "a", encoding="utf-8") as out:
-                out.write(json.dumps({**row, **made_of[file]}) + "\n")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Table 1: `quality`, from features that are kept beside the images; `clip`, does the image show the prompt?
-
-NETWORKS, SAVE_EVERY = ("inception", "dino"), 128           # batches
-
-
-def features(source, args, models):
-    """A folder of images, or a file of --save-stats -> {"inception": (N, 2048), "dino": (N, 1024)} float32.
-
-    A folder's are kept in its .features/, a file for each `models` (hashes): a later run computes only those
-    of new or changed images. Raises UserError."""
-    if source.endswith(".safetensors"):
-        try:
-            with safe_open(source, "pt") as stored:
-                if json.loads(stored.metadata()["models"]) != models:
-                    raise UserError(f"{source}: made with other weights than this run's")
-                return {name: stored.get_tensor(name) for name in NETWORKS}
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError):
-            raise UserError(f"{source}: not a file that --save-stats wrote") from None
-    stamps, rows = {file: stamp(source, file) for file in list_images(source)}, {}  # rows: {file: features}
-    key = hashlib.sha256("".join(models).encode()).hexdigest()[:16]
-    path = Path(source, ".features", f"{key}.safetensors")
-    if path.exists():
         with safe_open(path, "pt") as stored:
-            old = json.loads(stored.metadata()["stamps"])
-            table = zip(*map(stored.get_tensor, NETWORKS))
-        rows = {file: row for file, row in zip(old, table) if stamps.get(file) == old[file]}
-    todo = [file for file in stamps if file not in rows]
+            about = {key: json.loads(text) for key, text in stored.metadata().items()}
+            tables = {network: stored.get_tensor(network) for network in NETWORKS}
+        made_before, files = about["made_with"], about["files"]
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError, AttributeError):
+        raise UserError(f"{path}: not a file that --save-stats wrote") from None
+    if made_before != made_with:
+        raise UserError(f"{path}: made with other weights, --size or --no-crop than this run's")
+    return tables, files
 
-    def load(path):                                         # resized one by one, as their sizes differ
-        image = read(path)
-        return (resize_tf1(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float())[0],
-                normalised(image.resize((224, 224), Image.Resampling.BICUBIC), *IMAGENET))
 
-    def gather():                                           # what there is, in the order of the file names
-        kept = {file: stamps[file] for file in stamps if file in rows}
-        table = dict(zip(NETWORKS, map(torch.stack, zip(*map(rows.get, kept)))))
-        if todo:
-            with contextlib.suppress(OSError, SafetensorError), complete(path) as temporary:     # read-only
-                save_file(table, temporary, {"stamps": json.dumps(kept)})
-        return table
-
-    if todo:
-        inception, dino = Inception(args.inception).to(DEVICE), pretrained(args.dino, "Dinov2Model")[0]
-    for count, (names, images) in enumerate(batches(source, todo, load, 64, len(stamps)), 1):
-        x, y = (torch.stack(part).to(DEVICE) for part in zip(*images))  # (B, 3, 299, 299), (B, 3, 224, 224)
-        with torch.no_grad():
-            found = inception(x).cpu(), dino(y).last_hidden_state[:, 0].float().cpu()   # its class tokens
-        rows.update(zip(names, zip(*found)))
-        if count % SAVE_EVERY == 0:
-            gather()
-    return gather()
+def inception_file(given):
+    """Return the path of FID's weights: `given`, or downloaded once. Raises UserError."""
+    path = given or os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION)
+    if not given and not os.path.exists(path):
+        url = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
+        try:
+            torch.hub.load_state_dict_from_url(url, weights_only=True, check_hash=True)
+        except OSError:
+            raise UserError(f"{url}: out of reach, give the file with --inception") from None
+    return path
 
 
 def quality(args):
     """Table 1: FID, FID-DINOv2, precision, recall, density, coverage of --fake against --real"""
-    if not args.fake and not args.save_stats:
-        raise UserError("give --fake, or --save-stats: --real alone has nothing to be compared with")
-    for folder in (args.fake, "" if args.real.endswith(".safetensors") else args.real):
-        if folder:
-            list_images(folder)                             # wrong paths are told before any download
-    if not args.inception:
-        args.inception = os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION)
-        if not os.path.exists(args.inception):
-            url = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
-            try:
-                torch.hub.load_state_dict_from_url(url, weights_only=True, check_hash=True)
-            except OSError:
-                raise UserError(f"{url}: out of reach, give the file with --inception") from None
-    weights = {args.inception: sha256(args.inception), args.dino: weights_hash(args.dino)}
-    models = list(weights.values())
-    real = features(args.real, args, models)
-    if args.save_stats:
-        with complete(args.save_stats) as path:
-            save_file(real, path, {"models": json.dumps(models)})
+    at_least(args, k=1, size=1, chunk=0, seed=0)
+    if not (args.fake or args.save_stats):
+        raise UserError("give --fake, or --save-stats: --real alone has nothing to be compared "
+                        "with")
+    rank, world = rank_and_world()
+    real_is_file = args.real.endswith(".safetensors")
+    # Wrong paths are told before any download.
+    names = sample_names(args.fake) if args.fake else {}
+    if not real_is_file:
+        real_files = asked_for(args.real, list(sample_names(args.real)), names.values())
     if args.fake:
-        fake = features(args.fake, args, models)
-        (x, u), (y, v) = ([side[name].to(DEVICE) for name in NETWORKS] for side in (real, fake))
-        scores = {**prdc(u, v, args.k), "fid": frechet_distance(x, y), "fid_dino": frechet_distance(u, v)}
-        counts = {"real": len(x), "fake": len(y), "skipped": len(list_images(args.fake)) - len(y)}
-        finish(args.fake, args, scores, weights, counts)
+        read_results(args.fake)
+    args.inception = inception_file(args.inception)
+    weights = {args.inception: sha256(args.inception), args.dino: weights_hash(args.dino)}
+    made_with = [*weights.values(), None if args.no_crop else args.size]
 
+    # Every rank computes its share; the one that ends last measures.
+    folders = []
+    if not real_is_file:
+        folders.append(FeatureFolder(args.real, real_files, made_with))
+    if args.fake:
+        folders.append(FeatureFolder(args.fake, list(names), made_with))
+    if rank > 0 and not any(folder.missing() for folder in folders):
+        return
+    for folder in folders:
+        folder.compute(args, rank, world)
+    needed = [path for folder in folders for path in folder.parts]
+    if not is_last_rank(rank, needed, "results.json"):
+        return
+
+    real, files = read_statistics(args.real, made_with) if real_is_file else folders[0].read()
+    if args.save_stats:
+        about = {"made_with": json.dumps(made_with), "files": json.dumps(files)}
+        with complete(args.save_stats) as path:
+            save_file(real, path, about)
+    if args.fake:
+        if real_is_file:
+            chosen = set(asked_for(args.real, files, names.values()))
+            rows = torch.tensor([file in chosen for file in files])
+            real = {network: table[rows] for network, table in real.items()}
+        fake, _ = folders[-1].read()
+        measure(args, real, fake, names, weights)
+
+
+def measure(args, real, fake, names, weights):
+    """Compare two sets of features {network: (N, D)} and finish the command `quality`."""
+    x, y = real["inception"].to(DEVICE), fake["inception"].to(DEVICE)
+    u, v = real["dino"].to(DEVICE), fake["dino"].to(DEVICE)
+    scores, chunks, sizes = mean_prdc(u, v, args.k, args.chunk, args.seed)
+    scores["fid"] = frechet_distance(x, y)
+    scores["fid_dino"] = frechet_distance(u, v)
+    counts = {"real": len(x), "fake": len(y), "skipped": len(names) - len(y)}
+
+    # What the figures depend on, beside the images.
+    notes = [f"FID: {len(y)} images against {len(x)}. P, R, D, C: mean over {chunks} chunks of "
+             f"{sizes[1]} images against {sizes[0]}, k = {args.k}, seed {args.seed}. All depend "
+             "on these numbers"]
+    asked = {name for name in names.values() if name}
+    if len(x) < len(asked):
+        notes.append(f"{len(asked) - len(x)} of the {len(asked)} real images that were asked for "
+                     f"are not in {args.real}")
+    finish(args.fake, args, scores, weights, counts, notes, "COCO" if asked else "ImageNet")
+
+
+# --------------------------------------------------------------------------------------
+# `clip`, Table 1: does the image show what the prompt says?
 
 @torch.no_grad()
 def clip_images(name, images):
-    """PIL images -> unit vectors (B, D) of a CLIP, on the CPU."""
+    """Return the unit vectors (B, D), on the CPU, that a CLIP gives PIL images."""
     model, _ = pretrained(name, "CLIPModel", "AutoTokenizer")
-    prepared, size = [], model.config.vision_config.image_size                              # 224
-    for image in images:                                    # shorter side to 224, then centre crop
+    size = model.config.vision_config.image_size                       # 224
+    prepared = []
+    for image in images:
+        # Shorter side to 224, then centre crop, with the roundings of transformers.
         short = min(image.size)
-        image = image.resize([int(size * side / short) for side in image.size], Image.Resampling.BICUBIC)
-        left, top = (round((side - size) / 2) for side in image.size)
-        prepared.append(normalised(image.crop((left, top, left + size, top + size)), *OPENAI))
-    pooled = model.vision_model(torch.stack(prepared).to(DEVICE)).pooler_output
+        sides = [int(size * side / short) for side in image.size]
+        image = image.resize(sides, Image.Resampling.BICUBIC)
+        left, top = [round((side - size) / 2) for side in sides]
+        prepared.append(pixels_of(image.crop((left, top, left + size, top + size))))
+    pixels = normalised(torch.stack(prepared).to(DEVICE), *CLIP_PIXELS)
+    pooled = model.vision_model(pixels).pooler_output
     return F.normalize(model.visual_projection(pooled), dim=-1).cpu()
 
 
 @torch.no_grad()
 def clip_texts(name, texts):
-    """Texts, cut after 77 tokens -> unit vectors (B, D) of a CLIP, on the CPU."""
+    """Return the unit vectors (B, D), on the CPU, of texts, cut after 77 tokens."""
     model, tokenizer = pretrained(name, "CLIPModel", "AutoTokenizer")
+    length = model.config.text_config.max_position_embeddings          # 77
     tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt",
-                       max_length=model.config.text_config.max_position_embeddings).to(DEVICE)
+                       max_length=length).to(DEVICE)
     pooled = model.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
     return F.normalize(model.text_projection(pooled), dim=-1).cpu()
 
 
 def clip(args):
     """Table 1: CLIPScore, and for prompts beyond CLIP's 77 tokens the Jina score, of --samples"""
-    rows, folder, notes = read_jsonl(args.samples), Path(args.samples).parent, []
+    folder = Path(args.samples).parent
+    read_results(folder)
+    rows = read_jsonl(args.samples)
     if not rows:
         raise UserError(f"{args.samples}: no samples in it")
-    if not all(isinstance(row.get(key), str) for row in rows for key in ("file", "prompt")):
-        raise UserError(f'{args.samples}: every line needs a "file" and a "prompt"')
-    prompts, weights = {row["file"]: row["prompt"] for row in rows}, {args.clip: weights_hash(args.clip)}
-    encoders = {"clip": (functools.partial(clip_images, args.clip), functools.partial(clip_texts, args.clip))}
+    prompts = {}
+    for row in rows:
+        if not isinstance(row.get("file"), str) or not isinstance(row.get("prompt"), str):
+            raise UserError(f'{args.samples}: every line needs a "file" and a "prompt"')
+        prompts[row["file"]] = row["prompt"]
+
+    notes = []
+    weights = {args.clip: weights_hash(args.clip)}
+    encoders = {"clip": (functools.partial(clip_images, args.clip),
+                         functools.partial(clip_texts, args.clip))}
     if args.trust_remote_code:
         jina, _ = pretrained(args.jina, "AutoModel", trust_remote_code=True)
-        encoders["jina"], weights[args.jina] = (jina.encode_image, jina.encode_text), weights_hash(args.jina)
+        encoders["jina"] = (jina.encode_image, jina.encode_text)
+        weights[args.jina] = weights_hash(args.jina)
     else:
-        notes.append(f"Jina score left out: {args.jina} brings its own code (--trust-remote-code runs it)")
-    cosines, scores = {name: [] for name in encoders}, {}
-    for files, images in batches(folder, list(prompts), read, 32):
+        notes.append(f"Jina score left out: {args.jina} brings its own code "
+                     "(--trust-remote-code runs it)")
+
+    skipped = {}
+    cosines = {name: [] for name in encoders}
+    files = list(prompts)
+    parts = [files[start:start + 32] for start in range(0, len(files), 32)]
+    for batch in load_ahead(folder, parts, open_full, skipped):
+        images = [image for _, image in batch]
+        texts = [prompts[file] for file, _ in batch]
         for name, (of_images, of_texts) in encoders.items():
-            both = of_images(list(images)), of_texts([prompts[file] for file in files])
-            x, y = (torch.as_tensor(vectors).double().cpu() for vectors in both)        # (B, D)
-            cosines[name].append(F.cosine_similarity(x, y))
+            if batch:
+                x = torch.as_tensor(of_images(images)).double().cpu()  # (B, D)
+                y = torch.as_tensor(of_texts(texts)).double().cpu()    # (B, D)
+                cosines[name].append(F.cosine_similarity(x, y))
+    report_skipped(folder, skipped, len(prompts))
+
+    # The mean of the cosines, of which negative ones count as 0, and its standard error.
+    scores = {}
     for name, values in cosines.items():
         score = 100 * torch.cat(values).clamp(min=0)
         scores[name] = float(score.mean())
-        scores[f"{name}_error"] = float(score.std(correction=int(len(score) > 1)) / len(score) ** 0.5)
-    counts = {"samples": len(score), "skipped": len(prompts) - len(score)}
-    finish(folder, args, scores, weights, counts, notes)
+        deviation = float(score.std(correction=int(len(score) > 1)))
+        scores[f"{name}_error"] = deviation / len(score) ** 0.5
+    counts = {"samples": len(prompts) - len(skipped), "skipped": len(skipped)}
+    data = "COCO" if all(row.get("name") for row in rows) else "ImageNet"
+    finish(folder, args, scores, weights, counts, notes, data)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Table 2, `geneval`: the objects that are seen, their places and colours, against what the prompt asks for
+# --------------------------------------------------------------------------------------
+# Table 2, `geneval`: the objects that are seen, their places and colours
 
-TASKS = {"single_object": "One obj. ↑", "two_object": "Two obj. ↑", "counting": "Count. ↑",
-         "colors": "Col. ↑", "position": "Pos. ↑", "color_attr": "Col. attr. ↑"}
-COLORS = "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"
-CONFIDENT, CONFIDENT_COUNTING, MOST = 0.3, 0.9, 16          # detections above this, at most so many a class
-NEAR, TURN = 0.1, 0.5                                       # share of both sizes; of the offset, on one axis
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+CONFIDENT = 0.3             # a detection counts above this score,
+CONFIDENT_COUNTING = 0.9    # in the counting task above this one,
+MOST = 16                   # and at most so many of a class
+NEAR = 0.1                  # share of both boxes' sizes by which their offset is shortened
+TURN = 0.5                  # share of the offset along one axis that makes it a direction
+# COCO's classes, with the names that GenEval gives to some of them.
 COCO = """\
-person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,
-parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,
-handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,
-surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,
-broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,
-laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,
-book,clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(",")
+person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,
+stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,
+backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,
+baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,
+fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,
+cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,
+tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,
+clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(",")
 
 
 def relations(a, b):
-    """Where box `a` lies relative to box `b` ([x0, y0, x1, y1], y downwards) -> set of relation names."""
-    a, b = (np.asarray(box[:4], float).reshape(2, 2) for box in (a, b))     # corners
-    offset = a.mean(0) - b.mean(0)                                          # (2,) x, y
+    """Return the names of the relations in which box `a` [x0, y0, x1, y1] is to `b`."""
+    a = np.asarray(a[:4], float).reshape(2, 2)                         # two corners (x, y)
+    b = np.asarray(b[:4], float).reshape(2, 2)
+    offset = a.mean(0) - b.mean(0)
     sides = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
     shrunk = np.sign(offset) * np.maximum(np.abs(offset) - NEAR * sides, 0)
     if (np.abs(shrunk) < 1e-3).all():
         return set()
-    x, y = shrunk / np.linalg.norm(offset)                                  # the norm is the unshrunk one's
-    held = {"left of": x < -TURN, "right of": x > TURN, "above": y < -TURN, "below": y > TURN}
-    return {name for name, holds in held.items() if holds}
+    # Divided by the length of the whole offset, not of the shrunk one.
+    x, y = shrunk / np.linalg.norm(offset)
+    holds = {"left of": x < -TURN, "right of": x > TURN, "above": y < -TURN, "below": y > TURN}
+    return {name for name in holds if holds[name]}
+
+
+def clause_fault(clause, found, clauses, matched, color_of):
+    """Return what is wrong with the objects `found` for an "include" clause, "" if nothing.
+
+    A position refers to an earlier one of `clauses`, whose objects are in `matched`, None if it
+    failed.
+    """
+    name = clause["class"]
+    count = clause["count"]
+    if len(found) < count:
+        return f"expected {name}>={count}, found {len(found)}"
+
+    if clause.get("color"):
+        colors = [color_of(thing, name) for thing in found]
+        if colors != [clause["color"]] * count:
+            return f"expected {clause['color']} {name}>={count}, found {', '.join(colors)}"
+
+    if clause.get("position"):
+        relation, target = clause["position"]
+        if matched[target] is None:
+            return f"no target for {name} to be {relation}"
+        for thing, other in itertools.product(found, matched[target]):
+            if relation not in relations(thing["box"], other["box"]):
+                return f"expected {name} {relation} {clauses[target]['class']}"
+    return ""
 
 
 def geneval_verdict(objects, metadata, color_of):
-    """GenEval's rules for one image (as in its evaluate_images.py) -> (correct, reason; "" when correct).
+    """Return (correct, reason) for one image by GenEval's rules (its evaluate_images.py).
 
-    objects: {class: [{"box": [x0, y0, x1, y1], ...}, ...]}, most confident first; metadata: the benchmark's
-    line, of "include" and "exclude" clauses; color_of(object, class) -> name of its colour, asked only where
-    a clause names a colour and its count is met."""
-    faults, matched = [], []                                # matched: a clause's objects, None if it failed
-    for clause in metadata.get("include", []):
-        name, count, color = clause["class"], clause["count"], clause.get("color")
-        found, fault = objects.get(name, [])[:count], ""
-        relation, target = clause.get("position", (None, None))
-        if len(found) < count:
-            fault = f"expected {name}>={count}, found {len(found)}"
-        elif color and (colors := [color_of(thing, name) for thing in found]) != [color] * count:
-            fault = f"expected {color} {name}>={count}, found {', '.join(colors)}"
-        elif relation and matched[target] is None:
-            fault = f"no target for {name} to be {relation}"
-        elif relation and not all(relation in relations(thing["box"], other["box"])
-                                  for thing in found for other in matched[target]):
-            fault = f"expected {name} {relation} {metadata['include'][target]['class']}"
+    objects: {class: [{"box": [x0, y0, x1, y1], ...}, ...]}, the most confident first.
+    metadata: the benchmark's line, of "include" and "exclude" clauses. color_of(object,
+    class) -> name of its colour, asked only where a clause names a colour and its count
+    is met.
+    """
+    faults = []
+    clauses = metadata.get("include", [])
+    # The objects of each clause; None for one that failed.
+    matched = []
+    for clause in clauses:
+        found = objects.get(clause["class"], [])[:clause["count"]]
+        fault = clause_fault(clause, found, clauses, matched, color_of)
         matched.append(None if fault else found)
-        faults += [fault] if fault else []
+        if fault:
+            faults.append(fault)
     for clause in metadata.get("exclude", []):
         found = len(objects.get(clause["class"], []))
         if found >= clause["count"]:
@@ -508,139 +524,210 @@ def geneval_verdict(objects, metadata, color_of):
 
 @torch.no_grad()
 def detect(name, image):
-    """Mask2Former `name` on an RGB PIL image -> {class: [{"box", "score", "mask" (H, W) bool}, ...]}.
+    """Return what Mask2Former sees: {class: [{"box", "score", "mask" (H, W) bool}, ...]}.
 
-    As in mmdet, with which GenEval was made: the 100 best (query, class) pairs; score = class probability x
-    mean probability of the mask's pixels; masks may overlap; boxes around them, right, bottom exclusive."""
+    As in mmdet, with which GenEval was made: the 100 best (query, class) pairs; the score
+    is the probability of the class times the mean probability of the mask's pixels; masks
+    may overlap; boxes are drawn around them, right and bottom exclusive.
+    """
     model, _ = pretrained(name, "Mask2FormerForUniversalSegmentation")
-    names = COCO if len(model.config.id2label) == 80 else model.config.id2label     # GenEval says "tv remote"
-    (width, height), scale = image.size, min(800 / min(image.size), 1333 / max(image.size))
-    w, h = int(width * scale + 0.5), int(height * scale + 0.5)
-    x = normalised(image.resize((w, h), Image.Resampling.BILINEAR), *IMAGENET)
-    x = F.pad(x, (0, -w % 32, 0, -h % 32))[None].to(DEVICE)                                 # (1, 3, H', W')
+    names = COCO if len(model.config.id2label) == 80 else model.config.id2label
+    scale = min(800 / min(image.size), 1333 / max(image.size))
+    w = int(image.width * scale + 0.5)
+    h = int(image.height * scale + 0.5)
+    resized = pixels_of(image.resize((w, h), Image.Resampling.BILINEAR))
+    x = normalised(resized, *IMAGENET_PIXELS)
+    x = F.pad(x, (0, -w % 32, 0, -h % 32))[None].to(DEVICE)            # (1, 3, H', W')
     output = model(pixel_values=x)
-    classes = output.class_queries_logits[0].float().softmax(-1)[:, :-1]                    # (Q, C)
+    classes = output.class_queries_logits[0].float().softmax(-1)[:, :-1]    # (Q, C)
     best, which = classes.flatten().topk(min(100, classes.numel()))
+
+    # The masks of those pairs at the image's own size; a score only gets lower by its mask.
     found = {}
     for probability, index in zip(best[best > CONFIDENT].tolist(), which.tolist()):
         query, label = divmod(index, classes.shape[1])
         logits = output.masks_queries_logits[0, query].float()[None, None]
         logits = F.interpolate(logits, x.shape[2:], mode="bilinear")[:, :, :h, :w]
-        logits = F.interpolate(logits, (height, width), mode="bilinear")[0, 0]              # (H, W)
-        mask = logits > 0
-        score = probability * float(logits.sigmoid()[mask].sum() / (mask.sum() + 1e-6))     # only ever lower
+        logits = F.interpolate(logits, (image.height, image.width), mode="bilinear")[0, 0]
+        mask = logits > 0                                              # (H, W)
+        score = probability * float(logits.sigmoid()[mask].sum() / (mask.sum() + 1e-6))
         if score > CONFIDENT:
-            ys, xs = (mask.any(dim).nonzero().flatten().tolist() for dim in (1, 0))
+            ys = mask.any(1).nonzero().flatten().tolist()
+            xs = mask.any(0).nonzero().flatten().tolist()
             found.setdefault(names[label], []).append({
-                "box": [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], "score": score, "mask": mask.cpu().numpy()})
+                "box": [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], "score": score,
+                "mask": mask.cpu().numpy()})
     return found
 
 
 @functools.cache
 def color_texts(clip, name):
-    """The ten colours of a thing of class `name`, as embeddings (10, D)."""
-    templates = "a photo of a {} " + name, "a photo of a {}-colored " + name, "a photo of a {} object"
-    means = [clip_texts(clip, [text.format(color) for text in templates]).mean(0) for color in COLORS]
+    """Return the ten colours of a thing of class `name` as embeddings (10, D)."""
+    templates = (f"a photo of a {{}} {name}", f"a photo of a {{}}-colored {name}",
+                 "a photo of a {} object")
+    means = []
+    for color in COLORS:
+        means.append(clip_texts(clip, [text.format(color) for text in templates]).mean(0))
     return F.normalize(torch.stack(means), dim=-1)
 
 
 def color_of_object(clip, image, thing, name):
-    """One of COLORS, kept as thing["color"]: by CLIP zero-shot on the object alone, #999 outside its mask."""
+    """Return the colour of an object, kept as thing["color"], that CLIP finds most likely.
+
+    It sees the object's box alone, grey (#999) outside its mask.
+    """
     if not thing.get("color"):
         if "mask" in thing:
             grey = Image.new("RGB", image.size, "#999")
             image = Image.composite(image, grey, Image.fromarray(thing["mask"]))
         x0, y0, x1, y1 = map(round, thing["box"][:4])
-        vector = clip_images(clip, [image.crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)))])[0]     # (D,)
+        box = (x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))
+        vector = clip_images(clip, [image.crop(box)])[0]               # (D,)
         thing["color"] = COLORS[int((color_texts(clip, name) @ vector).argmax())]
     return thing["color"]
 
 
 def read_geneval(folder):
-    """GenEval's layout, 00000/metadata.jsonl and 00000/samples/0000.png, ... -> {file: metadata}."""
+    """Return {file: metadata} of GenEval's folders: 00000/samples/0000.png, ..."""
     images = {}
     for path in sorted(path for path in Path(folder).glob("*/") if path.name.isdigit()):
         file = path / "metadata.jsonl"
         if not file.exists():
-            raise UserError(f"{path}: no metadata.jsonl in it, which says what its images should show")
+            raise UserError(f"{path}: no metadata.jsonl in it, which says what its images should "
+                            "show")
         metadata = (read_jsonl(file) or [{}])[0]
-        if not {"tag", "prompt", "include"} <= set(metadata):
+        kinds = {"tag": str, "prompt": str, "include": list}
+        if not all(isinstance(metadata.get(key), kind) for key, kind in kinds.items()):
             raise UserError(f"{file}: not a line of GenEval's (tag, prompt, include)")
         found = sorted(image.name for image in path.glob("samples/*.png") if image.stem.isdigit())
         if not found:
             raise UserError(f"{path}: no images in it (samples/0000.png, ...)")
         images.update({f"{path.name}/samples/{name}": metadata for name in found})
     if not images:
-        raise UserError(f"{folder}: no 00000/metadata.jsonl, ... in it, as sample.py --format geneval writes")
+        raise UserError(f"{folder}: no 00000/metadata.jsonl, ... in it, as sample.py --format "
+                        "geneval writes")
     return images
+
+
+def judge_scene(objects, metadata, image, clip):
+    """Return geneval_verdict of those detected objects that are confident enough."""
+    floor = CONFIDENT_COUNTING if metadata["tag"] == "counting" else CONFIDENT
+    seen = {}
+    for name, things in objects.items():
+        things = sorted(things, key=lambda thing: -thing["score"])
+        seen[name] = [thing for thing in things if thing["score"] > floor][:MOST]
+    return geneval_verdict(seen, metadata, functools.partial(color_of_object, clip, image))
+
+
+def judge_folder(folder, args, weights, detections):
+    """Write geneval.jsonl, a verdict for each image, and return ({task: score}, counts)."""
+    images = read_geneval(folder)
+
+    def look(file, image):
+        objects = detect(args.detector, image)
+        # Colours are told now, because masks are not kept.
+        judge_scene(objects, images[file], image, args.clip)
+        for thing in itertools.chain(*objects.values()):
+            del thing["mask"]
+        return {"objects": objects}
+
+    verdicts = []
+    right = {}
+    for file, image, row in judged(folder, list(images), "detections.jsonl", weights, look,
+                                   detections):
+        metadata = images[file]
+        try:
+            correct, reason = judge_scene(row["objects"], metadata, image, args.clip)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise UserError(f"{Path(folder, file)}: its metadata.jsonl or detections lack "
+                            f"something ({type(error).__name__}: {error})") from None
+        right.setdefault(metadata["tag"], []).append(correct)
+        verdicts.append({"filename": file, "tag": metadata["tag"], "prompt": metadata["prompt"],
+                         "correct": correct, "reason": reason})
+    write_jsonl(Path(folder, "geneval.jsonl"), verdicts)
+    # A task's score is the mean over its images, the overall score that over the tasks.
+    tasks = {tag: float(np.mean(values)) for tag, values in right.items()}
+    prompts = {file.split("/")[0] for file in images}
+    counts = {"prompts": len(prompts), "images": len(verdicts),
+              "skipped": len(images) - len(verdicts)}
+    return {"overall": float(np.mean(list(tasks.values()))), **tasks}, counts
 
 
 def geneval(args):
     """Table 2: GenEval's six tasks, on --images (original prompts, ◇) and --extended (extended ones, ★)"""
-    folders = [folder for folder in (args.images, args.extended) if folder]
+    folders = {"original": args.images}
+    if args.extended:
+        folders["extended"] = args.extended
     given = args.detections or [None] * len(folders)
     if len(given) != len(folders):
-        raise UserError("--detections: one file for --images, a second one for --extended if it is given")
-    weights = {} if args.detections else {name: weights_hash(name) for name in (args.detector, args.clip)}
-    scores, counts, notes = {}, {}, []
-    for prompts, folder, detections in zip(("original", "extended"), folders, given):
-        images, verdicts, right = read_geneval(folder), [], {}
-        for file, image, row in judged(folder, list(images), "detections.jsonl", weights,
-                                       lambda _, seen: {"objects": detect(args.detector, seen)}, detections):
-            metadata, color_of = images[file], functools.partial(color_of_object, args.clip, image)
-            try:
-                floor = CONFIDENT_COUNTING if metadata["tag"] == "counting" else CONFIDENT
-                seen = {name: [thing for thing in sorted(things, key=lambda thing: -thing["score"])
-                               if thing["score"] > floor][:MOST] for name, things in row["objects"].items()}
-                correct, reason = geneval_verdict(seen, metadata, color_of)
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-                raise UserError(f"{Path(folder, file)}: its metadata.jsonl or detections lack something "
-                                f"({type(error).__name__}: {error})") from None
-            for thing in itertools.chain(*row["objects"].values()):
-                thing.pop("mask", None)                     # it served for the colours, and is not kept
-            right.setdefault(metadata["tag"], []).append(correct)
-            verdicts.append({"filename": file, "tag": metadata["tag"], "prompt": metadata["prompt"],
-                             "correct": correct, "reason": reason})
-        write_jsonl(Path(folder, "geneval.jsonl"), verdicts)                # in the form of GenEval's results
-        tasks = {tag: float(np.mean(values)) for tag, values in right.items()}      # over a task's images
-        scores[prompts] = {"overall": float(np.mean(list(tasks.values()))), **tasks}    # mean over the tasks
-        counts[prompts] = {"prompts": len({file.split("/")[0] for file in images}), "images": len(verdicts),
-                           "skipped": len(images) - len(verdicts)}
-        if absent := [tag for tag in TASKS if tag not in tasks]:
+        raise UserError("--detections: one file for --images, a second one for --extended if it "
+                        "is given")
+    read_results(args.images)
+    weights = {}
+    notes = ["objects: the detections that were given"]
+    if not args.detections:
+        weights = {name: weights_hash(name) for name in (args.detector, args.clip)}
+        notes = [f"objects: {args.detector}. On the hub that is Meta's own training of "
+                 "Mask2Former, not the checkpoint of mmdet that the benchmark uses"]
+    scores = {}
+    counts = {}
+    for (prompts, folder), detections in zip(folders.items(), given):
+        scores[prompts], counts[prompts] = judge_folder(folder, args, weights, detections)
+        absent = [tag for tag in TASKS if tag not in scores[prompts]]
+        if absent:
             notes.append(f"{folder}: no prompts of {', '.join(absent)}, overall is without them")
     finish(args.images, args, scores, weights, counts, notes)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Table 3, `dpg`: yes-or-no questions about each image, some meaningful only where others are answered yes
+# --------------------------------------------------------------------------------------
+# Table 3, `dpg`: yes-or-no questions, some meaningful only where others are answered yes
 
 def dpg_score(answers, dependency):
-    """answers {id: bool}, dependency {id: [parent ids]} (0: none) -> share of questions answered yes, where a
-    question counts as no if a parent does; in ascending order of ids, so that a no reaches grandchildren."""
+    """Return the share of questions that are answered yes, and whose parents are too.
+
+    answers: {id: bool}; dependency: {id: [ids of parents]}, 0 for none. Questions are
+    taken in ascending order of ids, so that a no reaches grandchildren.
+    """
     score = {question: float(answer) for question, answer in answers.items()}
     for question in sorted(score):
-        if any(parent != 0 and score.get(parent, 1) == 0 for parent in dependency.get(question, ())):
+        parents = [parent for parent in dependency.get(question, ()) if parent != 0]
+        if any(score.get(parent, 1) == 0 for parent in parents):
             score[question] = 0.0
     return sum(score.values()) / len(score)
 
 
+class Question(NamedTuple):
+    text: str
+    parents: list           # ids of questions; 0 is none
+    category: str           # level 1: "attribute" of "attribute - color (car, red)"
+
+
 def read_questions(path):
-    """dpg_bench.csv -> {prompt id: ({question id: question}, {id: [parent ids]}, {id: level-1 category})}, of
-    all lines (the official script passes over the first question). Raises UserError."""
-    prompts, needed = {}, {"item_id", "proposition_id", "dependency", "tuple", "question_natural_language"}
+    """Return {prompt id: {question id: Question}} of all lines of dpg_bench.csv.
+
+    (The official script passes over the first question.) Raises UserError.
+    """
+    needed = {"item_id", "proposition_id", "dependency", "tuple", "question_natural_language"}
+    prompts = {}
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         try:
-            if missing := needed.difference(reader.fieldnames or ()):
+            missing = needed.difference(reader.fieldnames or ())
+            if missing:
                 raise UserError(f"{path}: no column {', '.join(sorted(missing))}")
             for row in reader:
-                texts, parents, categories = prompts.setdefault(row["item_id"], ({}, {}, {}))
-                q = int(row["proposition_id"])
-                categories[q] = re.split("[(-]", row["tuple"])[0].strip()   # "attribute - color (car, red)"
-                parents[q] = [int(parent) for parent in row["dependency"].split(",")]
-                texts[q] = row["question_natural_language"]
+                questions = prompts.setdefault(row["item_id"], {})
+                number = int(row["proposition_id"])
+                if number in questions:
+                    raise UserError(f"{path} line {reader.line_num}: prompt {row['item_id']} has "
+                                    f"two questions {number}")
+                questions[number] = Question(
+                    row["question_natural_language"],
+                    [int(parent) for parent in row["dependency"].split(",")],
+                    re.split("[(-]", row["tuple"])[0].strip())
         except (ValueError, TypeError, AttributeError, csv.Error) as error:
-            raise UserError(f"{path} line {reader.line_num}: not a question of DPG-Bench ({error})") from None
+            raise UserError(f"{path} line {reader.line_num}: not a question of DPG-Bench "
+                            f"({error})") from None
     if not prompts:
         raise UserError(f"{path}: no questions in it")
     return prompts
@@ -648,49 +735,72 @@ def read_questions(path):
 
 @torch.no_grad()
 def ask(name, image, questions):
-    """What a VQA model (folder or hub id) says to yes-or-no questions about a PIL image -> [bool]."""
+    """Return [bool]: does a VQA model say yes to the questions about an image?"""
     model, processor = pretrained(name, "AutoModelForVisualQuestionAnswering", "AutoProcessor")
-    inputs = processor([image] * len(questions), questions, padding=True, return_tensors="pt").to(DEVICE)
-    if model.can_generate():                                # BLIP says words, ViLT chooses a label
+    inputs = processor([image] * len(questions), questions, padding=True, return_tensors="pt")
+    inputs = inputs.to(DEVICE)
+    # BLIP says words, ViLT chooses a label.
+    if model.can_generate():
         tokens = model.generate(**inputs, max_new_tokens=10)
         said = processor.batch_decode(tokens, skip_special_tokens=True)
     else:
-        said = [model.config.id2label[int(n)] for n in model(**inputs).logits.argmax(-1)]
+        labels = model(**inputs).logits.argmax(-1).tolist()
+        said = [model.config.id2label[label] for label in labels]
     return [re.match(r"\W*yes\b", text, re.IGNORECASE) is not None for text in said]
+
+
+def quarters(grid):
+    """Return the four images of a 2 x 2 grid, row by row."""
+    half = grid.width // 2
+    corners = [(0, 0), (half, 0), (0, half), (half, half)]
+    return [grid.crop((x, y, x + half, y + half)) for x, y in corners]
 
 
 def dpg(args):
     """Table 3: DPG-Bench on 2 x 2 grids named after their prompts' ids"""
-    prompts, files = read_questions(args.questions), list_images(args.images)
+    prompts = read_questions(args.questions)
+    files = list_images(args.images)
     known = [file for file in files if Path(file).stem in prompts]
     if not known:
         raise UserError(f"{args.images}: no image is named after a prompt of {args.questions}, "
                         f"like {min(prompts)}.png")
-    args.judge, weights = args.answers or args.vqa, {} if args.answers else {args.vqa: weights_hash(args.vqa)}
-    weights[args.questions] = sha256(args.questions)
-    sizes, values = set(), {"overall": []}                  # values: and of each category
+    read_results(args.images)
+    args.judge = (args.judge or args.answers) if args.answers else args.vqa
+    weights = {args.questions: sha256(args.questions)}
+    if not args.answers:
+        weights[args.vqa] = weights_hash(args.vqa)
+    sizes = set()
 
     def judge(file, grid):
         sizes.add(grid.size)
-        (width, height), half, texts = grid.size, grid.width // 2, prompts[Path(file).stem][0]
-        if width != height or width % 2 or len(sizes) > 1:
-            raise UserError(f"{Path(args.images, file)}: {width} x {height} pixels are not a 2 x 2 grid of "
-                            "square images, as large as the others (sample.py --format dpg makes them)")
-        quarters = [grid.crop((x, y, x + half, y + half)) for y in (0, half) for x in (0, half)]
-        answers = [ask(args.vqa, quarter, list(texts.values())) for quarter in quarters]
-        return {"answers": [dict(zip(map(str, texts), said)) for said in answers]}
+        if grid.width != grid.height or grid.width % 2 or len(sizes) > 1:
+            raise UserError(f"{Path(args.images, file)}: {grid.width} x {grid.height} pixels are "
+                            "not a 2 x 2 grid of square images, as large as the others "
+                            "(sample.py --format dpg makes them)")
+        questions = prompts[Path(file).stem]
+        texts = [question.text for question in questions.values()]
+        ids = [str(number) for number in questions]
+        answers = [dict(zip(ids, ask(args.vqa, image, texts))) for image in quarters(grid)]
+        return {"answers": answers}
 
+    values = {"overall": []}
     for file, _, row in judged(args.images, known, "answers.jsonl", weights, judge, args.answers):
-        texts, parents, categories = prompts[Path(file).stem]
-        try:
-            answers = [{q: str(one[str(q)]).lower() in ("true", "yes", "1") for q in texts}
-                       for one in row["answers"] or [{}]]
-        except (KeyError, TypeError):
-            raise UserError(f'{args.judge}: "answers" of {file} must list, for each image, {{question id: '
-                            f"true or false}}, with ids {', '.join(map(str, texts))}") from None
-        values["overall"].append(np.mean([dpg_score(one, parents) for one in answers]))
-        for q, category in categories.items():
-            values.setdefault(category, []).extend(one[q] for one in answers)       # uncorrected
+        questions = prompts[Path(file).stem]
+        parents = {number: question.parents for number, question in questions.items()}
+        of_images = []
+        for answers in row.get("answers") or [{}]:
+            try:
+                yes = {n: str(answers[str(n)]).lower() in ("true", "yes", "1") for n in questions}
+            except (KeyError, TypeError):
+                raise UserError(f'{args.judge}: "answers" of {file} must list, for each image, '
+                                "{question id: true or false}, with ids "
+                                f"{', '.join(map(str, questions))}") from None
+            of_images.append(dpg_score(yes, parents))
+            # Categories count answers as they are, whatever their parents'.
+            for number, question in questions.items():
+                values.setdefault(question.category, []).append(yes[number])
+        values["overall"].append(np.mean(of_images))
+
     notes = [f"judge: {args.judge}. The paper's is mPLUG-large; only numbers of one judge compare",
              "categories count all images of a grid; the official script counts the last one"]
     if len(known) < len(prompts) or len(known) < len(files):
@@ -701,74 +811,86 @@ def dpg(args):
     finish(args.images, args, scores, weights, counts, notes)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tables in the paper's order, results.json, command line
+# --------------------------------------------------------------------------------------
+# results.json, the paper's tables, Fig. 5
 
-TABLES = [                                                  # title, sections, {score: heading}
-    ("Table 1: image quality, alignment", ("quality", "clip"), {
-        "fid": "FID Inc. ↓", "fid_dino": "FID DINOv2 ↓", "precision": "P ↑", "recall": "R ↑",
-        "density": "D ↑", "coverage": "C ↑", "clip": "CLIPScore ↑", "jina": "Jina ↑"}),
-    ("Table 2: GenEval (◇ original prompts, ★ extended prompts)", ("geneval",), {
-        "overall": "Overall ↑", **TASKS}),
-    ("Table 3: DPG-Bench", ("dpg",), {
-        name: f"{name.capitalize()} ↑" for name in "global entity attribute relation other overall".split()})]
+def read_results(folder):
+    """Return the sections of a folder's results.json, {} without one. Raises UserError."""
+    path = Path(folder, "results.json")
+    return read_json(path, "a results.json of evaluate.py") if path.exists() else {}
 
 
-def print_tables(results):
-    """[(name, {section: scores})]: the paper's tables in Markdown, the best of several in bold."""
-    for title, sections, columns in TABLES:
-        rows = []                                           # (name, {score: value})
-        for name, result in results:
-            scores = ChainMap(*(result[section] for section in sections if section in result))
-            for mark, part in ("", scores), (" ◇", scores.get("original")), (" ★", scores.get("extended")):
-                rows += [(name + mark, part)] if part and columns.keys() & part.keys() else []
-        shown = {key: [scores[key] for _, scores in rows if key in scores] for key in columns}
-        shown = {key: values for key, values in shown.items() if values}
-        if rows:
-            print(f"\n{title}\n\n| | {' | '.join(map(columns.get, shown))} |\n|---|{'--:|' * len(shown)}")
-        for name, scores in rows:
-            cells = []
-            for key, values in shown.items():
-                digits = 3 if key in ("precision", "recall", "density", "coverage") else 2
-                best = (min if "↓" in columns[key] else max)(values)
-                cell = f"{scores[key]:.{digits}f}" if key in scores else ""
-                cell += f" ± {scores[f'{key}_error']:.2f}" if f"{key}_error" in scores else ""
-                cells.append(f"**{cell}**" if len(values) > 1 and scores.get(key) == best else cell)
-            print(f"| {name} | {' | '.join(cells)} |")
-
-
-def finish(folder, args, scores, weights, counts, notes=()):
-    """Puts a command's section into <folder>/results.json and prints its table."""
+def finish(folder, args, scores, weights, counts, notes, data=None):
+    """Put a command's section into <folder>/results.json and print its table."""
     import transformers
-    path, section = Path(folder, "results.json"), args.run.__name__
-    settings = {name: value for name, value in vars(args).items() if name != "run"}
-    try:
-        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        results[section] = {
-            "scores": scores, "settings": settings, "weights": weights, "counts": counts, "notes": notes,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-    except (ValueError, TypeError):
-        raise UserError(f"{path}: not JSON as evaluate.py writes it; move it away") from None
+    section = {
+        "scores": scores, "settings": {key: vars(args)[key] for key in vars(args) if key != "run"},
+        "weights": weights, "counts": counts, "notes": notes, "data": data,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    # How the samples were made, as sample.py says it.
+    for key, name in (("checkpoint", "checkpoint.json"), ("sampling", "settings.json")):
+        path = Path(folder, name)
+        section[key] = read_json(path, f"sample.py's {name}") if path.exists() else {}
+    section["sampling"].pop("prompts", None)
+    path = Path(folder, "results.json")
+    command = args.run.__name__
+    results = {**read_results(folder), command: section}
     with complete(path) as temporary:
-        temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print_tables([(Path(folder).resolve().name, {section: scores})])
+        text = json.dumps(results, indent=1, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+    row = Row(Path(folder).resolve().name, scores_of(path, command, section), {})
+    print_tables([row], paper=False)
     print("\n" + "\n".join(f"- {note}" for note in [*notes, f"all of it in {path}"]))
 
 
 def compare(args):
     """Several results.json side by side as the paper's tables, the best in bold"""
-    results, judges = [], set()
-    for path in args.results:
-        try:
-            result = json.loads(Path(path).read_text(encoding="utf-8"))
-            scores = {name: dict(part["scores"]) for name, part in result.items()}
-            results.append((str(Path(path).parent), scores))
-            judges |= {str(result["dpg"]["settings"].get("judge"))} if "dpg" in result else set()
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            raise UserError(f"{path}: not a results.json of evaluate.py") from None
-    print_tables(results)
-    if len(judges) > 1:
-        print(f"\n- the judges of Table 3 differ ({', '.join(sorted(judges))}): its rows do not compare")
+    paths = [path for place in args.results for path in results_files(place)]
+    rows = joined([read_row(path) for path in paths])
+    if args.csv:
+        write_csv(args.csv, rows)
+    if args.paper:
+        for name, values in GENEVAL_PUBLISHED.items():
+            scores = {f"original {task}": Score(value) for task, value in zip(GENEVAL, values)}
+            rows.append(Row(name, scores, {}, published=True))
+    if args.published:
+        rows += read_csv(args.published)
+    print_tables(rows, args.paper)
+
+
+def curve(args):
+    """Fig. 5: a score of checkpoints against their training steps, as SVG and JSONL"""
+    scores = {}
+    for place in args.results:
+        # Checkpoints of one run lie in one folder, and are called step-0050000.
+        folder = Path(place).parent if Path(place).is_file() else Path(place)
+        run = str(folder.parent if folder.name.startswith("step-") else folder)
+        for row in [read_row(path) for path in results_files(place)]:
+            named = re.search(r"step-(\d+)", str(Path(row.name).resolve()))
+            steps = row.steps or (int(named[1]) if named else None)
+            if args.score not in row.scores:
+                continue
+            if steps is None:
+                raise UserError(f"{row.name}: neither its checkpoint nor its name says after how "
+                                "many steps")
+            if (run, steps) in scores:
+                raise UserError(f"{row.name}: a second {args.score} of {run} after {steps} steps")
+            scores[run, steps] = row.scores[args.score]
+    if not scores:
+        raise UserError(f"no score {args.score!r} in these results")
+    difference = disagreement(list(scores.values()))
+    if difference:
+        raise UserError(f"these results do not compare, they were measured with another {difference}")
+
+    rows = []
+    curves = {}
+    for (run, steps), score in sorted(scores.items(), key=lambda item: item[0]):
+        rows.append({"run": run, "steps": steps, args.score: score.value})
+        curves.setdefault(run, []).append((steps, score.value))
+    with complete(args.out) as temporary:
+        temporary.write_text(line_chart(curves, "training steps", args.score), encoding="utf-8")
+    write_jsonl(Path(args.out).with_suffix(".jsonl"), rows)
+    print(f"{args.out}: {len(rows)} checkpoints of {len(curves)} runs, and the same as JSONL")
 
 
 def main(argv=None):
@@ -776,40 +898,74 @@ def main(argv=None):
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run):
-        about = {"help": run.__doc__, "description": run.__doc__}
-        sub = commands.add_parser(run.__name__, formatter_class=HelpFormatter, **about)
+        sub = commands.add_parser(run.__name__, formatter_class=HelpFormatter, help=run.__doc__,
+                                  description=run.__doc__)
         sub.set_defaults(run=run)
         return sub.add_argument
 
     add = command(quality)
-    add("--real", required=True, metavar="FOLDER|FILE", help="real images, or a file of --save-stats")
+    add("--real", required=True, metavar="FOLDER|FILE",
+        help="real images, or a file of --save-stats")
     add("--fake", metavar="FOLDER", help="generated images")
+    add("--size", type=int, default=256,
+        help="both sides: shorter side to this, then centre crop")
+    add("--no-crop", action="store_true", help="leave the images as they are")
     add("--k", type=int, default=3, help="a sample's ball reaches to this neighbour")
-    add("--save-stats", metavar="FILE", help="keep the features of --real in one .safetensors file")
-    add("--inception", metavar="FILE", help="FID's weights, pytorch-fid's or torch-fidelity's")
+    add("--chunk", type=int, default=10_000,
+        help="P, R, D, C: mean over chunks of so many; 0: all")
+    add("--seed", type=int, default=0, help="how the images are shuffled into chunks")
+    add("--save-stats", metavar="FILE",
+        help="keep the features of --real in one .safetensors file")
+    add("--inception", metavar="FILE",
+        help="FID's weights, pytorch-fid's or torch-fidelity's")
     add("--dino", default="facebook/dinov2-large", help="DINOv2: folder or hub id")
     add = command(clip)
-    add("--samples", required=True, metavar="FILE", help="samples.jsonl of sample.py, beside its images")
+    add("--samples", required=True, metavar="FILE",
+        help="samples.jsonl of sample.py, beside its images")
     add("--clip", default=CLIP, help="CLIP: folder or hub id")
     add("--jina", default="jinaai/jina-clip-v2", help="Jina CLIP: folder or hub id")
-    add("--trust-remote-code", action="store_true", help="run the code that comes with --jina")
+    add("--trust-remote-code", action="store_true",
+        help="run the code that comes with --jina")
     add = command(geneval)
-    add("--images", required=True, metavar="FOLDER", help="from sample.py --format geneval, original prompts")
+    add("--images", required=True, metavar="FOLDER",
+        help="from sample.py --format geneval, original prompts")
     add("--extended", metavar="FOLDER", help="the same from extended prompts")
-    add("--detections", metavar="FILE", nargs="+", help="instead of a detector, JSONL (for --images, for "
+    add("--detections", metavar="FILE", nargs="+",
+        help="instead of a detector, JSONL (for --images, for "
         '--extended): {"file": "00000/samples/0000.png", "objects": {class: [{"box": [x0, y0, x1, y1], '
         '"score": 0.9}]}}, with "color" where CLIP is not to tell it')
-    add("--detector", default="facebook/mask2former-swin-small-coco-instance", help="folder or hub id")
+    add("--detector", default="facebook/mask2former-swin-small-coco-instance",
+        help="folder or hub id")
     add("--clip", default=CLIP, help="CLIP, which tells colours: folder or hub id")
     add = command(dpg)
     add("--images", required=True, metavar="FOLDER", help="from sample.py --format dpg")
-    add("--questions", required=True, metavar="FILE", help="the benchmark's dpg_bench.csv")
-    add("--vqa", default="Salesforce/blip-vqa-capfilt-large", help="the judge, a VQA model: folder or hub id")
-    add("--answers", metavar="FILE", help='instead of a judge, lines {"file": "12.png", "answers": '
+    add("--questions", required=True, metavar="FILE",
+        help="the benchmark's dpg_bench.csv")
+    add("--vqa", default="Salesforce/blip-vqa-capfilt-large",
+        help="the judge, a VQA model: folder or hub id")
+    add("--answers", metavar="FILE",
+        help='instead of a judge, lines {"file": "12.png", "answers": '
         '[{"1": true, "2": false}, ...]}, one list entry for each image of the grid')
-    command(compare)("results", nargs="+", metavar="results.json", help="files of other runs")
+    add("--judge",
+        help="who gave --answers; only scores of one judge are ranked (default: the file)")
+    add = command(compare)
+    add("results", nargs="+", metavar="RESULTS", help="results.json, or folders with one")
+    add("--paper", action="store_true",
+        help="Tables 1 to 5 in the paper's columns, with published rows")
+    add("--csv", metavar="FILE", help="write the rows with all their scores")
+    add("--published", metavar="FILE",
+        help="rows to show, unranked, from a file like that of --csv")
+    add = command(curve)
+    add("results", nargs="+", metavar="CHECKPOINT",
+        help="folders with results.json in them or below")
+    add("--score", default="fid",
+        help='as results.json names it; "COCO fid", "original overall", ...')
+    add("--out", default="curve.svg", metavar="FILE.svg",
+        help="the picture; FILE.jsonl holds its points")
     args = parser.parse_args(argv)
-    if os.environ.get("RANK", "0") == "0":                  # other ranks of torchrun would only repeat it
+    # Only the features of `quality` are shared by the ranks of torchrun.
+    rank, _ = rank_and_world()
+    if rank == 0 or args.run is quality:
         args.run(args)
 
 

@@ -138,15 +138,128 @@ def measured(which, n, D):
     return result, seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
+def photographs(folder, count, size):
+    """Write `count` JPEGs of smooth noise, of which 50 differ; the others are links to them."""
+    import numpy as np
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    Path(folder).mkdir()
+    for k in range(count):
+        path = Path(folder, f"{k:06}.jpg")
+        if k < 50:
+            noise = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+            noise.resize(size, Image.Resampling.BICUBIC).save(path, quality=95)
+        else:
+            os.link(Path(folder, f"{k % 50:06}.jpg"), path)
+    return folder
+
+
+def quality_command(folder, real, fake, *options):
+    """Run `evaluate.py quality` on two folders, and return the seconds that it took."""
+    import evaluate
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        evaluate.main(["quality", f"--inception={folder}/inception.pth", f"--dino={folder}/dino",
+                       f"--real={real}", f"--fake={fake}", *options])
+    return time.perf_counter() - start
+
+
+def quality_against_bare_networks():
+    """Time the features of photographs, from files, against the networks on ready batches."""
+    import torch
+    from transformers import Dinov2Config, Dinov2Model
+
+    import evaluate
+    count = int(os.environ.get("BENCHMARK_PHOTOS", "128"))
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(evaluate.Inception().state_dict(), f"{folder}/inception.pth")
+        Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518,
+                                 patch_size=14)).save_pretrained(f"{folder}/dino")
+        few = photographs(f"{folder}/few", 4, (500, 375))
+        quality_command(folder, few, few, "--k=1")              # loads and warms up the networks
+        real = photographs(f"{folder}/real", count, (500, 375))
+        seconds = quality_command(folder, real, few, "--k=1")
+
+        inception = evaluate.load_inception(f"{folder}/inception.pth")
+        dinov2 = evaluate.load_dinov2(f"{folder}/dino")
+        pixels = torch.randint(0, 256, (evaluate.BATCH, 3, 256, 256), dtype=torch.uint8)
+        small = torch.randn(evaluate.BATCH, 3, 224, 224)
+        start = time.perf_counter()
+        with torch.no_grad():
+            for _ in range(count // evaluate.BATCH):
+                inception(pixels.to(evaluate.DEVICE)).cpu()
+                dinov2(small.to(evaluate.DEVICE)).last_hidden_state.cpu()
+        bare = time.perf_counter() - start
+    print(f"evaluate: quality of {count} JPEGs of 500 x 375, Inception-v3 and a DINOv2 of ViT-S's "
+          f"size: {count / seconds:.1f} images/s, networks alone {count / bare:.1f} images/s; "
+          f"{seconds / bare:.2f} x their time", flush=True)
+
+
+def means_of_parts(images, side):
+    """Return the means of side x side parts of images, as a network that takes no time does."""
+    import torch
+    return torch.nn.functional.adaptive_avg_pool2d(images.float(), side).flatten(1)
+
+
+def quality_of_tiny_images(count, folder, peak):
+    """Run in a process of its own: `quality` of tiny images with networks that take no time."""
+    import resource
+    from types import SimpleNamespace
+
+    import evaluate
+
+    def tokens(images):
+        return SimpleNamespace(last_hidden_state=means_of_parts(images, 3)[:, None])
+    evaluate.load_inception = lambda weights: lambda images: means_of_parts(images, 4)
+    evaluate.load_dinov2 = lambda name: tokens
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = quality_command(folder, f"{folder}/real", f"{folder}/fake", "--size=32")
+    peak.put((seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+
+
+def quality_of_many_images():
+    """Time `quality` of 50,000 tiny images, kill it on the way, and let it go on."""
+    import multiprocessing
+
+    from transformers import Dinov2Config, Dinov2Model
+    count = int(os.environ.get("BENCHMARK_TINY", "50000"))
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "inception.pth").write_bytes(b"not read here")
+        Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                 image_size=28)).save_pretrained(f"{folder}/dino")
+        photographs(f"{folder}/real", 1000, (40, 30))
+        photographs(f"{folder}/fake", count, (40, 30))
+        parts = Path(folder, "fake", ".features")
+        peak = spawn.Queue()
+        killed = spawn.Process(target=quality_of_tiny_images, args=(count, folder, peak))
+        killed.start()
+        while len(list(parts.glob("*.safetensors"))) < count // 256 // 2:
+            time.sleep(0.05)
+        killed.kill()
+        killed.join()
+        kept = 256 * len(list(parts.glob("*.safetensors")))
+        again = spawn.Process(target=quality_of_tiny_images, args=(count, folder, peak))
+        again.start()
+        seconds, megabytes = peak.get()
+        again.join()
+    left = count - kept
+    print(f"evaluate: quality of {count} tiny JPEGs without networks: killed after {kept}, the "
+          f"other {left} and all the figures took {seconds:.0f} s ({left / seconds:.0f} images/s), "
+          f"memory rose by {megabytes:.0f} MB")
+
+
 def section_evaluate():
-    """P/R/D/C against whole distance matrices, the Fréchet distance against scipy's matrix square root."""
+    """P/R/D/C against whole distance matrices, the Fréchet distance against scipy's matrix square
+    root, `quality` against its bare networks, and 50,000 images."""
     import multiprocessing
 
     import numpy as np
     import scipy.linalg
 
     import evaluate
-    n, D = int(os.environ.get("BENCHMARK_N", "20000")), 256
+    n = int(os.environ.get("BENCHMARK_N", "5000"))
+    D = 256
     found = []
     for which in "ours", "full":
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -155,8 +268,10 @@ def section_evaluate():
     print(f"evaluate: prdc of {n} and {n} x {D}: {t:.1f} s, {memory / 2 ** 20:.0f} MB; "
           f"whole matrices {t_full:.1f} s, {memory_full / 2 ** 20:.0f} MB; "
           f"{t / t_full:.2f} of the time, {memory / memory_full:.3f} of the memory; "
-          f"results differ by at most {max(abs(ours[key] - full[key]) for key in ours):.1e}")
-    n, D = int(os.environ.get("BENCHMARK_N", "10000")), int(os.environ.get("BENCHMARK_D", "2048"))
+          f"results differ by at most {max(abs(ours[key] - full[key]) for key in ours):.1e}",
+          flush=True)
+    n = int(os.environ.get("BENCHMARK_N", "10000"))
+    D = int(os.environ.get("BENCHMARK_D", "1024"))
     a, b = (np.random.default_rng(seed).normal(size=(n, D)) * np.geomspace(1, 1e-3, D) for seed in (0, 1))
     start = time.perf_counter()
     ours = evaluate.frechet_distance(a, b)
@@ -168,7 +283,9 @@ def section_evaluate():
     theirs = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(S_a + S_b - 2 * root)
     print(f"evaluate: frechet_distance of {n} and {n} x {D}: {t:.1f} s with covariances; "
           f"sqrtm alone {t_root:.1f} s; "
-          f"{t / t_root:.2f} of its time; {ours:.6g} and {theirs:.6g}")
+          f"{t / t_root:.2f} of its time; {ours:.6g} and {theirs:.6g}", flush=True)
+    quality_against_bare_networks()
+    quality_of_many_images()
 
 
 def section_encode():

@@ -1,0 +1,263 @@
+"""results.json -> the paper's Tables 1 to 5 in Markdown and CSV, what was published beside it."""
+
+import csv
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from common import UserError, complete, read_json
+
+TASKS = {"single_object": "One obj. ↑", "two_object": "Two obj. ↑", "counting": "Count. ↑",
+         "colors": "Col. ↑", "position": "Pos. ↑", "color_attr": "Col. attr. ↑"}
+QUALITY = {"fid": "FID Inc. ↓", "fid_dino": "FID DINOv2 ↓", "precision": "P ↑", "recall": "R ↑",
+           "density": "D ↑", "coverage": "C ↑", "clip": "CLIPScore ↑", "jina": "Jina ↑"}
+COCO_QUALITY = {f"COCO {name}": f"COCO {heading}" for name, heading in QUALITY.items()}
+GENEVAL = {"overall": "Overall ↑", **TASKS}
+DPG = {name: f"{name.capitalize()} ↑"
+       for name in ("global", "entity", "attribute", "relation", "other", "overall")}
+ABLATION = {"fid": "FID Inc. ↓", "fid_dino": "FID DINOv2 ↓", "clip": "CLIPScore ↑",
+            "original overall": "GenEval ◇ ↑", "extended overall": "GenEval ★ ↑",
+            "dpg overall": "DPG ↑"}
+FACTS = ("Params", "Images", "TA", "IA", "CutMix", "p")
+
+
+class Table(NamedTuple):
+    title: str
+    facts: tuple            # of the checkpoint, shown by `compare --paper`
+    columns: dict           # {score: heading}
+    prefixes: dict          # {how the scores' names begin: mark behind the name of a row}
+
+
+TABLES = [
+    Table("Table 1: image quality, alignment (ImageNet, where COCO is not named)", ("TA", "IA"),
+          {**COCO_QUALITY, **QUALITY}, {"": ""}),
+    Table("Table 2: GenEval (◇ original prompts, ★ extended prompts)", FACTS[:4], GENEVAL,
+          {"original ": " ◇", "extended ": " ★"}),
+    Table("Table 3: DPG-Bench", FACTS[:4], DPG, {"dpg ": ""}),
+    Table("Table 4: settings of CutMix", ("CutMix",), ABLATION, {"": ""}),
+    Table("Table 5: probability of composites", ("p",), ABLATION, {"": ""})]
+
+# Settings that a score depends on: scores are ranked only where these are the same.
+DEPENDS_ON = {"fid": ("inception", "size", "no_crop"), "fid_dino": ("dino", "size", "no_crop"),
+              "quality": ("dino", "size", "no_crop", "chunk", "k"), "clip": ("clip",),
+              "jina": ("jina",), "geneval": ("detector", "clip"), "dpg": ("judge", "questions")}
+
+# From the table in GenEval's own repository, in the order of GENEVAL.
+GENEVAL_PUBLISHED = {
+    "Stable Diffusion v1.5": (0.43, 0.97, 0.38, 0.35, 0.76, 0.04, 0.06),
+    "Stable Diffusion v2.1": (0.50, 0.98, 0.51, 0.44, 0.85, 0.07, 0.17),
+    "Stable Diffusion XL": (0.55, 0.98, 0.74, 0.39, 0.85, 0.15, 0.23),
+    "IF-XL": (0.61, 0.97, 0.74, 0.66, 0.81, 0.13, 0.35)}
+
+
+class Score(NamedTuple):
+    value: float
+    error: float | None = None          # the standard error
+    made_with: dict = {}                # what it depends on beside the images
+
+
+class Row(NamedTuple):
+    name: str
+    scores: dict                        # {"fid": Score, "COCO fid": ..., "original overall": ...}
+    facts: dict                         # {"TA": "yes", "p": "0.5", ...}, of the checkpoint
+    weights: str | None = None          # the checkpoint's hash
+    steps: int | None = None            # its training steps
+    published: bool = False
+
+
+def scores_of(path, command, section):
+    """Return a section of results.json as {name of the score: Score}. Raises UserError."""
+    found = section["scores"]
+    prefix = "dpg " if command == "dpg" else "COCO " if section.get("data") == "COCO" else ""
+    if command == "geneval":
+        found = {f"{prompts} {task}": value for prompts in found
+                 for task, value in found[prompts].items()}
+    for name, value in found.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise UserError(f"{path}: {command}: {name} is {value!r}, which is not a number")
+    settings = section.get("settings", {})
+    counts = section.get("counts", {})
+    others = DEPENDS_ON[command]
+    scores = {}
+    for name in [name for name in found if not name.endswith("_error")]:
+        made_with = {}
+        for key in DEPENDS_ON.get(name, others):
+            # A model is known by the hash of its weights, whatever its folder is called.
+            made_with[key] = section.get("weights", {}).get(settings.get(key), settings.get(key))
+        if command == "quality":
+            sizes = (counts.get("fake", 0), counts.get("real", 0))
+            made_with["images"] = "{:.2g} against {:.2g}".format(*sizes)
+        scores[prefix + name] = Score(found[name], found.get(f"{name}_error"), made_with)
+    return scores
+
+
+def read_row(path):
+    """Return a results.json as a Row, named after its folder. Raises UserError."""
+    results = read_json(path, "a results.json of evaluate.py")
+    row = Row(str(Path(path).parent), {}, {})
+    try:
+        for command, section in results.items():
+            row.scores.update(scores_of(path, command, section))
+            training = (section.get("checkpoint") or {}).get("training") or {}
+            weights = (section.get("sampling") or {}).get("weights")
+            row = row._replace(weights=weights or row.weights)
+            if training.get("steps") is not None:
+                row = row._replace(steps=int(training["steps"]))
+            for fact, key in (("Params", "parameters"), ("Images", "images")):
+                if training.get(key):
+                    row.facts[fact] = f"{training[key] / 1e6:.3g}M"
+            if training:
+                row.facts["TA"] = "yes" if training.get("TA") else "no"
+                row.facts["IA"] = "yes" if training.get("IA") else "no"
+                row.facts["CutMix"] = str(training.get("IA") or "none")
+                row.facts["p"] = str(training.get("p", ""))
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise UserError(f"{path}: not a results.json of evaluate.py") from None
+    return row
+
+
+def results_files(place):
+    """Return the results.json of a path: itself, in it, or else in its folders."""
+    place = Path(place)
+    if not place.is_dir():
+        return [place]
+    found = list(place.glob("results.json")) or sorted(place.glob("*/results.json"))
+    if not found:
+        raise UserError(f"{place}: no results.json in it")
+    return found
+
+
+def joined(rows):
+    """Return rows, those of one checkpoint made one unless they share a score."""
+    models = []
+    for row in rows:
+        for i, model in enumerate(models):
+            same = row.weights is not None and row.weights == model.weights
+            if same and not row.scores.keys() & model.scores.keys():
+                models[i] = model._replace(name=f"{model.name} + {row.name}",
+                                           scores={**model.scores, **row.scores})
+                break
+        else:
+            models.append(row)
+    return models
+
+
+def disagreement(scores):
+    """Return in what Scores of a column were measured differently, "" if in nothing."""
+    reasons = []
+    for key in {key: None for score in scores for key in score.made_with}:
+        values = sorted({str(score.made_with.get(key))[:12] for score in scores})
+        if len(values) > 1:
+            reasons.append(f"{key} ({', '.join(values)})")
+    return ", ".join(reasons)
+
+
+def cell_texts(scores, rivals, lowest, digits):
+    """Return Scores as text, of the rivals the best bold, the second underlined.
+
+    None is an empty cell.
+    """
+    places = sorted({round(score.value, digits) for score in rivals}, reverse=not lowest)
+    texts = []
+    for score in scores:
+        text = f"{score.value:.{digits}f}" if score else ""
+        if score and score.error is not None:
+            text += f" ± {score.error:.2f}"
+        if score in rivals and len(rivals) > 1:
+            place = places.index(round(score.value, digits))
+            text = f"**{text}**" if place == 0 else f"<u>{text}</u>" if place == 1 else text
+        texts.append(text)
+    return texts
+
+
+def rows_of_table(table, rows, paper):
+    """Return the rows that have a score of a table; none if the table is not to be printed."""
+    columns = [prefix + column for prefix in table.prefixes for column in table.columns]
+    chosen = [row for row in rows if row.scores.keys() & set(columns)]
+    if table.columns is ABLATION:
+        # Only a study of what varies: two settings of CutMix, or two probabilities.
+        [fact] = table.facts
+        chosen = [row for row in chosen if fact in row.facts]
+        if not paper or len({row.facts[fact] for row in chosen}) < 2:
+            return []
+    only_published = all(row.published for row in chosen)
+    return [] if only_published else chosen
+
+
+def print_tables(rows, paper=False):
+    """Print rows as the paper's tables, in Markdown; `paper`: with the checkpoints' facts.
+
+    Original and extended prompts are ranked apart. What was published is not ranked, nor
+    is a column that was measured in different ways, and a line below the table says in
+    which.
+    """
+    for table in TABLES:
+        chosen = rows_of_table(table, rows, paper)
+        if not chosen:
+            continue
+        facts = []
+        if paper:
+            facts = [fact for fact in table.facts if any(fact in row.facts for row in chosen)]
+        names = []
+        texts = {heading: [] for heading in table.columns.values()}
+        unranked = {}
+        for prefix, mark in table.prefixes.items():
+            group = []
+            for row in chosen:
+                if any(prefix + column in row.scores for column in table.columns):
+                    name = f"{row.name} (published)" if row.published else row.name
+                    names.append([name + mark, *[row.facts.get(fact, "") for fact in facts]])
+                    group.append(row)
+
+            for column, heading in table.columns.items():
+                scores = [row.scores.get(prefix + column) for row in group]
+                rivals = [score for row, score in zip(group, scores)
+                          if score and not row.published]
+                difference = disagreement(rivals)
+                if difference:
+                    unranked.setdefault(difference, []).append(heading)
+                    rivals = []
+                # Shares between 0 and 1 have three digits.
+                digits = 3 if heading.split()[-2] in ("P", "R", "D", "C") else 2
+                texts[heading] += cell_texts(scores, rivals, "↓" in heading, digits)
+
+        # A column that is empty in every row is not shown.
+        shown = [heading for heading in texts if any(texts[heading])]
+        print(f"\n{table.title}\n\n| | {' | '.join([*facts, *shown])} |")
+        print(f"|---|{'---|' * len(facts)}{'--:|' * len(shown)}")
+        for i, name in enumerate(names):
+            cells = [texts[heading][i] for heading in shown]
+            print(f"| {' | '.join([*name, *cells])} |")
+        for difference, headings in unranked.items():
+            print(f"\n- not ranked: {', '.join(headings)}; measured with another {difference}")
+
+
+def write_csv(path, rows):
+    """Write rows as CSV: model, facts of the checkpoint, every score by its name."""
+    names = {name: None for row in rows for name in row.scores}
+    with complete(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["model", *FACTS, *names])
+        writer.writeheader()
+        for row in rows:
+            values = {name: score.value for name, score in row.scores.items()}
+            writer.writerow({"model": row.name, **row.facts, **values})
+
+
+def read_csv(path):
+    """Return rows of a CSV file like that of `write_csv`, as published ones.
+
+    Raises UserError.
+    """
+    rows = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        for cells in csv.DictReader(file):
+            try:
+                name = cells.pop("model")
+                filled = {key: text for key, text in cells.items() if text}
+                facts = {fact: filled.pop(fact) for fact in FACTS if fact in filled}
+                scores = {key: Score(float(text)) for key, text in filled.items()}
+            except (KeyError, ValueError, TypeError) as error:
+                raise UserError(f"{path}: not a table as compare --csv writes it ({error})") from None
+            rows.append(Row(name, scores, facts, published=True))
+    return rows

@@ -1,0 +1,479 @@
+"""evaluate.py: which images are compared, chunks, ranks and kills; compare, its tables; curve."""
+
+import csv
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import photo, refused
+
+import evaluate
+from common import UserError
+
+RNG = np.random.default_rng
+
+
+class Inception(torch.nn.Module):
+    """A stand-in for FID's network that takes no time: means of the image's four quarters."""
+
+    def __init__(self, weights=None):
+        super().__init__()
+
+    def forward(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+
+class Dinov2:
+    """A stand-in for DINOv2 likewise, of nine parts."""
+
+    def __call__(self, images):
+        tokens = torch.nn.functional.adaptive_avg_pool2d(images, 3).flatten(1)[:, None]
+        self.last_hidden_state = tokens
+        return self
+
+
+def use_quick_networks(monkeypatch):
+    monkeypatch.setattr(evaluate, "Inception", Inception)
+    monkeypatch.setattr(evaluate, "load_inception", lambda weights: Inception())
+    monkeypatch.setattr(evaluate, "load_dinov2", lambda name: Dinov2())
+    monkeypatch.setattr(evaluate, "weights_hash", lambda name: "hash of " + name)
+
+
+@pytest.fixture
+def quality(monkeypatch, tmp_path):
+    use_quick_networks(monkeypatch)
+    weights = tmp_path / "inception.pth"
+    weights.write_bytes(b"weights")
+
+    def run_quality(*words):
+        evaluate.main(["quality", "--inception", str(weights), "--dino", "dino", *map(str, words)])
+    return run_quality
+
+
+def pictures(folder, count, seed=0, names="{:04}.png"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for n in range(count):
+        photo(seed + n, (40, 30)).save(folder / names.format(n))
+    return folder
+
+
+def section(folder, command="quality"):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))[command]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# --------------------------------------------------------------------------------------
+# Which images are compared
+
+def test_a_contact_sheet_is_no_sample(quality, tmp_path):
+    real = pictures(tmp_path / "real", 6)
+    fake = pictures(tmp_path / "fake", 6, seed=50)
+    quality("--real", real, "--fake", fake)
+    before = section(fake)["scores"]
+    photo(99, (400, 400)).save(fake / "sheet.png")
+    quality("--real", real, "--fake", fake)
+    assert section(fake)["scores"] == before and section(fake)["counts"]["fake"] == 6
+
+
+def test_samples_jsonl_is_the_list_of_samples(quality, tmp_path, capsys):
+    real = pictures(tmp_path / "real", 6)
+    fake = pictures(tmp_path / "fake", 6, seed=50)
+    write_lines(fake / "samples.jsonl", [{"file": f"{n:04}.png"} for n in (0, 1, 2, 4, 9)])
+    quality("--real", real, "--fake", fake)
+    assert section(fake)["counts"] == {"real": 6, "fake": 4, "skipped": 1}
+    assert "0009.png" in capsys.readouterr().err
+    for row, message in (({"file": ["0000.png"]}, 'every line needs a "file"'),
+                         ({"file": "0000.png", "name": ["a"]}, 'the "name" of 0000.png is not text')):
+        write_lines(fake / "samples.jsonl", [row])
+        with pytest.raises(UserError, match=message):
+            quality("--real", real, "--fake", fake)
+
+
+def test_coco_is_compared_only_where_it_was_asked_for(quality, tmp_path, capsys):
+    coco = "COCO_val2014_{:012}.jpg"
+    real = pictures(tmp_path / "val2014", 9, names=coco)
+    (real / coco.format(3)).rename(real / "COCO_été.jpg")
+    fake = pictures(tmp_path / "fake", 6, seed=50)
+    names = [Path(coco.format(n)).stem for n in (0, 1, 2, 5)] + ["COCO_été", "COCO_absent"]
+    rows = [{"file": f"{n:04}.png", "prompt": "é", "name": name} for n, name in enumerate(names)]
+    write_lines(fake / "samples.jsonl", rows)
+    quality("--real", real, "--fake", fake, "--save-stats", tmp_path / "asked.safetensors")
+    found = section(fake)
+    assert found["counts"] == {"real": 5, "fake": 6, "skipped": 0} and found["data"] == "COCO"
+    assert "1 of the 6 real images that were asked for are not in" in capsys.readouterr().out
+
+    chosen = tmp_path / "chosen"
+    chosen.mkdir()
+    for name in names[:-1]:
+        shutil.copy(real / f"{name}.jpg", chosen)
+    (fake / "samples.jsonl").unlink()
+    quality("--real", chosen, "--fake", fake)
+    assert section(fake)["scores"] == found["scores"] and section(fake)["data"] == "ImageNet"
+
+    # The same from saved features of the whole folder.
+    quality("--real", real, "--save-stats", tmp_path / "all.safetensors")
+    write_lines(fake / "samples.jsonl", rows)
+    quality("--real", tmp_path / "all.safetensors", "--fake", fake)
+    assert section(fake)["scores"] == found["scores"]
+    with pytest.raises(UserError, match="none of its images was asked for"):
+        quality("--real", pictures(tmp_path / "other", 5), "--fake", fake)
+
+
+def test_prdc_is_the_mean_over_chunks_that_the_seed_fixes(quality, tmp_path, capsys):
+    real = RNG(0).normal(size=(230, 6)).astype(np.float32)
+    fake = RNG(1).normal(size=(250, 6)).astype(np.float32) * 1.1
+    found, count, sizes = evaluate.mean_prdc(torch.tensor(real), torch.tensor(fake), 3, 100, 7)
+    assert (count, sizes) == (2, (100, 100))
+    rng = torch.Generator().manual_seed(7)
+    of_real = torch.randperm(230, generator=rng)
+    of_fake = torch.randperm(250, generator=rng)
+    parts = [evaluate.prdc(real[of_real[part]], fake[of_fake[part]], 3)
+             for part in (slice(0, 100), slice(100, 200))]
+    assert found == {name: pytest.approx(np.mean([part[name] for part in parts])) for name in found}
+    whole, count, _ = evaluate.mean_prdc(torch.tensor(real), torch.tensor(fake), 3, 0, 7)
+    assert count == 1 and whole == pytest.approx(evaluate.prdc(real, fake, 3))
+
+    quality("--real", pictures(tmp_path / "real", 11), "--chunk", 5,
+            "--fake", pictures(tmp_path / "fake", 12, seed=50))
+    assert "mean over 2 chunks of 5 images against 5" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------
+# Features that are kept
+
+def test_features_are_computed_once_and_again_only_for_parts_that_changed(quality, tmp_path,
+                                                                          monkeypatch):
+    seen = []
+
+    class Counting(Inception):
+        def forward(self, images):
+            seen.append(len(images))
+            return super().forward(images)
+    monkeypatch.setattr(evaluate, "load_inception", lambda weights: Counting())
+    monkeypatch.setattr(evaluate, "PART", 2)
+    real = pictures(tmp_path / "real", 5)
+    fake = pictures(tmp_path / "fake", 5, seed=50)
+    quality("--real", real, "--fake", fake)
+    first = section(fake)["scores"]
+    assert seen == [2, 2, 1, 2, 2, 1]
+    quality("--real", real, "--fake", fake)
+    assert section(fake)["scores"] == first and len(seen) == 6
+    pictures(fake, 1, seed=99)                              # 0000.png is another picture now
+    quality("--real", real, "--fake", fake)
+    assert seen[6:] == [2] and section(fake)["scores"]["fid"] != first["fid"]
+    (fake / "0004.png").unlink()
+    quality("--real", real, "--fake", fake)
+    assert len(seen) == 7 and section(fake)["counts"]["fake"] == 4
+    quality("--real", real, "--fake", fake, "--size", 200)
+    assert sum(seen[7:]) == 5 + 4                           # at another size, all of them
+
+
+def test_saved_statistics_replace_the_real_images(quality, tmp_path):
+    real = pictures(tmp_path / "real", 5)
+    fake = pictures(tmp_path / "fake", 5, seed=50)
+    stats = tmp_path / "stats.safetensors"
+    quality("--real", real, "--save-stats", stats)
+    quality("--real", real, "--fake", fake)
+    first = section(fake)["scores"]
+    quality("--real", stats, "--fake", fake)
+    assert section(fake)["scores"] == first
+    (tmp_path / "other.pth").write_bytes(b"other weights")
+    for words in (["--inception", tmp_path / "other.pth"], ["--size", 200], ["--no-crop"]):
+        with pytest.raises(UserError, match="made with other weights, --size or --no-crop"):
+            quality("--real", stats, "--fake", fake, *words)
+    stats.write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="stats.safetensors: not a file"):
+        quality("--real", stats, "--fake", fake)
+
+
+def test_a_corrupt_image_is_named_and_counted_and_stops_nothing(quality, tmp_path, capsys):
+    real, fake = pictures(tmp_path / "real", 5), pictures(tmp_path / "fake", 6, seed=50)
+    whole = (fake / "0003.png").read_bytes()
+    (fake / "0003.png").write_bytes(whole[:100])
+    for _ in range(2):                                      # also when the others' features are kept already
+        quality("--real", real, "--fake", fake)
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert [line for line in errors if "skipped 1 of 6" in line and "0003.png" in line]
+        assert section(fake)["counts"]["skipped"] == 1
+        assert json.loads((fake / "skipped.jsonl").read_text())["file"].endswith("0003.png")
+    for path in fake.glob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="none of its 6 images is readable"):
+        quality("--real", real, "--fake", fake)
+
+
+# --------------------------------------------------------------------------------------
+# Ranks, kills, bad options
+
+def quality_in_a_process(words, rank, world, delay):
+    """Run `quality` as one rank of torchrun, with networks that wait `delay` seconds a batch."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    patch = pytest.MonkeyPatch()
+    use_quick_networks(patch)
+    patch.setattr(evaluate, "PART", 4)
+
+    class Slow(Inception):
+        def forward(self, images):
+            time.sleep(delay)
+            return super().forward(images)
+    patch.setattr(evaluate, "load_inception", lambda weights: Slow())
+    evaluate.main(["quality", *map(str, words)])
+
+
+def started(words, rank=0, world=1, delay=0.0):
+    process = multiprocessing.get_context("fork").Process(
+        target=quality_in_a_process, args=(words, rank, world, delay))
+    process.start()
+    return process
+
+
+def test_ranks_share_the_images_and_the_last_one_measures(quality, tmp_path):
+    real = pictures(tmp_path / "real", 14)
+    fake = pictures(tmp_path / "fake", 13, seed=50)
+    alone = shutil.copytree(fake, tmp_path / "alone")
+    words = ["--real", real, "--inception", tmp_path / "inception.pth", "--dino", "dino", "--fake"]
+    for rank in (1, 0):
+        process = started([*words, fake], rank, 2)
+        process.join()
+        assert process.exitcode == 0
+        # After the first rank half of the parts is there, and no result yet.
+        assert (fake / "results.json").exists() == (rank == 0)
+    quality("--real", real, "--fake", alone)
+    assert section(fake)["scores"] == section(alone)["scores"]
+
+
+def test_a_killed_run_goes_on_where_it_was(quality, tmp_path):
+    real = pictures(tmp_path / "real", 6)
+    fake = pictures(tmp_path / "fake", 40, seed=50)
+    alone = shutil.copytree(fake, tmp_path / "alone")
+    words = ["--real", real, "--inception", tmp_path / "inception.pth", "--dino", "dino", "--fake"]
+    process = started([*words, fake], delay=0.2)
+    while len(list(fake.glob(".features/*.safetensors"))) < 3:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    kept = {path: path.stat().st_mtime_ns for path in fake.glob(".features/*.safetensors")}
+    assert 3 <= len(kept) < 10 and not (fake / "results.json").exists()
+    process = started([*words, fake])
+    process.join()
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    quality("--real", real, "--fake", alone)
+    assert section(fake)["scores"] == section(alone)["scores"]
+
+
+@pytest.mark.parametrize("option, value", [("--size", 0), ("--chunk", -1), ("--k", 0), ("--seed", -1)])
+def test_options_out_of_bounds_end_in_one_line(tmp_path, option, value):
+    line = refused("evaluate.py", "quality", "--real", tmp_path, "--fake", tmp_path, option, value)
+    assert f"{option} {value}: must be at least" in line
+
+
+# --------------------------------------------------------------------------------------
+# `compare`
+
+def write_results(folder, **sections):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(sections), encoding="utf-8")
+    return folder
+
+
+def quality_section(fid, weights=None, training=None, data="ImageNet", precision=0.5, size=256):
+    return {"scores": {"fid": fid, "precision": precision}, "data": data,
+            "settings": {"inception": "i.pth", "dino": "d", "size": size, "chunk": 10000},
+            "weights": {"i.pth": "1" * 64, "d": "2" * 64}, "counts": {"real": 50000, "fake": 49990},
+            "checkpoint": {"model": "dit", "training": training} if training else {},
+            "sampling": {"weights": weights} if weights else {}}
+
+
+def compared(capsys, *words):
+    evaluate.main(["compare", *map(str, words)])
+    return capsys.readouterr().out
+
+
+def test_compare_marks_the_best_and_the_second_best_of_each_column(tmp_path, capsys):
+    for name, fid, clip in ("a", 10.0, 30.0), ("b", 12.0, 31.0), ("c", 11.0, 29.0):
+        write_results(tmp_path / name, quality={"scores": {"fid": fid, "precision": 0.5}},
+                      clip={"scores": {"clip": clip, "clip_error": 0.1}})
+    out = compared(capsys, tmp_path / "a", tmp_path / "b/results.json", tmp_path / "c")
+    assert f"| {tmp_path}/a | **10.00** | **0.500** | <u>30.00 ± 0.10</u> |" in out
+    assert f"| {tmp_path}/b | 12.00 | **0.500** | **31.00 ± 0.10** |" in out
+    assert f"| {tmp_path}/c | <u>11.00</u> | **0.500** | 29.00 ± 0.10 |" in out
+
+
+def test_compare_ranks_original_and_extended_prompts_apart(tmp_path, capsys):
+    for name, short, long in ("a", 0.4, 0.5), ("b", 0.3, 0.7):
+        write_results(tmp_path / name, geneval={"scores": {"original": {"overall": short},
+                                                           "extended": {"overall": long}}})
+    out = compared(capsys, tmp_path / "a", tmp_path / "b")
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith(f"| {tmp_path}")]
+    assert [row[1].strip(" |") for row in rows] == ["**0.40**", "<u>0.30</u>", "<u>0.50</u>", "**0.70**"]
+    assert [row[0][-1] for row in rows] == ["◇", "◇", "★", "★"]
+
+
+def test_what_was_measured_differently_is_not_ranked_and_the_reason_is_said(tmp_path, capsys):
+    write_results(tmp_path / "a", quality=quality_section(10.0))
+    write_results(tmp_path / "b", quality=quality_section(12.0, size=512))
+    write_results(tmp_path / "c", dpg={"scores": {"overall": 70}, "settings": {"judge": "x"}})
+    write_results(tmp_path / "d", dpg={"scores": {"overall": 80}, "settings": {"judge": "y"}})
+    out = compared(capsys, *[tmp_path / name for name in "abcd"])
+    assert "**" not in out and "<u>" not in out
+    assert "- not ranked: FID Inc. ↓, P ↑; measured with another size (256, 512)" in out
+    assert "- not ranked: Overall ↑; measured with another judge (x, y)" in out
+    # The same weights in another folder are the same; other weights are not.
+    other = quality_section(12.0)
+    other["settings"]["dino"] = "elsewhere"
+    other["weights"] = {"i.pth": "1" * 64, "elsewhere": "2" * 64}
+    write_results(tmp_path / "b", quality=other)
+    assert "not ranked" not in compared(capsys, tmp_path / "a", tmp_path / "b")
+    other["weights"]["i.pth"] = "3" * 64
+    write_results(tmp_path / "b", quality=other)
+    out = compared(capsys, tmp_path / "a", tmp_path / "b")
+    assert "- not ranked: FID Inc. ↓; measured with another inception (111111111111, 333" in out
+    other = quality_section(9.0)
+    other["counts"]["fake"] = 1000
+    write_results(tmp_path / "b", quality=other)
+    out = compared(capsys, tmp_path / "a", tmp_path / "b")
+    assert "measured with another images (" in out
+
+
+def test_compare_paper_is_the_table_typed_by_hand(tmp_path, capsys):
+    def training(IA, p, millions=396.0):
+        return {"TA": True, "IA": IA, "p": p, "parameters": int(millions * 1e6), "images": 1281167,
+                "steps": 250000}
+    models = {"ta": (None, 0.0), "half": ("1/2", 0.5), "all": ("all", 0.5)}
+    for k, (name, (IA, p)) in enumerate(models.items()):
+        weights = f"weights of {name}"
+        write_results(tmp_path / f"{name}-val",
+                      quality=quality_section(20.0 + k, weights, training(IA, p), precision=0.5 + k / 10))
+        write_results(tmp_path / f"{name}-coco",
+                      quality=quality_section(40.0 - k, weights, training(IA, p), data="COCO"))
+    out = compared(capsys, "--paper", *sorted(tmp_path.glob("*-*")))
+    table = out.split("Table 1")[1].split("Table 4")[0].strip().splitlines()[2:]
+    path = str(tmp_path)
+    assert table[:5] == [
+        "| | TA | IA | COCO FID Inc. ↓ | COCO P ↑ | FID Inc. ↓ | P ↑ |",
+        "|---|---|---|--:|--:|--:|--:|",
+        f"| {path}/all-coco + {path}/all-val | yes | yes | **38.00** | **0.500** | 22.00 | **0.700** |",
+        f"| {path}/half-coco + {path}/half-val | yes | yes | <u>39.00</u> | **0.500** | "
+        "<u>21.00</u> | <u>0.600</u> |",
+        f"| {path}/ta-coco + {path}/ta-val | yes | no | 40.00 | **0.500** | **20.00** | 0.500 |"]
+    table = out.split("Table 4")[1].split("Table 5")[0]
+    assert [line.split(" | ")[1:3] for line in table.splitlines() if line.startswith(f"| {path}")] == [
+        ["all", "22.00 |"], ["1/2", "<u>21.00</u> |"], ["none", "**20.00** |"]]
+    table = out.split("Table 5")[1]
+    assert [line.split(" | ")[1] for line in table.splitlines() if line.startswith(f"| {path}")] == [
+        "0.5", "0.5", "0.0"]
+    assert "Table 2" not in out                             # nothing of ours is in it
+    write_results(tmp_path / "geneval", geneval={
+        "scores": {"original": {"overall": 0.5}}, "checkpoint": {"training": training("all", 0.5)}})
+    out = compared(capsys, "--paper", tmp_path / "geneval")
+    assert f"| {path}/geneval ◇ | 396M | 1.28M | yes | yes | 0.50 |" in out
+    assert "| Stable Diffusion XL (published) ◇ |  |  |  |  | 0.55 | 0.98 |" in out
+
+
+def test_published_rows_stand_beside_ours_and_are_not_ranked(tmp_path, capsys):
+    write_results(tmp_path / "a", quality=quality_section(10.0))
+    write_results(tmp_path / "b", quality=quality_section(12.0))
+    table = tmp_path / "rows.csv"
+    compared(capsys, tmp_path / "a", tmp_path / "b", "--csv", table)
+    rows = list(csv.DictReader(table.open(encoding="utf-8")))
+    assert [(row["model"], float(row["fid"])) for row in rows] == [
+        (str(tmp_path / "a"), 10.0), (str(tmp_path / "b"), 12.0)]
+    table.write_text("model,TA,fid\nTheirs,yes,1.5\n")
+    out = compared(capsys, tmp_path / "a", tmp_path / "b", "--paper", "--published", table)
+    assert "| Theirs (published) | yes | 1.50 |  |" in out and "**10.00**" in out
+    for content in "fid\n3\n", "model,fid\nTheirs,good\n":
+        table.write_text(content)
+        with pytest.raises(UserError, match="not a table as compare --csv writes it"):
+            compared(capsys, tmp_path / "a", "--published", table)
+
+
+def test_two_results_of_one_checkpoint_stay_apart_if_they_have_the_same_score(tmp_path, capsys):
+    write_results(tmp_path / "a", quality=quality_section(10.0, "same"))
+    write_results(tmp_path / "b", quality=quality_section(12.0, "same"))
+    out = compared(capsys, tmp_path / "a", tmp_path / "b")
+    assert f"| {tmp_path}/a | **10.00**" in out and f"| {tmp_path}/b | <u>12.00</u>" in out
+
+
+@pytest.mark.parametrize("content, message", [
+    ("[1, 2]", "not a results.json"), ("nonsense", "not a results.json"),
+    ('{"quality": {"fid": 1}}', "not a results.json"), ('{"quality": {"scores": 3}}', "not a results.json"),
+    ('{"quality": 3}', "not a results.json"), ('{"other": {"scores": {}}}', "not a results.json"),
+    ('{"quality": {"scores": {"fid": null}}}', "quality: fid is None, which is not a number"),
+    ('{"quality": {"scores": {"fid": "1"}}}', "quality: fid is '1', which is not a number"),
+    ('{"quality": {"scores": {"fid": 1, "fid_error": []}}}', r"fid_error is \[\], which is not"),
+    ('{"geneval": {"scores": {"original": 0.5}}}', "not a results.json"),
+    ('{"geneval": {"scores": {"original": {"overall": true}}}}', "original overall is True"),
+    ('{"quality": {"scores": {"fid": NaN}}}', "quality: fid is nan, which is not a number"),
+    ('{"quality": {"scores": {"fid": 1}, "checkpoint": 3}}', "not a results.json"),
+    ('{"quality": {"scores": {}, "checkpoint": {"training": {"steps": "x"}}}}', "not a results.json"),
+    ('{"quality": {"scores": {"fid": 1}, "settings": []}}', "not a results.json")])
+def test_results_that_are_none_end_in_one_line(tmp_path, capsys, content, message):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        compared(capsys, tmp_path)
+    with pytest.raises(UserError, match="No such file|no results.json"):
+        compared(capsys, tmp_path / "absent.json")
+
+
+# --------------------------------------------------------------------------------------
+# `curve`
+
+def test_curve_draws_each_run_against_the_steps_of_its_checkpoints(tmp_path, capsys):
+    expected = []
+    for run in "dit", "cad":
+        for steps, fid in (50000, 30.0), (9000, 80.0), (100000, 25.0):
+            training = {"steps": steps} if run == "dit" else None
+            write_results(tmp_path / run / f"step-{steps:07}" / "samples",
+                          quality=quality_section(fid, training=training))
+            expected.append({"run": str(tmp_path / run), "steps": steps, "fid": fid})
+    picture = tmp_path / "fig5.svg"
+    evaluate.main(["curve", *map(str, sorted(tmp_path.glob("*/step-*"))), "--out", str(picture)])
+    rows = [json.loads(line) for line in (tmp_path / "fig5.jsonl").read_text().splitlines()]
+    assert rows == sorted(expected, key=lambda row: (row["run"], row["steps"]))
+    assert picture.read_text().count("<polyline") == 2
+    assert "6 checkpoints of 2 runs" in capsys.readouterr().out
+
+    with pytest.raises(UserError, match="no score 'clip'"):
+        evaluate.main(["curve", str(tmp_path / "dit/step-0009000"), "--score", "clip"])
+    write_results(tmp_path / "dit/step-0009000/more", quality=quality_section(80.0))
+    with pytest.raises(UserError, match="a second fid"):
+        evaluate.main(["curve", str(tmp_path / "dit/step-0009000")])
+    write_results(tmp_path / "dit/step-0009000", quality=quality_section(80.0, size=64))
+    with pytest.raises(UserError, match=r"do not compare, .* another size \(256, 64\)"):
+        evaluate.main(["curve", *map(str, (tmp_path / "dit").glob("step-*"))])
+    write_results(tmp_path / "final", quality=quality_section(10.0))
+    with pytest.raises(UserError, match="after how many steps"):
+        evaluate.main(["curve", str(tmp_path / "final")])
+
+
+# --------------------------------------------------------------------------------------
+# What GenEval and DPG refuse
+
+def test_a_tag_or_a_file_that_is_a_list_ends_in_one_line(tmp_path):
+    pictures(tmp_path / "00000/samples", 1)
+    metadata = {"tag": ["colors"], "prompt": "a dog", "include": []}
+    write_lines(tmp_path / "00000/metadata.jsonl", [metadata])
+    detections = write_lines(tmp_path / "detections.jsonl", [{"file": ["a"], "objects": {}}])
+    words = ["geneval", "--images", tmp_path, "--detections", detections]
+    assert "not a line of GenEval's" in refused("evaluate.py", *words)
+    write_lines(tmp_path / "00000/metadata.jsonl", [{**metadata, "tag": "colors"}])
+    assert "\"file\" is ['a'], which is not the name of an image" in refused("evaluate.py", *words)
+
+
+def test_two_questions_of_one_number_are_refused(tmp_path):
+    path = tmp_path / "dpg.csv"
+    header = "item_id,proposition_id,dependency,tuple,question_natural_language\n"
+    path.write_text(header + "a,1,0,entity - whole (dog),A dog?\na,1,0,entity - whole (cat),A cat?\n")
+    line = refused("evaluate.py", "dpg", "--images", tmp_path, "--questions", path)
+    assert "dpg.csv line 3: prompt a has two questions 1" in line
