@@ -219,7 +219,7 @@ def test_cocos_images_without_a_caption_are_left_out(tmp_path):
     ({"images": None}, "no list of 'images'"),
     ({"images": [3]}, "entry 1 of 'images' needs 'id'"),
     ({"images": [{"id": 0, "file_name": 3}]}, "needs 'file_name', a text, and has 3"),
-    ({"images": [{"id": 0, "file_name": ".."}]}, "no file name"),
+    ({"images": [{"id": k, "file_name": ".."} for k in range(2)]}, "no file name"),
     ({"images": [{"id": k, "file_name": "a.jpg"} for k in range(2)]}, "same name"),
     ({"images": []}, r"describes image [01], which is not among its images"),
     ({"annotations": []}, "no image in it has a caption"),
