@@ -16,6 +16,7 @@ RANK and WORLD_SIZE set. If it was killed, start it again: it goes on where it w
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -198,8 +199,7 @@ class Composites:
         if self.setting != "all":
             return self.setting
         group, position = divmod(index, len(SETTINGS))
-        order = np.random.default_rng((self.seed, group, 1)).permutation(len(SETTINGS))
-        return SETTINGS[order[position]]
+        return shuffled_settings(self.seed, group)[position]
 
     def partner(self, base, rng):
         """Return the file of a photo of another class, each as likely as the others."""
@@ -263,6 +263,14 @@ class Composites:
             with complete(path) as temporary:
                 temporary.write_bytes(jpeg.getbuffer())
         return line
+
+
+# Remembered, because the composites of a group are made one after the other.
+@functools.lru_cache(maxsize=1)
+def shuffled_settings(seed, group):
+    """Return all settings, in an order that depends on `seed` and `group` only."""
+    order = np.random.default_rng((seed, group, 1)).permutation(len(SETTINGS))
+    return [SETTINGS[k] for k in order]
 
 
 def same_class(a, b):
