@@ -1,427 +1,837 @@
-"""Stage 2, text augmentation (paper 3.1, Appendix B): pictures get captions, short prompts become long ones.
+"""Stage 2, text augmentation (paper 3.1, Appendix B): caption pictures, extend prompts.
 
     python caption.py llava --images imagenet/train --out captions.jsonl
 
-aio     'An image of a <class-name>', the baseline: says what, but not how many, which colour or where.
-llava   a long caption of every photo, or (--cutmix cutmix-all/cutmix.jsonl) of every composite; LLaVA-NeXT is
-        shown only the parts of the picture that matter: fewer tokens, 2.7 times as fast in the paper.
-extend  short prompts become long ones, so that a model trained on long captions is asked what it understands.
+aio     'An image of <class-name>', the paper's baseline: it says what there is, but
+        not how many, in which colour or where.
+llava   A long caption of every photo, or of every composite (--cutmix
+        cutmix-all/cutmix.jsonl). LLaVA-NeXT is shown only those parts of the picture
+        that matter: fewer tokens, 2.7 times as fast in the paper.
+extend  Short prompts become long ones, so that a model that was trained on long
+        captions is asked in a language it understands.
 
-OUT.<rank>of<world> grows line by line and becomes OUT when all is done; killed, it goes on with the same
-command. Under torchrun, or with RANK and WORLD_SIZE set, ranks share the work, and the last to end joins it.
-Pictures without a caption are in <OUT less .jsonl>.skipped.jsonl. Options: `python caption.py llava --help`.
+Rows are appended to OUT.<rank>of<world>, which becomes OUT when all are there. If it
+was killed, start it again: it goes on where it was. Under torchrun, or with RANK and
+WORLD_SIZE set, ranks share the work, and the last one to end joins their parts.
+Pictures without a caption are named in <OUT less .jsonl>.skipped.jsonl. Each command
+has options of its own: `python caption.py llava --help`.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
 import os
 import re
 import time
-from contextlib import ExitStack
+from collections import Counter
 from functools import partial
-from itertools import islice
+from operator import attrgetter, itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common import (HelpFormatter, UserError, at_least, begin_or_resume, class_of, command_line,
-                    complete, list_images, open_image, rank_and_world, read_jsonl,
-                    resize_and_crop)
+from common import (HelpFormatter, UserError, at_least, begin_or_resume, class_of,
+                    command_line, complete, list_images, local_device, one_line,
+                    open_image, rank_and_world, read_captions, read_coco_captions,
+                    read_jsonl, resize_and_crop)
 
-# Appendix B, word for word
-PROMPT = "Describe this image"
-PROMPT_CUTMIX = ("Describe this image. Consider all the objects in the picture. Describe them, describe "
-                 "their position and their relation. Do not consider the image as a composite of images. "
-                 "The image is a single scene image")
+# --------------------------------------------------------------------------------------
+# aio: 'An image of <class-name>' (paper 3.1)
 
+def aio(args):
+    """Write the baseline's caption for every photo in a class folder.
 
-SETTINGS = {"model", "batch_size", "max_new_tokens", "no_prune", "attempts"}    # what captions depend on
+    Raises UserError if a photo is in none, or if it is unknown what a folder means.
+    """
+    files = list_images(args.images)
+    for file in files:
+        if not class_of(file):
+            raise UserError(f"{args.images}: {file} is in no class folder, so its class "
+                            "is unknown")
+    classes = sorted({class_of(file) for file in files})
+    names = class_names(classes, args.class_names)
 
-
-def grow(args, items, key, name, produce, unit):
-    """Writes one line for each item to args.out, in order, and goes on where an earlier run was killed.
-
-    `produce(batches)` yields, for each batch of items, their rows: {key: name(item), ...}, with a "reason" if
-    the row belongs to <out>.skipped.jsonl. Each rank appends to its part; the last to end makes the same
-    files as a single one. Returns whether `out` is complete; if not, other ranks still work on it."""
-    rank, world = rank_and_world()
-    out, skipped, began = args.out, args.out.with_suffix(".skipped.jsonl"), Path(f"{args.out}.settings")
-    parts = [out.with_name(f"{out.name}.{r}of{world}") for r in range(world)]
-    batches = [items[i:i + args.batch_size] for i in range(0, len(items), args.batch_size)]
-    settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
-    other_list = UserError(f"{out}: begun with another list: use another --out, or delete it and its parts")
-    if out.exists():
-        lines = (line for path in (out, skipped) for line in open(path, "rb"))
-        if {json.loads(line).get(key) for line in lines} != set(map(name, items)):
-            raise other_list
-        for path in (began, *parts):
-            path.unlink(missing_ok=True)                # a kill may have left them
-        return True
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for part in out.parent.glob(f"{out.name}.*of*"):
-        if not part.name.endswith(f"of{world}"):
-            raise UserError(f"{part}: begun with another number of ranks: go on with as many, or delete it")
-    begin_or_resume(began, out, settings)
-
-    mine, whole, size = batches[rank::world], 0, 0
-    with open(parts[rank], "ab+") as part:
-        part.seek(0)
-        for batch in mine:                              # done as a whole or again: a caption may depend, in
-            lines = list(islice(part, len(batch)))      # the last bits, on what it is batched with
-            if len(lines) < len(batch) or not lines[-1].endswith(b"\n"):
-                break
-            if [json.loads(line)[key] for line in lines] != [name(item) for item in batch]:
-                raise other_list
-            whole, size = whole + 1, size + sum(map(len, lines))
-        part.truncate(size)                             # cuts off a torn line, or half a batch
-        initial, total = sum(map(len, mine[:whole])), sum(map(len, mine))
-        with tqdm(total=total, initial=initial, desc=out.stem, unit=unit, disable=rank > 0) as bar:
-            for rows in produce(mine[whole:]) if whole < len(mine) else ():
-                part.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-                part.flush()
-                bar.update(len(rows))
-
-    with ExitStack() as stack:
-        try:
-            streams = [stack.enter_context(open(part, "rb")) for part in parts]
-        except FileNotFoundError:                       # one has not begun, or another has joined them all
-            return out.exists()
-        if sum(line.endswith(b"\n") for stream in streams for line in stream) < len(items):
-            print(f"rank {rank}: its share is done; the last rank to end writes {out}")
-            return False
-        for stream in streams:
-            stream.seek(0)
-        with complete(out) as a, complete(skipped) as b, open(a, "wb") as captions, open(b, "wb") as others:
-            for k, batch in enumerate(batches):
-                for line in islice(streams[k % world], len(batch)):
-                    (others if "reason" in json.loads(line) else captions).write(line)
-    for path in (*parts, began):
-        path.unlink(missing_ok=True)
-    return True
-
-
-# ----------------------------------------------------------------------------------------------------------
-# aio: 'An image of a <class-name>' (paper 3.1)
-
-def class_names(folders, table=None):
-    """Names of class folders -> {folder: class name in words}.
-
-    `table`: LOC_synset_mapping.txt ('n01440764 tench, Tinca tinca', the first name counts) or
-    imagenet_class_index.json ({"0": ["n01440764", "tench"], ...}); without it folders are named after the
-    class. Raises UserError for a folder that is not in the table, or is a WordNet id without one."""
-    try:
-        text = Path(table).read_text(encoding="utf-8") if table else ""
-        if text.startswith("{"):
-            names = dict(json.loads(text).values())
-        else:
-            lines = [line.split(None, 1) for line in text.splitlines() if line.strip()]
-            names = {synset: words.split(",")[0] for synset, words in lines}
-    except (ValueError, TypeError):
-        raise UserError(f"{table}: neither lines 'n01440764 tench, Tinca tinca' nor JSON of such pairs")
-    for folder in folders:
-        if table and folder not in names:
-            raise UserError(f"{table}: has no class {folder!r}")
-        if not table and re.fullmatch(r"n\d{8}", folder):
-            raise UserError(f"class folder {folder} is a WordNet id: say what it means with --class-names "
-                            f"LOC_synset_mapping.txt")
-    return {folder: names.get(folder, folder).replace("_", " ").strip() for folder in folders}
+    # It takes seconds for a million photos, so there is nothing to share among ranks.
+    rank, _ = rank_and_world()
+    if rank > 0:
+        return
+    with complete(args.out) as temporary, open(temporary, "w") as lines:
+        for file in tqdm(files, desc="aio", unit="captions"):
+            caption = aio_caption(names[class_of(file)])
+            lines.write(json.dumps({"file": file, "caption": caption}) + "\n")
+    print(f"{len(files)} captions of {len(names)} classes in {args.out}")
 
 
 def aio_caption(class_name):
-    """'An image of a tench', 'An image of an umbrella', 'An image of a unicycle': the article as spoken."""
-    vowel = re.match(r"[aeiou]|hour|heir|hono|hones|[fhlmnrsx]-", class_name, re.I)
-    y_or_w = re.match(r"eu|ew|uni(?![mn])|us[eu]|ut[ei]|ub[io]|uk|ur[aeio]|u-|onc?e\b", class_name, re.I)
-    return f"An image of {'an' if vowel and not y_or_w else 'a'} {class_name}"
+    """Return the caption of the baseline: no article, as the paper writes it."""
+    return f"An image of {class_name}"
 
 
-def aio(args):
-    files = list_images(args.images)
-    if flat := next((file for file in files if not class_of(file)), None):
-        raise UserError(f"{args.images}: {flat} is in no class folder, so its class is unknown")
-    names = class_names(sorted(set(map(class_of, files))), args.class_names)
-    if rank_and_world()[0] == 0:                 # seconds for a million: nothing to share
-        with complete(args.out) as temporary, open(temporary, "w") as lines:
-            lines.writelines(json.dumps({"file": file, "caption": aio_caption(names[class_of(file)])}) + "\n"
-                             for file in tqdm(files, desc="aio", unit="captions"))
-        print(f"{len(files)} captions of {len(names)} classes in {args.out}")
+def class_names(folders, table=None):
+    """Return the names of class folders as a dict: {folder: class name in words}.
+
+    `table` is a file that says what folders mean, see read_class_table; without it
+    folders are named after their classes. Raises UserError for a folder that is not in
+    the table, or is a WordNet id without a table.
+    """
+    meanings = read_class_table(table) if table else {}
+    names = {}
+    for folder in folders:
+        if table and folder not in meanings:
+            raise UserError(f"{table}: has no class {folder!r}")
+        if not table and re.fullmatch(r"n\d{8}", folder):
+            raise UserError(f"class folder {folder} is a WordNet id: say what it means "
+                            "with --class-names LOC_synset_mapping.txt")
+        name = meanings.get(folder, folder)
+        names[folder] = name.replace("_", " ").strip()
+    return names
 
 
-# ----------------------------------------------------------------------------------------------------------
+def read_class_table(path):
+    """Return what WordNet ids mean as a dict: {"n01440764": "tench", ...}.
+
+    Reads LOC_synset_mapping.txt ('n01440764 tench, Tinca tinca': the first name counts)
+    and imagenet_class_index.json ({"0": ["n01440764", "tench"], ...}). Raises UserError
+    if it is neither.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        meanings = {}
+        if text.startswith("{"):
+            for wordnet_id, name in json.loads(text).values():
+                meanings[wordnet_id] = str(name)
+            return meanings
+        for line in text.splitlines():
+            if line.strip():
+                wordnet_id, synonyms = line.split(None, 1)
+                meanings[wordnet_id] = synonyms.split(",")[0]
+        return meanings
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: neither lines 'n01440764 tench, Tinca tinca' nor JSON "
+                        "of such pairs")
+
+
+# --------------------------------------------------------------------------------------
 # llava: long captions, with the visual tokens pruned (paper 4.1)
 
-def kept_patches(setting, box, size):
-    """The views of a composite that LLaVA is shown: 0 = whole image, 1..4 = quadrants, row by row.
+# Appendix B, word for word.
+PROMPT = "Describe this image"
+PROMPT_CUTMIX = (
+    "Describe this image. Consider all the objects in the picture. Describe them, "
+    "describe their position and their relation. Do not consider the image as a "
+    "composite of images. The image is a single scene image")
 
-    A photo (setting None) and 1/2 need only the whole: both things are large. Otherwise also the quadrant(s)
-    with most of the small one, several at a tie. `box` in pixels of the composite of side `size`."""
+ALL_VIEWS = [0, 1, 2, 3, 4]
+
+
+def kept_patches(setting, box, size):
+    """Return the views of a composite that LLaVA is shown, as a list of numbers.
+
+    0 is the whole image, 1 to 4 are its quadrants, row by row. A photo (setting None)
+    and 1/2 need only the whole: what they show is large. All others also need the
+    quadrant with most of the small photo, or several if they have equal shares. `box`
+    is in pixels of the composite, which is `size` x `size`.
+    """
     if setting in (None, "1/2"):
         return [0]
-    x0, y0, x1, y1 = (2 * v for v in box)               # doubled: the middle of an odd size is half a pixel
-    overlap = [max(0, min(x1, x + size) - max(x0, x)) * max(0, min(y1, y + size) - max(y0, y))
-               for y in (0, size) for x in (0, size)]
-    return [0] + [1 + k for k in range(4) if overlap[k] == max(overlap)]
+    # In half pixels, because that is where the middle of an odd size lies.
+    x0, y0, x1, y1 = (2 * v for v in box)
+    shares = []
+    for top in (0, size):
+        for left in (0, size):
+            width = min(x1, left + size) - max(x0, left)
+            height = min(y1, top + size) - max(y0, top)
+            shares.append(max(0, width) * max(0, height))
+    return [0] + [1 + k for k in range(4) if shares[k] == max(shares)]
 
 
 def image_tokens(features, kept, newline):
-    """What stands for a picture in the language model's input: LLaVA-NeXT's packing, of what is kept only.
+    """Return what stands for a picture in the language model's input, (tokens, D).
 
-    features (views, P * P, D), of the kept views in order; newline (D,) ends each row of the 2 x 2 grid. All
-    five views give transformers' own sequence, 5 P^2 + 2 P tokens (2,928). The whole alone gives P^2 + 1
-    (577), as transformers packs a picture of one view; a quadrant beside it P (P + 1) more (600)."""
-    view = dict(zip(kept, features))
+    It is LLaVA-NeXT's packing, of the kept views only: the whole, then the rows of the
+    2 x 2 grid of quadrants, each with a newline at its end. With P x P patches a view,
+    all five give transformers' own sequence, 5 P^2 + 2 P tokens (2,928). The whole alone
+    gives P^2 + 1 (577), as transformers packs a picture of one view, and each quadrant
+    P (P + 1) more (600).
+
+    features: (views, P * P, D), the kept views in order; newline: (D,).
+    """
+    view = dict(zip(kept, features))                                    # each (P * P, D)
     if kept == [0]:
-        return torch.cat([view[0], newline[None]])                                          # (P * P + 1, D)
-    side, rows = math.isqrt(features.shape[1]), []
+        return torch.cat([view[0], newline[None]])
+
+    # The quadrants: each row of patches runs through those that stand side by side.
+    side = math.isqrt(features.shape[1])                                              # P
+    tokens = [view[0]]
     for left, right in ((1, 2), (3, 4)):
-        row = [view[q].unflatten(0, (side, side)) for q in (left, right) if q in view]      # (P, P, D) each
+        row = []
+        for quadrant in (left, right):
+            if quadrant in view:
+                row.append(view[quadrant].unflatten(0, (side, side)))         # (P, P, D)
         if row:
-            rows.append(torch.cat([*row, newline.expand(side, 1, -1)], dim=1).flatten(0, 1))
-    return torch.cat([view[0], *rows])
+            row.append(newline.expand(side, 1, -1))
+            tokens.append(torch.cat(row, dim=1).flatten(0, 1))
+    return torch.cat(tokens)
 
 
-def view_features(model, pixels):
-    """Views (V, 3, H, W) -> (V, P * P, D), as LlavaNextModel.get_image_features does."""
-    layers, inner = model.config.vision_feature_layer, model.model
-    hidden = inner.vision_tower(pixels, output_hidden_states=True).hidden_states
-    features = hidden[layers] if isinstance(layers, int) else torch.cat([hidden[k] for k in layers], dim=-1)
+def view_features(model, views):
+    """Return the features of views (V, 3, H, W) that the language model sees.
+
+    They are (V, P * P, D), as transformers' LlavaNextModel.get_image_features has them.
+    """
+    layers = model.config.vision_feature_layer
+    hidden = model.model.vision_tower(views, output_hidden_states=True).hidden_states
+    if isinstance(layers, int):
+        features = hidden[layers]
+    else:
+        features = torch.cat([hidden[k] for k in layers], dim=-1)
     if model.config.vision_feature_select_strategy == "default":
-        features = features[:, 1:]                      # without the class token
-    return inner.multi_modal_projector(features)
+        # Without the class token.
+        features = features[:, 1:]
+    return model.model.multi_modal_projector(features)
 
 
 @torch.inference_mode()
-def embed(model, pixels, kept, prompt):
-    """B pictures -> inputs_embeds (B, L, D) and attention_mask (B, L), padded on the left.
+def embed_question(model, pixels, kept, prompt):
+    """Return LLaVA's input for B pictures: embeddings (B, L, D) and mask (B, L).
 
-    pixels: list of (views, 3, H, W); kept: list of kept_patches; prompt: token ids, one of them the image."""
-    table, device = model.get_input_embeddings(), model.device
-    features = view_features(model, torch.cat(pixels).to(device, model.dtype)).split([len(p) for p in pixels])
-    text = table(torch.tensor(prompt, device=device))                                       # (T, D)
-    k = prompt.index(model.config.image_token_id)
-    images = [image_tokens(f, views, model.model.image_newline) for f, views in zip(features, kept)]
-    rows = [torch.cat([text[:k], image.to(text.dtype), text[k + 1:]]) for image in images]
-    longest = max(map(len, rows))
-    embeds = text.new_zeros(len(rows), longest, text.shape[1])                              # (B, L, D)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+    Shorter ones are padded on the left. pixels: for each picture its views, each
+    (V, 3, H, W); kept: for each picture which views these are; prompt: token ids, one
+    of them `<image>`, whose place the picture takes.
+    """
+    # All views of all pictures go through the vision tower at once.
+    device = model.device
+    views = torch.cat(pixels).to(device, model.dtype)
+    features = view_features(model, views).split([len(views) for views in pixels])
+    text = model.get_input_embeddings()(torch.tensor(prompt, device=device))     # (T, D)
+    place = prompt.index(model.config.image_token_id)
+
+    # The words before the picture, the picture, the words after it.
+    rows = []
+    for picture, numbers in zip(features, kept):
+        image = image_tokens(picture, numbers, model.model.image_newline)
+        rows.append(torch.cat([text[:place], image.to(text.dtype), text[place + 1:]]))
+
+    longest = max(len(row) for row in rows)
+    embeddings = text.new_zeros(len(rows), longest, text.shape[1])            # (B, L, D)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long, device=device)      # (B, L)
     for b, row in enumerate(rows):
-        embeds[b, longest - len(row):], mask[b, longest - len(row):] = row, 1
-    return embeds, mask
+        embeddings[b, longest - len(row):] = row
+        mask[b, longest - len(row):] = 1
+    return embeddings, mask
+
+
+class Picture(NamedTuple):
+    """A picture to caption: a photo, or a composite with its row of cutmix.jsonl."""
+    file: str
+    setting: str | None = None          # None: a photo
+    box: list | None = None
+
+
+class LoadedPicture(NamedTuple):
+    """What LLaVA is shown of a picture, or why it cannot be shown."""
+    file: str
+    pixels: torch.Tensor | None = None  # (V, 3, H, W), its views
+    kept: list | None = None            # which ones these are, see kept_patches
+    error: str | None = None
+
+
+def load_pictures(pictures, folder, processor, side, prune):
+    """Return a batch of Pictures as LoadedPictures.
+
+    LLaVA-NeXT cuts a picture into tiles, as many as its size and shape suggest. The
+    five views that the paper counts exist for 2 x 2 tiles only, so every picture is
+    shown as a square of `side` pixels, which has just these.
+    """
+    loaded = []
+    for file, setting, box in pictures:
+        try:
+            image = open_image(f"{folder}/{file}", 2 * side)
+        except OSError as error:
+            reason = str(error).removeprefix(f"{folder}/{file}: ")
+            loaded.append(LoadedPicture(file, error=reason))
+            continue
+        square = resize_and_crop(image, side)
+        views = processor(images=square, return_tensors="pt")["pixel_values"][0]
+        kept = kept_patches(setting, box, min(image.size)) if prune else ALL_VIEWS
+        # The other views never reach the model.
+        loaded.append(LoadedPicture(file, views[kept], kept))
+    return loaded
+
+
+def describe(batches, prune, model, tokenizer, prompt, load, workers, max_new_tokens):
+    """Yield the rows of each batch of Pictures: "file" and "caption", or "reason".
+
+    prompt: token ids; load: load_pictures with all arguments but the batch and `prune`.
+    Pictures are loaded by `workers` processes, ahead of the model.
+    """
+    loader = DataLoader(batches, batch_size=None, collate_fn=partial(load, prune=prune),
+                        num_workers=min(workers, len(batches)))
+    for loaded in loader:
+        shown = [picture for picture in loaded if picture.error is None]
+        captions = {}
+        if shown:
+            pixels = [picture.pixels for picture in shown]
+            kept = [picture.kept for picture in shown]
+            embeddings, mask = embed_question(model, pixels, kept, prompt)
+            answers = greedy_answers(model, tokenizer, mask, max_new_tokens,
+                                     inputs_embeds=embeddings)
+            for picture, answer in zip(shown, answers):
+                captions[picture.file] = whole_sentences(answer)
+
+        # Every picture gets a row: its caption, or the reason why there is none.
+        rows = []
+        for picture in loaded:
+            caption = captions.get(picture.file)
+            if caption:
+                rows.append({"file": picture.file, "caption": caption})
+            else:
+                reason = picture.error or "the model said nothing"
+                rows.append({"file": picture.file, "reason": reason})
+        yield rows
+
+
+def llava(args):
+    """Caption photos or composites with LLaVA-NeXT. Raises UserError."""
+    pictures, folder = pictures_to_caption(args)
+    model, processor = load_chat_model("LlavaNextForConditionalGeneration", args.model)
+
+    # A view has the size of the vision tower's input.
+    side = 2 * model.config.vision_config.image_size
+    grids = [list(grid) for grid in model.config.image_grid_pinpoints]
+    if [side, side] not in grids:
+        raise UserError(f"--model {args.model}: no 2 x 2 grid, {side} x {side}, in its "
+                        "image_grid_pinpoints")
+
+    # What remains open in these two calls are the pictures, and whether to prune.
+    load = partial(load_pictures, folder=folder, processor=processor.image_processor,
+                   side=side)
+    prompt = prompt_tokens(processor, PROMPT_CUTMIX if args.cutmix else PROMPT)
+    describe_pictures = partial(
+        describe, model=model, tokenizer=processor.tokenizer, prompt=prompt, load=load,
+        workers=args.workers, max_new_tokens=args.max_new_tokens)
+
+    if args.benchmark:
+        time_captions(pictures, args.batch_size, args.benchmark, describe_pictures)
+        return
+    produce = partial(describe_pictures, prune=not args.no_prune)
+    settings = {"model": args.model, "batch_size": args.batch_size,
+                "max_new_tokens": args.max_new_tokens, "no_prune": args.no_prune}
+    out = SharedFile(args.out, "file", pictures, attrgetter("file"), args.batch_size)
+    if out.write(produce, settings, "captions"):
+        skipped = len(read_jsonl(out.skipped))
+        print(f"{len(pictures) - skipped} captions in {args.out}, {skipped} skipped "
+              f"(named in {out.skipped})")
+
+
+def pictures_to_caption(args):
+    """Return the Pictures that the options ask for, and their folder.
+
+    Raises UserError if there are none, or if a file is not what it should be.
+    """
+    if not (args.images or args.cutmix):
+        raise UserError("needs --images, or --cutmix")
+    pictures = []
+    if args.cutmix:
+        folder = args.images or str(Path(args.cutmix).parent)
+        for row in read_jsonl(args.cutmix):
+            try:
+                pictures.append(Picture(row["file"], row["setting"], row["box"]))
+            except KeyError as error:
+                raise UserError(f"{args.cutmix}: a line without {error}, so not made "
+                                "by cutmix.py")
+    else:
+        folder = args.images
+        for file in list_images(folder):
+            pictures.append(Picture(file))
+    if args.captioned:
+        pictures = without_caption(pictures, args.captioned)
+    return pictures, folder
+
+
+def without_caption(pictures, caption_files):
+    """Return the Pictures that have no caption in any of the files.
+
+    A caption that names its picture without the folder, as the authors' do, counts if
+    there is only one picture of this name; encode.py does the same. Raises UserError if
+    nothing is left.
+    """
+    captions = {}
+    for path in caption_files:
+        captions.update(read_captions(path))
+    names = Counter(os.path.basename(picture.file) for picture in pictures)
+    missing = []
+    for picture in pictures:
+        name = os.path.basename(picture.file)
+        named_alone = name in captions and names[name] == 1
+        if picture.file not in captions and not named_alone:
+            missing.append(picture)
+    if not missing:
+        raise UserError(f"--captioned: all {len(pictures)} pictures have captions")
+    captioned = len(pictures) - len(missing)
+    print(f"{captioned} pictures have captions, {len(missing)} need one")
+    return missing
+
+
+def prompt_tokens(processor, question):
+    """Return the token ids of a question about a picture, `<image>` among them."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    chat = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    # Most templates write the token that begins a text, and it must not be there twice.
+    begins = processor.tokenizer.bos_token
+    has_begin = begins is not None and text.startswith(begins)
+    return processor.tokenizer(text, add_special_tokens=not has_begin)["input_ids"]
+
+
+def time_captions(pictures, batch_size, count, describe_pictures):
+    """Print how many captions a second are made with and without pruning.
+
+    Times `count` batches after one that warms up. Raises UserError if there are fewer.
+    """
+    batches = in_batches(pictures, batch_size)[:count + 1]
+    if len(batches) <= count:
+        raise UserError(f"--benchmark {count}: there are only {len(pictures)} pictures")
+    for prune in (True, False):
+        work = describe_pictures(batches, prune)
+        next(work)
+        start = time.perf_counter()
+        made = sum(len(rows) for rows in work)
+        speed = made / (time.perf_counter() - start)
+        print(f"{'with' if prune else 'without'} pruning {speed:8.2f} captions/s")
+
+
+# --------------------------------------------------------------------------------------
+# extend: short prompts in the style of the training captions (Appendix B)
+
+INSTRUCTION = (
+    "You turn a short prompt into one detailed caption of an image, of three to five plain "
+    "sentences, such as 'The image features a red apple on a wooden table. The apple is in "
+    "the centre of the image, and its skin is smooth and shiny. The background is a "
+    "blurred kitchen with soft light.' Keep every object, number, colour and position of "
+    "the prompt, in the same words, and add no other objects of these kinds. Answer with "
+    "the caption only.")
+
+# Words of a prompt that a long caption may lose.
+FILLER_WORDS = set("a an the of and or with in on at to is are photo image".split())
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+# How a plural ends, and its singular instead.
+PLURALS = [("s", ""), ("es", ""), ("ies", "y"), ("ves", "f"), ("ves", "fe")]
+
+
+def extend(args):
+    """Make short prompts long with a chat model. Raises UserError."""
+    rows = read_short_prompts(args.prompts, args.limit, args.seed)
+    model, tokenizer = load_chat_model("AutoModelForCausalLM", args.model)
+    produce = partial(lengthen, model=model, tokenizer=tokenizer,
+                      attempts=args.attempts, max_new_tokens=args.max_new_tokens)
+    out = SharedFile(args.out, "short_prompt", rows, itemgetter("prompt"),
+                     args.batch_size)
+    settings = {"model": args.model, "batch_size": args.batch_size,
+                "max_new_tokens": args.max_new_tokens, "attempts": args.attempts}
+    if out.write(produce, settings, "prompts"):
+        short = []
+        for row in read_jsonl(args.out):
+            if row["prompt"] == row["short_prompt"]:
+                short.append(row["prompt"])
+        print(f"{len(rows)} prompts in {args.out}, {len(short)} of them kept short")
+        for prompt in short[:10]:
+            print(f"  {prompt}")
+
+
+def read_short_prompts(path, limit=None, seed=0):
+    """Return the prompts of a file as dicts with a "prompt", and what else there is.
+
+    `.json` is COCO's annotation file, from which `limit` and `seed` choose (see
+    read_coco_captions); `.jsonl` has a row for each prompt; any other file is text with
+    a prompt on each line. Raises UserError.
+    """
+    suffix = Path(path).suffix
+    if limit and suffix != ".json":
+        raise UserError(f"--limit chooses from COCO's annotation file (.json), which "
+                        f"{path} is not")
+    if suffix == ".json":
+        rows = read_coco_captions(path, limit, seed)
+    elif suffix == ".jsonl":
+        rows = read_jsonl(path)
+    else:
+        try:
+            # A mark (BOM) that some editors put before the first line is left out.
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8")
+        rows = [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
+
+    if not rows:
+        raise UserError(f"{path}: empty")
+    for number, row in enumerate(rows, 1):
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str) or not prompt:
+            raise UserError(f"{path}, row {number}: without a prompt")
+        try:
+            # JSON can write half a character, which no tokenizer takes: "\\ud800".
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path}, row {number}: half a character in the prompt")
+    return rows
+
+
+def lengthen(batches, model, tokenizer, attempts, max_new_tokens):
+    """Yield for each batch of rows the same rows with long prompts.
+
+    The short one is kept as "short_prompt". It also stays the prompt where the model
+    loses some of its words again and again, `attempts` times.
+    """
+    for batch in batches:
+        short = list(dict.fromkeys(row["prompt"] for row in batch))
+        long = {}
+        # What to say beside a prompt when it is asked again.
+        notes = dict.fromkeys(short, "")
+        for _ in range(attempts):
+            asked = [prompt for prompt in short if prompt not in long]
+            if not asked:
+                break
+            questions = []
+            for prompt in asked:
+                questions.append(f"{INSTRUCTION}\n\n{prompt}{notes[prompt]}")
+            answers = ask(model, tokenizer, questions, max_new_tokens)
+            for prompt, answer in zip(asked, answers):
+                caption = whole_sentences(answer).strip("\"'“”")
+                lost = missing_words(prompt, caption)
+                if caption and not lost:
+                    long[prompt] = caption
+                else:
+                    # Without a note a greedy model would repeat itself.
+                    notes[prompt] = f"\n\nThe caption must say: {', '.join(lost)}"
+        rows = []
+        for row in batch:
+            prompt = row["prompt"]
+            caption = long.get(prompt, prompt)
+            rows.append({**row, "prompt": caption, "short_prompt": prompt})
+        yield rows
+
+
+def ask(model, tokenizer, questions, max_new_tokens):
+    """Return a chat model's answers to a list of questions."""
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt",
+        return_dict=True).to(model.device)                                       # (B, L)
+    return greedy_answers(model, tokenizer, inputs["attention_mask"], max_new_tokens,
+                          input_ids=inputs["input_ids"])
+
+
+def missing_words(prompt, caption):
+    """Return the words of a short prompt that a long one has lost.
+
+    Words are objects, counts, colours and positions: all but FILLER_WORDS.
+    """
+    there = set()
+    for word in re.findall(r"[^\W_]+", caption.lower()):
+        there |= word_forms(word)
+    missing = []
+    for word in re.findall(r"[^\W_]+", prompt.lower()):
+        if word not in FILLER_WORDS and not word_forms(word) & there:
+            missing.append(word)
+    return missing
+
+
+def word_forms(word):
+    """Return a word and all words that it may be the plural of.
+
+    "knives" gives knives, knive, knif and knife. Numbers become digits: "two" is "2".
+    """
+    if word in NUMBERS:
+        word = str(NUMBERS.index(word))
+    forms = {word}
+    for plural, singular in PLURALS:
+        if word.endswith(plural):
+            forms.add(word.removesuffix(plural) + singular)
+    return forms
+
+
+# --------------------------------------------------------------------------------------
+# Chat models, with and without eyes
+
+def load_chat_model(model_class, name):
+    """Return a model on this rank's device, and its processor.
+
+    The processor of a model for text only is its tokenizer. model_class: a class of
+    transformers; name: a folder, or a hub id. Raises UserError.
+    """
+    import transformers
+    device = local_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    sees = model_class.startswith("Llava")
+    try:
+        if sees:
+            config = transformers.AutoConfig.from_pretrained(name)
+            if config.model_type != "llava_next":
+                raise UserError(f"--model {name}: not LLaVA-NeXT")
+            processor = transformers.AutoProcessor.from_pretrained(name)
+            tokenizer = processor.tokenizer
+        else:
+            processor = transformers.AutoTokenizer.from_pretrained(name)
+            tokenizer = processor
+        model = getattr(transformers, model_class).from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {name}: cannot be loaded ({one_line(error)})")
+    if not processor.chat_template:
+        raise UserError(f"--model {name}: has no chat template, so it cannot be asked")
+
+    # Batches are padded on the left, so that all answers begin at the same place.
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return model.to(device).eval(), processor
+
+
+@torch.inference_mode()
+def greedy_answers(model, tokenizer, mask, max_new_tokens, **inputs):
+    """Return a model's most likely answers as a list of B texts.
+
+    inputs: either input_ids (B, L) or inputs_embeds (B, L, D), padded on the left; mask
+    (B, L) is 0 at the padding.
+    """
+    # None: what a model's own configuration says of sampling does not apply.
+    tokens = model.generate(
+        **inputs, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+        temperature=None, top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id)
+    if "input_ids" in inputs:
+        # Then the answer comes behind the question.
+        tokens = tokens[:, inputs["input_ids"].shape[1]:]
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def whole_sentences(text):
-    """One line, cut back to its last complete sentence (all of it, if there is none)."""
+    """Return a text as one line, cut after its last complete sentence.
+
+    If no sentence is complete, all of it is returned.
+    """
     text = " ".join(text.split())
     ends = [match.end() for match in re.finditer(r"[.!?][\"'”’)\]]*(?=\s|$)", text)]
     return text[:ends[-1]] if ends else text
 
 
-def look(batch, folder, processor, side, prune):
-    """A batch of (file, setting, box) -> pixels and kept of what can be read; and of each its error, or None.
+# --------------------------------------------------------------------------------------
+# A file that ranks write together
 
-    Shown smaller, a picture would get a grid of two tiles, one of them padding: the five views that the paper
-    counts exist only on the 2 x 2 grid, of `side` pixels."""
-    pixels, kept, errors = [], [], []
-    for file, setting, box in batch:
+class SharedFile:
+    """A JSONL file with one row for each item, in order, that all ranks write together.
+
+    Rank r has batches r, r + world, r + 2 world ... and appends their rows to a part of
+    its own, OUT.<r>of<world>. The last rank to end joins the parts: rows with a
+    "reason" go to <OUT less .jsonl>.skipped.jsonl, all others to OUT. Both files are
+    the same as those of a single rank, no matter how often the work was interrupted.
+    """
+
+    def __init__(self, out, key, items, name_of, batch_size):
+        """`name_of(item)` is what the row of an item has under `key`."""
+        self.rank, self.world = rank_and_world()
+        self.out = out
+        self.skipped = out.with_suffix(".skipped.jsonl")
+        self.settings = Path(f"{out}.settings")
+        self.parts = [out.with_name(f"{out.name}.{rank}of{self.world}")
+                      for rank in range(self.world)]
+        self.key = key
+        self.items = items
+        self.name_of = name_of
+        self.batches = in_batches(items, batch_size)
+
+    def write(self, produce, settings, unit):
+        """Write what is missing, and return whether `out` is complete.
+
+        If it is not, other ranks are still at work. `produce(batches)` yields the rows
+        of each batch of items; `settings` are what rows depend on. Raises UserError if
+        `out` or its parts belong to other items, settings or ranks.
+        """
+        if self.out.exists():
+            self.refuse_other_items()
+            self.remove_parts()
+            return True
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.refuse_other_ranks()
+        begin_or_resume(self.settings, self.out, settings)
+        self.append_my_share(produce, unit)
+        return self.join_parts()
+
+    def refuse_other_items(self):
+        """Raise UserError unless the finished files are about the same items."""
+        names = set()
+        for path in (self.out, self.skipped):
+            with open(path, "rb") as lines:
+                for line in lines:
+                    names.add(self.name_in(line, path))
+        if names != {self.name_of(item) for item in self.items}:
+            raise self.other_items_error()
+
+    def name_in(self, line, path):
+        """Return the name in a line of a file. Raises UserError if it has none."""
         try:
-            image = open_image(f"{folder}/{file}", 2 * side)
-        except OSError as error:
-            errors.append(str(error).removeprefix(f"{folder}/{file}: "))
-            continue
-        views = processor(images=resize_and_crop(image, side), return_tensors="pt")["pixel_values"][0]
-        kept.append(kept_patches(setting, box, min(image.size)) if prune else [0, 1, 2, 3, 4])
-        pixels.append(views[kept[-1]])                  # (views, 3, H, W); the others never reach the model
-        errors.append(None)
-    return pixels, kept, errors
+            return json.loads(line)[self.key]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}: not a file that this command writes: use another "
+                            "--out, or delete it")
 
+    def other_items_error(self):
+        """Return the error that says that `out` is about other items."""
+        return UserError(f"{self.out}: begun with another list: use another --out, or "
+                         "delete it and its parts")
 
-def load(model_class, name):
-    """A model, on this rank's device, and its processor or tokenizer; hub id or folder. Raises UserError."""
-    import transformers
-    device, dtype = "cpu", torch.float32
-    if torch.cuda.is_available():
-        device, dtype = f"cuda:{os.environ.get('LOCAL_RANK', '0')}", torch.bfloat16
-    sees = model_class.startswith("Llava")
-    auto = transformers.AutoProcessor if sees else transformers.AutoTokenizer
-    try:
-        if sees and transformers.AutoConfig.from_pretrained(name).model_type != "llava_next":
-            raise UserError(f"--model {name}: not LLaVA-NeXT")
-        processor = auto.from_pretrained(name)
-        model = getattr(transformers, model_class).from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {name}: cannot be loaded ({str(error).splitlines()[0]})")
-    if not processor.chat_template:
-        raise UserError(f"--model {name}: has no chat template, so it cannot be asked")
-    tokenizer = processor.tokenizer if sees else processor
-    tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "left"
-    return model.to(device).eval(), processor
+    def refuse_other_ranks(self):
+        """Raise UserError if there are parts of another number of ranks."""
+        for part in self.out.parent.glob(f"{self.out.name}.*of*"):
+            if not part.name.endswith(f"of{self.world}"):
+                raise UserError(f"{part}: begun with another number of ranks: go on with "
+                                "as many, or delete it")
 
+    def append_my_share(self, produce, unit):
+        """Append the missing rows of this rank's batches to its part."""
+        mine = self.batches[self.rank::self.world]
+        with open(self.parts[self.rank], "ab+") as part:
+            done, size = self.whole_batches(part, mine)
+            # A torn line, or half a batch, is cut off.
+            part.truncate(size)
+            if done == len(mine):
+                return
+            total = sum(len(batch) for batch in mine)
+            there = sum(len(batch) for batch in mine[:done])
+            with tqdm(total=total, initial=there, desc=self.out.stem, unit=unit,
+                      disable=self.rank > 0) as bar:
+                for rows in produce(mine[done:]):
+                    lines = [json.dumps(row) + "\n" for row in rows]
+                    part.write("".join(lines).encode())
+                    part.flush()
+                    bar.update(len(rows))
 
-@torch.inference_mode()
-def answer(model, tokenizer, embeds_or_ids, mask, max_new_tokens):
-    """Greedy answers, as text. embeds (B, L, D) or ids (B, L); mask (B, L); padded on the left."""
-    ids = embeds_or_ids.dim() == 2
-    out = model.generate(**{"input_ids" if ids else "inputs_embeds": embeds_or_ids}, attention_mask=mask,
-                         do_sample=False, temperature=None, top_p=None, top_k=None,     # not the models' own
-                         max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
-    return tokenizer.batch_decode(out[:, embeds_or_ids.shape[1] if ids else 0:], skip_special_tokens=True)
+    def whole_batches(self, part, batches):
+        """Return how many of `batches` an open part holds, and their size in bytes.
 
-
-def llava(args):
-    if not (args.images or args.cutmix):
-        raise UserError("needs --images, or --cutmix")
-    folder = args.images or str(Path(args.cutmix).parent)
-    if args.cutmix:
-        try:
-            items = [(row["file"], row["setting"], row["box"]) for row in read_jsonl(args.cutmix)]
-        except KeyError as error:
-            raise UserError(f"{args.cutmix}: a line without {error}, so not made by cutmix.py")
-    else:
-        items = [(file, None, None) for file in list_images(folder)]
-
-    model, processor = load("LlavaNextForConditionalGeneration", args.model)
-    side, tokenizer = 2 * model.config.vision_config.image_size, processor.tokenizer
-    if [side, side] not in [list(point) for point in model.config.image_grid_pinpoints]:
-        raise UserError(f"--model {args.model}: no 2 x 2 grid, {side} x {side}, in its image_grid_pinpoints")
-    content = [{"type": "image"}, {"type": "text", "text": PROMPT_CUTMIX if args.cutmix else PROMPT}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    prompt = tokenizer(text, add_special_tokens=not text.startswith(tokenizer.bos_token or "\0"))["input_ids"]
-
-    def produce(batches, prune=not args.no_prune):
-        decode = partial(look, folder=folder, processor=processor.image_processor, side=side, prune=prune)
-        workers = min(args.workers, len(batches))
-        loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=decode)
-        for batch, (pixels, kept, errors) in zip(batches, loader):
-            said = answer(model, tokenizer, *embed(model, pixels, kept, prompt),
-                          args.max_new_tokens) if pixels else []
-            captions, rows = map(whole_sentences, said), []
-            for (file, _, _), error in zip(batch, errors):
-                caption = "" if error else next(captions)
-                rows.append({"file": file, "caption": caption} if caption else
-                            {"file": file, "reason": error or "the model said nothing"})
-            yield rows
-
-    if args.benchmark:
-        batches = [items[k * args.batch_size:(k + 1) * args.batch_size] for k in range(args.benchmark + 1)]
-        if not batches[-1]:
-            raise UserError(f"--benchmark {args.benchmark}: there are only {len(items)} pictures")
-        for prune in (True, False):
-            work = produce(batches, prune)
-            next(work)                                  # warms up
-            start = time.perf_counter()
-            speed = sum(len(rows) for rows in work) / (time.perf_counter() - start)
-            print(f"{'with' if prune else 'without'} pruning {speed:8.2f} captions/s")
-    elif grow(args, items, "file", lambda item: item[0], produce, "captions"):
-        skipped = len(read_jsonl(beside := args.out.with_suffix(".skipped.jsonl")))
-        print(f"{len(items) - skipped} captions in {args.out}, {skipped} skipped (named in {beside})")
-
-
-# ----------------------------------------------------------------------------------------------------------
-# extend: short prompts in the style of the training captions (Appendix B)
-
-INSTRUCTION = """\
-You turn a short prompt into one detailed caption of an image, of three to five plain sentences, such as \
-'The image features a red apple on a wooden table. The apple is in the centre of the image, and its skin \
-is smooth and shiny. The background is a blurred kitchen with soft light.' Keep every object, number, colour \
-and position of the prompt, in the same words, and add no other objects of these kinds. Answer with the \
-caption only."""
-IDLE = {"a", "an", "the", "of", "and", "or", "with", "in", "on", "at", "to", "is", "are", "photo", "image"}
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-
-
-def forms(word):
-    """A word, with numbers as digits, and what it may be the plural of: knives -> knives, knive, knife ..."""
-    word = str(NUMBERS.index(word)) if word in NUMBERS else word
-    plurals = ("s", ""), ("es", ""), ("ies", "y"), ("ves", "f"), ("ves", "fe")
-    return {word} | {word.removesuffix(end) + singular for end, singular in plurals if word.endswith(end)}
-
-
-def missing_words(prompt, caption):
-    """The words of a short prompt (objects, counts, colours, positions) that a long one has lost."""
-    there = {form for word in re.findall(r"[^\W_]+", caption.lower()) for form in forms(word)}
-    asked = [word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in IDLE]
-    return [word for word in asked if not forms(word) & there]
-
-
-def extend(args):
-    if Path(args.prompts).suffix == ".jsonl":
-        rows = read_jsonl(args.prompts)
-    else:
-        with open(args.prompts, encoding="utf-8") as lines:
-            rows = [{"prompt": line.strip()} for line in lines if line.strip()]
-    if not rows or not all(isinstance(row.get("prompt"), str) and row["prompt"] for row in rows):
-        raise UserError(f"{args.prompts}: empty, or a line without a prompt")
-    model, tokenizer = load("AutoModelForCausalLM", args.model)
-
-    def produce(batches):
+        Only whole batches count, and partial ones are done again: a caption can depend,
+        in its last bits, on the batch it was made in. Raises UserError for rows of
+        other items.
+        """
+        part.seek(0)
+        done = 0
+        size = 0
         for batch in batches:
-            long, notes = {}, {row["prompt"]: "" for row in batch}
-            for _ in range(args.attempts):
-                asked = [prompt for prompt in notes if prompt not in long]
-                if not asked:
-                    break
-                chats = [[{"role": "user", "content": f"{INSTRUCTION}\n\n{prompt}{notes[prompt]}"}]
-                         for prompt in asked]
-                inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True,
-                                                       return_tensors="pt", return_dict=True).to(model.device)
-                for prompt, said in zip(asked, answer(model, tokenizer, inputs["input_ids"],
-                                                      inputs["attention_mask"], args.max_new_tokens)):
-                    caption = whole_sentences(said).strip("\"'“”")
-                    lost = missing_words(prompt, caption)
-                    if caption and not lost:
-                        long[prompt] = caption
-                    else:                               # greedy: without a note it would repeat itself
-                        notes[prompt] = f"\n\nThe caption must say: {', '.join(lost)}"
-            yield [{**row, "prompt": long.get(row["prompt"], row["prompt"]), "short_prompt": row["prompt"]}
-                   for row in batch]
+            lines = list(itertools.islice(part, len(batch)))
+            is_torn = len(lines) < len(batch) or not lines[-1].endswith(b"\n")
+            if is_torn:
+                break
+            for line, item in zip(lines, batch):
+                if self.name_in(line, self.parts[self.rank]) != self.name_of(item):
+                    raise self.other_items_error()
+            done += 1
+            size += sum(len(line) for line in lines)
+        return done, size
 
-    if grow(args, rows, "short_prompt", lambda row: row["prompt"], produce, "prompts"):
-        short = [row["prompt"] for row in read_jsonl(args.out) if row["prompt"] == row["short_prompt"]]
-        print(f"{len(rows)} prompts in {args.out}, {len(short)} of them kept short", *short[:10], sep="\n  ")
+    def join_parts(self):
+        """Write `out` from the parts if all are whole; return whether it is there."""
+        with contextlib.ExitStack() as stack:
+            try:
+                streams = [stack.enter_context(open(part, "rb")) for part in self.parts]
+            except FileNotFoundError:
+                # A rank has not begun, or another one has joined the parts already.
+                return self.out.exists()
+            rows = sum(count_whole_lines(stream) for stream in streams)
+            if rows < len(self.items):
+                print(f"rank {self.rank}: its share is done; the last rank to end "
+                      f"writes {self.out}")
+                return False
+            # `out` is the sign that all is done, so it is the last to get its name.
+            with (complete(self.out) as out, complete(self.skipped) as skipped,
+                  open(out, "wb") as good, open(skipped, "wb") as bad):
+                for k, batch in enumerate(self.batches):
+                    for line in itertools.islice(streams[k % self.world], len(batch)):
+                        has_reason = "reason" in json.loads(line)
+                        (bad if has_reason else good).write(line)
+        self.remove_parts()
+        return True
+
+    def remove_parts(self):
+        """Remove what is of no use once `out` is complete; a kill may have left it."""
+        for path in (*self.parts, self.settings):
+            path.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------------------------------------
+def in_batches(items, batch_size):
+    """Return a list cut into lists of `batch_size`; the last one may be shorter."""
+    return [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
+
+
+def count_whole_lines(stream):
+    """Return how many lines of an open file have a newline, and go back to its start."""
+    count = sum(line.endswith(b"\n") for line in stream)
+    stream.seek(0)
+    return count
+
+
+# --------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    stages = parser.add_subparsers(dest="stage", required=True, metavar="{aio,llava,extend}")
+    args = parse_arguments(argv)
+    at_least(args, batch_size=1, max_new_tokens=1, attempts=1, workers=0, benchmark=0,
+             limit=1, seed=0)
+    args.function(args)
 
-    def stage(name, function):
-        sub = stages.add_parser(name, description=__doc__, formatter_class=HelpFormatter)
+
+def parse_arguments(argv):
+    """Return the command's options; `function` is the one of the chosen sub-command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    commands = parser.add_subparsers(dest="stage", required=True,
+                                     metavar="{aio,llava,extend}")
+
+    def sub_command(name, function):
+        sub = commands.add_parser(name, description=__doc__,
+                                  formatter_class=HelpFormatter)
         sub.set_defaults(function=function)
         return sub.add_argument
 
-    add = stage("aio", aio)
+    add = sub_command("aio", aio)
     add("--images", required=True, metavar="FOLDER", help="<class>/<file>")
-    add("--class-names", metavar="FILE",
-        help="LOC_synset_mapping.txt or imagenet_class_index.json, if the folders are WordNet ids")
+    add("--class-names", metavar="FILE", help="LOC_synset_mapping.txt or "
+        "imagenet_class_index.json, if the folders are WordNet ids")
     add("--out", type=Path, required=True, metavar="FILE", help="captions.jsonl")
 
-    add = stage("llava", llava)
-    add("--images", metavar="FOLDER", help="photos (or composites: the folder of --cutmix)")
-    add("--cutmix", metavar="FILE", help="cutmix.jsonl: caption composites, look where the second photo is")
+    add = sub_command("llava", llava)
+    add("--images", metavar="FOLDER",
+        help="photos (or composites: the folder of --cutmix)")
+    add("--cutmix", metavar="FILE",
+        help="cutmix.jsonl: caption composites, look where the second photo is")
+    add("--captioned", nargs="+", metavar="FILE",
+        help="captions that exist, the authors' for instance: leave out their pictures")
     add("--out", type=Path, required=True, metavar="FILE", help="captions.jsonl")
-    add("--model", default="llava-hf/llama3-llava-next-8b-hf", help="hub id or folder of a LLaVA-NeXT")
+    add("--model", default="llava-hf/llama3-llava-next-8b-hf",
+        help="hub id or folder of a LLaVA-NeXT")
     add("--batch-size", type=int, default=32, help="pictures at once")
     add("--max-new-tokens", type=int, default=200, help="longest answer")
-    add("--workers", type=int, default=8, help="processes that decode pictures; 0: none")
-    add("--no-prune", action="store_true", help="show all five views: transformers' own path")
+    add("--workers", type=int, default=8,
+        help="processes that decode pictures; 0: none")
+    add("--no-prune", action="store_true",
+        help="show all five views: transformers' own path")
     add("--benchmark", type=int, default=0, metavar="BATCHES",
         help="write nothing, time so many batches with and without pruning")
 
-    add = stage("extend", extend)
+    add = sub_command("extend", extend)
     add("--prompts", required=True, metavar="FILE",
-        help="text, a prompt a line, or JSONL with a 'prompt' a row, as GenEval's evaluation_metadata.jsonl")
-    add("--out", type=Path, required=True, metavar="FILE", help="JSONL: the rows with long prompts")
-    add("--model", default="meta-llama/Llama-3.1-8B-Instruct", help="hub id or folder of a chat model")
+        help="text, a prompt a line; or JSONL with a 'prompt' a row, as GenEval's "
+        "evaluation_metadata.jsonl; or COCO's annotation file, captions_val2014.json")
+    add("--limit", type=int, metavar="N", help="only so many of COCO's images")
+    add("--seed", type=int, default=0, help="chooses the images of --limit")
+    add("--out", type=Path, required=True, metavar="FILE",
+        help="JSONL: the rows with long prompts")
+    add("--model", default="meta-llama/Llama-3.1-8B-Instruct",
+        help="hub id or folder of a chat model")
     add("--batch-size", type=int, default=32, help="prompts at once")
     add("--max-new-tokens", type=int, default=200, help="longest answer")
-    add("--attempts", type=int, default=3, help="how often it is asked before the prompt stays short")
-
-    args = parser.parse_args(argv)
-    at_least(args, batch_size=1, max_new_tokens=1, attempts=1)
-    args.function(args)
+    add("--attempts", type=int, default=3,
+        help="how often it is asked before the prompt stays short")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -291,7 +291,8 @@ def read_csv_captions(path):
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8") from None
     except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num}: not CSV ({error})") from None
+        line = reader.reader.line_num
+        raise UserError(f"{path} line {line}: not CSV ({error})") from None
 
 
 def read_coco_captions(path, limit=None, seed=0):

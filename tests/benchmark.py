@@ -15,99 +15,123 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-def pillow_alone(files, pairs, floor):
-    """Runs in a process of its own: decodes each pair of files, encodes one composite; for the floor, decodes
-    them as small as JPEG allows and resizes them in between, as for 1/4."""
+def noise_photos(folder, count, size, quality):
+    """Save `count` JPEGs in 10 classes that are like photos; 20 of them are different.
+
+    Octaves of noise, each a little weaker than the last, give the spectrum of a photo.
+    """
+    import numpy as np
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for k in range(count):
+        path = Path(folder) / f"class{k % 10}" / f"{k}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if k >= 20:
+            first = k % 20
+            os.link(Path(folder) / f"class{first % 10}" / f"{first}.jpg", path)
+            continue
+        levels = 0
+        for octave in range(8):
+            shape = (3 << octave, 4 << octave, 3)
+            noise = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+            noise = noise.resize(size, Image.Resampling.BICUBIC)
+            levels = levels + np.asarray(noise, np.float32) / 1.3 ** octave
+        levels = (levels / 3.8).clip(0, 255).astype(np.uint8)
+        Image.fromarray(levels).save(path, quality=quality)
+
+
+def decode_two_encode_one(files, pairs, is_floor):
+    """Decode each pair of files and encode one composite, with Pillow and nothing else.
+
+    For the floor, decode them as small as JPEG allows, and resize them as for 1/4.
+    """
     from PIL import Image
     composite = Image.open(files[0]).resize((256, 256))
     for pair in pairs:
-        for k, scaled, side in zip(pair, (358, 179), (256, 128)):
+        for k, decoded, side in zip(pair, (358, 179), (256, 128)):
             with Image.open(files[k]) as image:
-                if floor:
-                    image.draft(None, (scaled, scaled))
+                if is_floor:
+                    image.draft(None, (decoded, decoded))
                 image = image.convert("RGB")
-            if floor:
-                square = 0, 0, *[min(image.size)] * 2
+            if is_floor:
+                square = (0, 0, min(image.size), min(image.size))
                 image.resize((side, side), Image.Resampling.HAMMING, square)
         composite.save(io.BytesIO(), "JPEG", quality=95, subsampling=0)
 
 
 def section_cutmix():
-    """Composites against decoding two JPEGs and encoding one with Pillow alone; and that cost is linear."""
+    """Composites against decoding two JPEGs and encoding one; and that cost is linear."""
     import multiprocessing
-    import subprocess
 
     import numpy as np
-    from PIL import Image
 
     import common
     import cutmix
 
-    def make(folder, count, size, quality):
-        """Photo-like files (1/f spectrum), 20 distinct ones under `count` names, in 10 classes."""
-        rng = np.random.default_rng(0)
-        for k in range(count):
-            path = Path(folder) / f"class{k % 10}" / f"{k}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if k < 20:
-                photo = 0
-                for o in range(8):
-                    noise = Image.fromarray(rng.integers(0, 256, (3 << o, 4 << o, 3), dtype=np.uint8))
-                    photo += np.asarray(noise.resize(size, Image.Resampling.BICUBIC), np.float32) / 1.3 ** o
-                Image.fromarray((photo / 3.8).clip(0, 255).astype(np.uint8)).save(path, quality=quality)
-            else:
-                os.link(path.parents[1] / f"class{k % 20 % 10}" / f"{k % 20}.jpg", path)
-
-    # In memory: for half a minute after thousands of files were deleted, ext4 is slow to make new ones
+    # In memory: for half a minute after thousands of files were deleted, ext4 is slow to
+    # make new ones.
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    cores, times = len(os.sched_getaffinity(0)), 16
-    with tempfile.TemporaryDirectory() as folder:
-        make(folder, 300, (500, 375), 98)                       # about 110 kB, as most ImageNet photos
-        files = [f"{folder}/{file}" for file in common.list_images(folder)]
-        pairs = np.random.default_rng(1).integers(len(files), size=(times * len(files), 2))
+    cores = len(os.sched_getaffinity(0))
+    photos = 300
+    times = 3
+    composites = photos * times
 
-        def ours(setting):
+    def best_of_three(work):
+        """Return the milliseconds of a core that one composite takes."""
+        seconds = []
+        for _ in range(3):
             with tempfile.TemporaryDirectory(dir=memory) as out:
                 start = time.perf_counter()
-                subprocess.run([sys.executable, cutmix.__file__, "--images", folder, "--out", out, "--times",
-                                str(times), "--setting", setting, "--workers", str(cores)],
-                               check=True, capture_output=True)
-                return time.perf_counter() - start
+                work(out)
+                seconds.append(time.perf_counter() - start)
+        return 1e3 * min(seconds) * cores / composites
 
-        def pillow(floor):
-            spawn = multiprocessing.get_context("spawn")
-            processes = [spawn.Process(target=pillow_alone, args=(files, pairs[k::cores], floor))
-                         for k in range(cores)]
-            start = time.perf_counter()
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join()
-            return time.perf_counter() - start
+    def pillow(is_floor):
+        fork = multiprocessing.get_context("fork")
+        processes = []
+        for k in range(cores):
+            work = (files, pairs[k::cores], is_floor)
+            processes.append(fork.Process(target=decode_two_encode_one, args=work))
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
 
-        work = {"Pillow": lambda: pillow(False), "floor": lambda: pillow(True),
-                **{setting: lambda setting=setting: ours(setting) for setting in (*cutmix.SETTINGS, "all")}}
-        rounds = [{name: seconds() for name, seconds in work.items()} for _ in range(3)]
-        best = {name: min(one[name] for one in rounds) / len(pairs) * cores for name in work}
-        weight = sum(os.path.getsize(file) for file in files) / len(files) / 1000
-        print(f"cutmix: 500 x 375 pixels, {weight:.0f} kB a file, {cores} processes, best of 3; a core "
-              f"needs\ncutmix: {1e3 * best['Pillow']:.2f} ms for Pillow alone, two decodes and one encode\n"
-              f"cutmix: {1e3 * best['floor']:.2f} ms with decoding as small as JPEG allows, and resizing "
-              f"(the floor)")
+    def ours(folder, out, *options):
+        with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stderr(io.StringIO()):
+                cutmix.main(["--images", folder, "--out", out, *map(str, options)])
+
+    with tempfile.TemporaryDirectory() as folder:
+        # About 110 kB, as most photos of ImageNet.
+        noise_photos(folder, photos, (500, 375), 98)
+        files = [f"{folder}/{file}" for file in common.list_images(folder)]
+        pairs = np.random.default_rng(1).integers(photos, size=(composites, 2))
+        weight = sum(os.path.getsize(file) for file in files) / photos / 1000
+        print(f"cutmix: 500 x 375 pixels, {weight:.0f} kB a file, {cores} processes, best of 3")
+        alone = best_of_three(lambda out: pillow(False))
+        print(f"cutmix: {alone:.2f} ms of a core for Pillow alone, two decodes and one encode",
+              flush=True)
+        floor = best_of_three(lambda out: pillow(True))
+        print(f"cutmix: {floor:.2f} ms with decoding as small as JPEG allows, and resizing "
+              "(the floor)", flush=True)
         for setting in (*cutmix.SETTINGS, "all"):
-            took = best[setting]
-            print(f"cutmix: {setting:>4} {1e3 * took:.2f} ms a composite, {1 / took:.0f}/s, "
-                  f"{took / best['Pillow']:.2f} x Pillow alone, {took / best['floor']:.2f} x the floor")
-    times = {}
+            options = ["--setting", setting, "--times", times, "--workers", cores]
+            took = best_of_three(lambda out, options=options: ours(folder, out, *options))
+            print(f"cutmix: {setting:>4} {took:.2f} ms a composite, {1e3 / took:.0f}/s a core, "
+                  f"{took / alone:.2f} x Pillow alone, {took / floor:.2f} x the floor",
+                  flush=True)
+
+    took = {}
     for count in (2_000, 20_000):
-        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir=memory) as out, \
-                contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            make(folder, count, (40, 32), 90)
-            start = time.process_time()
-            cutmix.main(["--images", folder, "--out", out, "--size", "32", "--workers", "0"])
-            times[count] = (time.process_time() - start) / count
-    print(f"cutmix: tiny images, {1e3 * times[2_000]:.3f} ms each for 2,000, {1e3 * times[20_000]:.3f} ms "
-          f"for 20,000: {times[20_000] / times[2_000]:.3f} x the time per image")
+        with tempfile.TemporaryDirectory() as folder:
+            noise_photos(folder, count, (40, 32), 90)
+            with tempfile.TemporaryDirectory(dir=memory) as out:
+                start = time.process_time()
+                ours(folder, out, "--size", 32, "--workers", 0)
+                took[count] = 1e3 * (time.process_time() - start) / count
+    print(f"cutmix: tiny images, {took[2_000]:.3f} ms each for 2,000, {took[20_000]:.3f} ms "
+          f"for 20,000: {took[20_000] / took[2_000]:.3f} x the time per image", flush=True)
 
 
 def full_matrix_prdc(real, fake, k):
