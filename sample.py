@@ -530,7 +530,7 @@ def read_text(path):
 
 def collect_prompts(args):
     """Return the prompts of --prompt and --prompts as dicts. Raises UserError."""
-    rows = [{"prompt": prompt} for prompt in args.prompt]
+    rows = [{"prompt": prompt} for prompt in args.prompt or []]
     if args.prompts:
         rows += read_prompts(args.prompts, args.limit, args.seed)
     if not rows:
@@ -634,7 +634,7 @@ def arguments(argv):
     add("--checkpoint", required=True,
         help="folder or hub repository with config.json and model.safetensors")
     add("--out", help="folder for the images, samples.jsonl and sheet.png")
-    add("--prompt", action="append", default=[], help="a prompt (may be given again)")
+    add("--prompt", action="append", help="a prompt (may be given again)")
     add("--prompts", help=".txt or .jsonl file, COCO's captions, folder of .txt files")
     add("--limit", type=int, help="at most so many of --prompts, chosen by --seed")
     add("--images-per-prompt", type=int, default=1, help="GenEval and DPG use 4")
