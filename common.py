@@ -510,7 +510,7 @@ def peak_flops(device, precision):
         for name, peak in PEAK_FLOPS.items():
             if name in card and precision != "fp32":
                 return peak, f"the peak of {name}"
-    n = 8192 if device.type == "cuda" else 2048
+    n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device)
     with autocast(device, precision):
         timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())

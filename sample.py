@@ -1,15 +1,31 @@
-"""Stage 5, sampling (paper 4.1): DDIM with classifier-free guidance, from any checkpoint and any prompts.
+"""Stage 5, sampling (paper 4.1): images for any prompts, from any checkpoint.
 
-    python sample.py --checkpoint Lucasdegeorge/CAD-I --prompt "A retriever on a red sofa" --out out/samples
+    python sample.py --checkpoint Lucasdegeorge/CAD-I --out out/samples \\
+        --prompt "A retriever on a red sofa"
 
-Prompts come from --prompt (again and again), from a text file (one a line), from JSONL (`prompt` or
-`caption`, other keys are kept for the benchmarks), or from a folder of .txt files (DPG-Bench's). Image i
-depends on --seed + i alone, so another batch size, more ranks under torchrun or a run that was killed and
-started again give the same images.
+Prompts come from --prompt (which may be repeated), from a text file (one a line), from
+JSONL (`prompt` or `caption`; other keys are kept for the benchmarks), from a folder of
+.txt files (DPG-Bench's) or from COCO's captions_val2014.json. Image i depends on --seed
++ i alone: another batch size, more ranks under torchrun, or a command that was killed
+and started again give the same images.
+
+The latents' estimate x_0 is clamped to +-1.2 at every step, because guidance pushes it
+beyond any image and the error grows from step to step. 1.2 is the value of the released
+CAD-I pipeline (its evaluation uses 1.0); it is narrow, see --clamp.
+
+From Python, with the toy's checkpoint (`python -m toy` makes it):
+
+    >>> import sample
+    >>> pipeline = sample.load_pipeline("out/toy/dit")
+    >>> image, = sample.generate(pipeline, ["a large red circle"], steps=50, guidance=3)
 """
 
 import argparse
 import json
+import math
+import random
+import string
+import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -23,60 +39,69 @@ from tqdm import tqdm
 
 import model_cad
 import model_dit
-from common import (HelpFormatter, UserError, at_least, autocast, command_line, complete,
-                    contact_sheet, fetch, local_device, rank_and_world, read_jsonl, sha256,
-                    to_images)
+from common import (HelpFormatter, UserError, at_least, autocast, begin_or_resume,
+                    between, command_line, complete, contact_sheet, fetch, is_last_rank,
+                    local_device, one_line, only_command, peak_flops, rank_and_world,
+                    read_coco_captions, read_json, read_jsonl, sha256, to_images,
+                    write_jsonl)
 from encode import encode_text, load_text_encoder, load_vae
 
-VAE, TEXT_ENCODER = "stabilityai/sd-vae-ft-ema", "google/flan-t5-xl"  # where a checkpoint names none
+# Encoders of a checkpoint whose config.json names none, as the released CAD-I's.
+VAE = "stabilityai/sd-vae-ft-ema"
+TEXT_ENCODER = "google/flan-t5-xl"
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # The models
 
 class TextToImageModel(Protocol):
-    """What sampling and training ask of a network. A new one is written to this contract.
+    """What sampling and training ask of a network; a new one is written to this contract.
 
-    A model predicts the noise in noisy latents from a caption. Its work is in two parts, because sampling
-    repeats only the second one at each of its steps.
+    A model predicts the noise in noisy latents from a caption. Its work is in two
+    parts, because sampling repeats only the second one at each step.
 
-    config: the arguments that build the network again, a dict that JSON can store. Among them are `channels`,
-    `size` (the latents' height and width) and `text_dim`.
+    config: the arguments that build the network again, a dict that JSON can store.
+    Among them are `channels`, `size` (height and width of the latents) and `text_dim`.
     """
 
     config: dict
 
     def condition(self, text, mask, coherence):
-        """Return the context: all that depends on the caption alone, such as attention's keys and values.
+        """Return the context: all that depends on the caption alone, as keys and values.
 
-        text (B, L, text_dim): T5's last hidden states; mask (B, L) bool: True where there is a token;
-        coherence (B,): 1 for a caption, 0 for the null prompt. Only `denoise` looks into the context.
+        text (B, L, text_dim): T5's last hidden states; mask (B, L) bool: True where
+        there is a token; coherence (B,): 1 for a caption, 0 for the null prompt.
+        Nothing but `denoise` looks into the context.
         """
 
     def denoise(self, x, gamma, context, state=None):
-        """Return the predicted noise (B, channels, size, size) and the state that the next step begins with.
+        """Return the predicted noise, like x, and the state for the next step.
 
-        x (B, channels, size, size): noisy latents; gamma (B,) in (0, 1]: their signal level. `state` is what
-        the step before returned, None at the first step. It is None for ever, or a tensor whose first
-        dimension is the batch's: where captions and null prompts share a batch, sampling repeats and cuts it.
+        x (B, channels, size, size): noisy latents; gamma (B,) in (0, 1]: their signal
+        level. `state` is what the previous step returned, or None at the first step. A
+        model without memory always returns None. Otherwise the state is a tensor (B,
+        ...), so that sampling can repeat and cut it when captions and null prompts
+        share a batch.
         """
 
     def forward(self, x, gamma, text, mask, coherence, coin=None):
-        """Return the predicted noise in training, where there is no step before.
+        """Return the predicted noise in training, where there is no previous step.
 
-        coin (B,) uniform in [0, 1), one number a sample: the only chance a model may use. None: drawn inside.
+        coin (B,), uniform in [0, 1): one number a sample, and the only chance that a
+        model may use. If it is None, the model draws it.
         """
 
 
 class ModelFamily(NamedTuple):
-    """A network, and the sizes that have a name."""
+    """A network and its named sizes."""
 
     network: type                   # the class, a TextToImageModel
     presets: dict                   # name -> arguments of the class
     default_preset: str
 
 
-# To add a model, add a line here. What is missing from it is told as soon as this file is imported.
+# To add a model, add a line. If something is missing, importing this file fails and says
+# what.
 MODELS = {
     "dit": ModelFamily(model_dit.DiT, model_dit.PRESETS, "L/2"),
     "cad": ModelFamily(model_cad.CAD, model_cad.PRESETS, "L"),
@@ -84,109 +109,382 @@ MODELS = {
 
 
 def check_model_family(name, family):
-    """Raise TypeError if an entry of MODELS does not keep the contract of `TextToImageModel`."""
+    """Raise TypeError if an entry of MODELS does not keep the contract above."""
     for method in ("condition", "denoise", "forward"):
         own = getattr(family.network, method, None)
         # Every torch module inherits a `forward` that only raises.
         if own is None or own is getattr(torch.nn.Module, method, None):
-            raise TypeError(f"MODELS[{name!r}]: {family.network.__name__} has no `{method}`")
+            network = family.network.__name__
+            raise TypeError(f"MODELS[{name!r}]: {network} has no `{method}`")
     if family.default_preset not in family.presets:
-        raise TypeError(f"MODELS[{name!r}]: the default preset {family.default_preset!r} is none of "
-                        f"{', '.join(family.presets)}")
+        raise TypeError(f"MODELS[{name!r}]: the default preset {family.default_preset!r} "
+                        f"is not among {', '.join(family.presets)}")
 
 
 for _name, _family in MODELS.items():
     check_model_family(_name, _family)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The sampler
+# --------------------------------------------------------------------------------------
+# The samplers
 
 def gamma(t):
-    """Signal level of the linear schedule: t in [0, 1] -> 1 - t, never quite 0. Any shape."""
+    """Return the signal level of the linear schedule, 1 - t, but never quite 0.
+
+    t: a tensor of any shape, in [0, 1]; 0 is an image, 1 is noise.
+    """
     return (1 - t).clamp(min=1e-9)
 
 
-def batch_texts(cond, null, batch):
-    """Captions and null prompts, each (text (B or 1, L, D), mask (B or 1, L)) -> one pair with 2 B rows."""
-    length = max(cond[0].shape[1], null[0].shape[1])
-    rows = [(F.pad(text, (0, 0, 0, length - text.shape[1])).expand(batch, -1, -1),
-             F.pad(mask, (0, length - mask.shape[1])).expand(batch, -1)) for text, mask in (cond, null)]
-    return torch.cat([text for text, _ in rows]), torch.cat([mask for _, mask in rows])
+SPACINGS = ("linear", "cosine")
+
+
+def times(steps, spacing="linear"):
+    """Return the times (steps + 1,) of sampling, from noise to image, in float64.
+
+    "linear": equal steps from t = 1 to 0. "cosine": short steps at both ends; it is the
+    schedule of the release's evaluation (`cosine_simple`), gamma = cos^2 of an angle
+    that goes from almost 90 to almost 0 degrees. Its two constants keep the ends away
+    from 0 and 1.
+    """
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    if spacing == "linear":
+        return u
+    angle = math.pi / 2 * (u + 0.0002) / 1.00025
+    # t = 1 - gamma.
+    return angle.sin() ** 2
+
+
+class GuidedModel:
+    """The network with classifier-free guidance (Ho and Salimans 2022), for one batch.
+
+    Calling it with x_t and t gives the estimates of x_0 and of the noise. The texts are
+    processed once, here, because they are the same at every step. Between calls it
+    remembers the model's state (CAD's latents).
+    """
+
+    def __init__(self, model, cond, null, noise, guidance, clamp, interval):
+        """Process the texts. The arguments are those of `ddim`."""
+        self.model = model
+        self.guidance = guidance
+        self.clamp = clamp
+        self.interval = interval
+        self.images = len(noise)
+        self.device = noise.device
+        self.state = None
+
+        # A caption has coherence 1, whatever guidance leads away from has 0.
+        ones = torch.ones(self.images, device=self.device)
+        text, mask = repeat(cond, self.images)                  # (B, L, D), (B, L)
+        self.captions = model.condition(text, mask, ones)
+        if guidance:
+            text, mask = join(cond, null, self.images)          # (2 B, L, D), (2 B, L)
+            coherence = torch.cat([ones, 0 * ones])             # (2 B,)
+            self.captions_and_nulls = model.condition(text, mask, coherence)
+
+    def __call__(self, x, t, first):
+        """Return x_0 and eps at the time t, both like x: (B, C, H, W) in float64.
+
+        There is no guidance outside of its interval (Kynkäänniemi et al. 2024) and none
+        at the first step, because pure noise has nothing to amplify.
+        """
+        low, high = self.interval
+        if self.guidance and not first and low <= t <= high:
+            eps_cond, eps_null = self.denoise_both(x, t)
+            eps = eps_cond + self.guidance * (eps_cond - eps_null)
+        else:
+            eps = self.denoise_captions(x, t)
+
+        # Solved for x_0: x_t = sqrt(gamma) x_0 + sqrt(1 - gamma) eps.
+        g = gamma(t)
+        x_0 = (x - (1 - g).sqrt() * eps) / g.sqrt()
+        if self.clamp is not None:
+            x_0 = x_0.clamp(-self.clamp, self.clamp)
+            # The noise that agrees with the clamped x_0.
+            eps = (x - g.sqrt() * x_0) / (1 - g).sqrt()
+        return x_0, eps
+
+    def denoise_captions(self, x, t):
+        """Return the noise predicted from the captions (B, C, H, W)."""
+        B = self.images
+        # After a step with guidance, the captions' half of the state.
+        state = None if self.state is None else self.state[:B]
+        g = gamma(t).float().to(self.device).expand(B)
+        eps, self.state = self.model.denoise(x.float(), g, self.captions, state)
+        return eps.double()
+
+    def denoise_both(self, x, t):
+        """Return the noise predicted from the captions and that from the null prompts."""
+        B = self.images
+        state = self.state
+        # After a step without guidance, the captions' state serves both halves.
+        if state is not None and len(state) == B:
+            state = torch.cat([state, state])
+        g = gamma(t).float().to(self.device).expand(2 * B)
+        x_twice = torch.cat([x, x]).float()                     # (2 B, C, H, W)
+        eps, self.state = self.model.denoise(x_twice, g, self.captions_and_nulls, state)
+        return eps.double().chunk(2)
+
+
+def repeat(texts, batch):
+    """Return texts (1 or B, L, D), mask (1 or B, L) with B rows."""
+    text, mask = texts
+    return text.expand(batch, -1, -1), mask.expand(batch, -1)
+
+
+def join(cond, null, batch):
+    """Return captions and null prompts as one batch: text (2 B, L, D), mask (2 B, L).
+
+    They are padded to the same length.
+    """
+    longest = max(cond[0].shape[1], null[0].shape[1])
+    texts = []
+    masks = []
+    for pair in (cond, null):
+        text, mask = repeat(pair, batch)
+        missing = longest - text.shape[1]
+        texts.append(F.pad(text, (0, 0, 0, missing)))           # (B, longest, D)
+        masks.append(F.pad(mask, (0, missing)))                 # (B, longest)
+    return torch.cat(texts), torch.cat(masks)
 
 
 @torch.no_grad()
-def ddim(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2, progress=iter):
-    """Deterministic DDIM (Song et al. 2021) with guidance: noise (B, C, H, W) -> x_0 (B, C, H, W).
+def ddim(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
+         spacing="linear", interval=(0.0, 1.0), on_step=None):
+    """Return x_0 (B, C, H, W) for noise (B, C, H, W) by DDIM (Song et al. 2021), eta = 0.
 
-    cond, null: (text, mask) of the captions and of the null prompt (B or 1 rows); guidance 0 is none; clamp:
-    bound of |x_0| at every step, None for none. Needs steps >= 1. `progress` wraps the range of steps."""
-    B, device = len(noise), noise.device
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
-    # The first step divides by sqrt(gamma) = 3e-5: hence float64; the network keeps its own precision.
+    cond, null: (text, mask) of the captions and of the null prompt, each with 1 or B
+    rows. steps: at least 1. guidance: w of eps = eps_cond + w (eps_cond - eps_null); 0
+    is none. clamp: bound of |x_0| at every step; None is none. spacing: see `times`.
+    interval: (low, high) in t, guidance is used only there. on_step(step, x, x_0) is
+    called after every step.
+    """
+    t = times(steps, spacing)
+    predict = GuidedModel(model, cond, null, noise, guidance, clamp, interval)
+    # In float64, because the first step divides by sqrt(gamma) = 3e-5. The network keeps
+    # its own precision.
     x = noise.double()
-    one = torch.ones(B, device=device)
-    captions = model.condition(*(z.expand(B, *z.shape[1:]) for z in cond), one)
-    if guidance:
-        both = model.condition(*batch_texts(cond, null, B), torch.cat([one, 0 * one]))
-    state = None
-    for i in progress(range(steps)):
-        g, g_next = gamma(t[i]), gamma(t[i + 1])
-        if guidance and i > 0:
-            eps, state = model.denoise(torch.cat([x, x]).float(), g.float().expand(2 * B), both, state)
-            eps_cond, eps_null = eps.double().chunk(2)
-            eps = eps_cond + guidance * (eps_cond - eps_null)
-        else:   # pure noise has nothing to amplify: no guidance in step 1; its latents serve both halves
-            eps, state = model.denoise(x.float(), g.float().expand(B), captions, state)
-            eps = eps.double()
-            if guidance and state is not None:
-                state = torch.cat([state, state])
-        x_0 = (x - (1 - g).sqrt() * eps) / g.sqrt()
-        if clamp is not None:
-            x_0 = x_0.clamp(-clamp, clamp)
-            eps = (x - g.sqrt() * x_0) / (1 - g).sqrt()         # the noise that agrees with the clamped x_0
+    for i in range(steps):
+        x_0, eps = predict(x, t[i], first=(i == 0))
+        # The same image and the same noise, mixed as at the next time.
+        g_next = gamma(t[i + 1])
         x = g_next.sqrt() * x_0 + (1 - g_next).sqrt() * eps
+        if on_step:
+            on_step(i, x, x_0)
     return x.float()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints
+@torch.no_grad()
+def dpm_solver(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
+               spacing="linear", interval=(0.0, 1.0), on_step=None):
+    """Return x_0 (B, C, H, W) by DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2).
+
+    The arguments are those of `ddim`, and so is the cost: one evaluation a step. DDIM
+    takes x_0 to be constant during a step; this solver extends the line through the
+    last two estimates, as a function of lambda, half the logarithm of the
+    signal-to-noise ratio.
+    """
+    t = times(steps, spacing)
+    alpha = gamma(t).sqrt()
+    sigma = (1 - gamma(t)).sqrt()
+    # Infinite at t = 0.
+    lam = (alpha / sigma).log()
+    predict = GuidedModel(model, cond, null, noise, guidance, clamp, interval)
+    x = noise.double()
+    x_0_before = None
+    for i in range(steps):
+        x_0, _ = predict(x, t[i], first=(i == 0))
+        h = lam[i + 1] - lam[i]
+        # The first step knows no earlier estimate, and the last one is so long in lambda
+        # that the line would lead nowhere. Both are steps of DDIM.
+        if i == 0 or i == steps - 1:
+            D = x_0
+        else:
+            # The line, half a step ahead.
+            r = (lam[i] - lam[i - 1]) / h
+            D = x_0 + (x_0 - x_0_before) / (2 * r)
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * torch.expm1(-h) * D
+        x_0_before = x_0
+        if on_step:
+            on_step(i, x, x_0)
+    return x.float()
+
+
+SOLVERS = {"ddim": ddim, "dpm++": dpm_solver}
+
+
+# --------------------------------------------------------------------------------------
+# A checkpoint and its encoders
+
+def read_config(path_or_repo):
+    """Return the config.json of a checkpoint as a dict. Raises UserError."""
+    return read_json(fetch(path_or_repo, "config.json"), "the config.json of a checkpoint")
+
 
 def load_model(path_or_repo, device="cpu"):
-    """A checkpoint folder or hub repository -> the model in eval mode, its config.json as `model.checkpoint`.
+    """Return the model of a checkpoint folder or hub repository, in eval mode.
 
-    Reads our format ({"model": "dit" | "cad", "args": {...}}) and the released CAD-I. Raises UserError."""
+    Its config.json is `model.checkpoint`. Reads our format ({"model": "dit" or "cad",
+    "args": {...}}) and the released CAD-I. Raises UserError.
+    """
+    config = read_config(path_or_repo)
+    # safetensors holds numbers and names only: unlike a pickle, it cannot run code.
     try:
-        config = json.loads(fetch(path_or_repo, "config.json").read_text())
         weights = load_file(fetch(path_or_repo, "model.safetensors"))
-        if "latents_dim" in config:                             # the released CAD-I's own keys and names
+    except SafetensorError as error:
+        raise UserError(f"{path_or_repo}: model.safetensors is damaged "
+                        f"({one_line(error)})")
+
+    try:
+        # The released CAD-I has keys and tensor names of its own.
+        if "latents_dim" in config:
             kind = "cad"
-            args, weights = model_cad.from_released(config, weights)
+            sizes, weights = model_cad.from_released(config, weights)
         else:
-            kind, args = config["model"], config["args"]
-        model = MODELS[kind].network(**args)
-        model.load_state_dict(weights)
+            kind = config["model"]
+            sizes = config["args"]
+        model = MODELS[kind].network(**sizes)
     except KeyError as error:
-        raise UserError(f"{path_or_repo}: config.json is not that of a DiT or CAD (no {error})")
-    except (ValueError, TypeError, SafetensorError) as error:
-        message = str(error).replace("DiT.__init__() ", "").replace("CAD.__init__() ", "")
-        raise UserError(f"{path_or_repo}: {message}")
+        raise UserError(f"{path_or_repo}: config.json is not that of a DiT or CAD "
+                        f"(no {error})")
+    # A size of 0, a text instead of a number, ...: torch raises almost anything.
+    except Exception as error:  # noqa: BLE001
+        raise UserError(f"{path_or_repo}: config.json describes no model "
+                        f"({one_line(error)})")
+
+    try:
+        model.load_state_dict(weights)
     except RuntimeError as error:
+        reason = one_line(str(error).split(":", 1)[-1], 150)
         raise UserError(f"{path_or_repo}: model.safetensors does not fit config.json "
-                        f"({' '.join(str(error).split(':', 1)[-1].split())[:150]} ...)")
+                        f"({reason} ...)")
     model.checkpoint = config
     return model.eval().requires_grad_(False).to(device)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Prompts and pictures
+def encoder_names(path_or_repo, config, vae=None, text_encoder=None):
+    """Return folders or hub names of a checkpoint's autoencoder and T5, as a pair.
 
-def read_prompts(path):
-    """A .jsonl file, a folder of .txt files or a text file -> list of dicts, each with a `prompt`."""
+    In this order: what the caller names, what the checkpoint was trained with, the
+    paper's. Raises UserError.
+    """
+    names = (vae or config.get("vae") or VAE,
+             text_encoder or config.get("text_encoder") or TEXT_ENCODER)
+    for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"{path_or_repo}: config.json names {name!r} as an encoder: "
+                            f"not a text")
+    return names
+
+
+class Pipeline(NamedTuple):
+    """All networks that make an image from a prompt; `load_pipeline` loads them."""
+
+    model: torch.nn.Module              # a TextToImageModel
+    vae: torch.nn.Module
+    tokenizer: object
+    text_encoder: torch.nn.Module
+
+
+def load_pipeline(path_or_repo, vae=None, text_encoder=None, device=None):
+    """Return the Pipeline of a checkpoint folder or hub repository, ready for `generate`.
+
+    vae, text_encoder: folders or hub repositories; without, those the checkpoint was
+    trained with. device: without, this process's GPU, or the CPU. Raises UserError.
+    """
+    device = device or local_device()
+    model = load_model(path_or_repo, device)
+    vae, text_encoder = encoder_names(path_or_repo, model.checkpoint, vae, text_encoder)
+    autoencoder = load_vae(vae, device)
+    # Not float16, in which T5's activations overflow.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tokenizer, t5 = load_text_encoder(text_encoder, device, dtype)
+
+    # Encoders of another size than the checkpoint's are refused here, and not by torch.
+    width = model.config["text_dim"]
+    if t5.config.d_model != width:
+        raise UserError(f"the text encoder is {t5.config.d_model} wide, the checkpoint "
+                        f"wants {width}: give --text-encoder the one it was trained with")
+    channels = autoencoder.config["latent_channels"]
+    if channels != model.config["channels"]:
+        raise UserError(f"the autoencoder has {channels} channels, the checkpoint "
+                        f"{model.config['channels']}: give --vae the one it was trained "
+                        f"with")
+    return Pipeline(model, autoencoder, tokenizer, t5)
+
+
+@torch.no_grad()
+def generate(pipeline, prompts, seeds=None, steps=250, guidance=8.0, clamp=1.2,
+             solver="ddim", spacing="linear", guidance_interval=(0.0, 1.0),
+             negative_prompts=("",), max_tokens=256, precision="auto", on_step=None):
+    """Return PIL images for prompts, all made as one batch (a GPU holds some 16 to 64).
+
+    seeds: one number an image; without, 0, 1, 2, ... The same prompt and seed give the
+    same image in any batch. negative_prompts: what guidance leads away from, one text
+    for all or one for each prompt; it is the null prompt "" unless given. max_tokens: a
+    longer prompt loses its end. precision: "auto" (bf16 on CUDA), "fp32" or "bf16".
+    solver: a key of SOLVERS. The other arguments are those of `ddim`.
+
+        >>> pipeline = load_pipeline("out/toy/dit")
+        >>> generate(pipeline, ["a red star"], steps=50, guidance=3)[0].save("star.png")
+    """
+    # A text is a list of letters to Python, and would give an image for each.
+    if isinstance(prompts, str) or isinstance(negative_prompts, str):
+        raise TypeError("prompts, negative_prompts: give lists of texts, not one text")
+    model, vae, tokenizer, t5 = pipeline
+    seeds = range(len(prompts)) if seeds is None else seeds
+    cond = encode_text(tokenizer, t5, prompts, max_tokens)      # (B, L, D), (B, L)
+    null = encode_text(tokenizer, t5, negative_prompts, max_tokens)
+    noise = starting_noise(model, seeds).to(t5.device)          # (B, C, h, w)
+    with autocast(noise.device, precision):
+        x_0 = SOLVERS[solver](model, noise, cond, null, steps, guidance, clamp, spacing,
+                              guidance_interval, on_step)       # (B, C, h, w)
+    # The model's latents are the autoencoder's times a factor.
+    return to_images(vae.decode(x_0 / vae.scaling_factor))
+
+
+def starting_noise(model, seeds):
+    """Return noise (B, C, h, w) of the model's size, each image's from its own seed."""
+    size = model.config["size"]
+    shape = (model.config["channels"], size, size)
+    noise = []
+    for seed in seeds:
+        # On the CPU: the numbers are the same whatever device they go to.
+        generator = torch.Generator().manual_seed(seed)
+        noise.append(torch.randn(shape, generator=generator))
+    return torch.stack(noise)
+
+
+def random_letters(seed):
+    """Return a prompt that means nothing: 3 to 6 words of 3 to 7 random letters.
+
+    The release's pipeline takes a new one as the negative prompt of each image.
+    """
+    rng = random.Random(seed)
+    words = []
+    for _ in range(rng.randint(3, 6)):
+        letters = rng.choices(string.ascii_lowercase, k=rng.randint(3, 7))
+        words.append("".join(letters))
+    return " ".join(words)
+
+
+# --------------------------------------------------------------------------------------
+# Prompts, and the files of their images
+
+def read_prompts(path, limit=None, seed=0):
+    """Return the prompts of a file or folder as dicts with the key `prompt`.
+
+    path: JSONL, COCO's captions, a folder of .txt files, or a text file with a prompt a
+    line. limit: at most so many, chosen by `seed`, in the file's order. Raises
+    UserError.
+    """
     path = Path(path)
+    if is_coco(path):
+        return read_coco_captions(path, limit, seed)
     if path.is_dir():
-        rows = [{"prompt": file.read_text(encoding="utf-8").strip(), "name": file.stem}
-                for file in sorted(path.glob("*.txt"))]
+        rows = []
+        for file in sorted(path.glob("*.txt")):
+            rows.append({"prompt": read_text(file).strip(), "name": file.stem})
     elif not path.is_file():
         raise UserError(f"{path}: no such file or folder of prompts")
     elif path.suffix in (".jsonl", ".json"):
@@ -196,144 +494,453 @@ def read_prompts(path):
             if not isinstance(row["prompt"], str):
                 raise UserError(f"{path} line {number}: neither `prompt` nor `caption`")
     else:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
         rows = [{"prompt": line.strip()} for line in lines if line.strip()]
     if not rows:
         raise UserError(f"{path}: no prompts in it")
+
+    # Not the first ones: files are sorted by class or task.
+    if limit is not None and limit < len(rows):
+        chosen = random.Random(seed).sample(range(len(rows)), limit)
+        rows = [rows[i] for i in sorted(chosen)]
     return rows
 
 
+def is_coco(path):
+    """Tell whether `path` is a file of COCO's: one JSON object with `annotations`."""
+    path = Path(path)
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    try:
+        content = json.loads(path.read_bytes())
+    # JSONL in a file called .json.
+    except ValueError:
+        return False
+    return isinstance(content, dict) and "annotations" in content
+
+
+def read_text(path):
+    """Return the text of a UTF-8 file. Raises UserError."""
+    # Some editors put a mark (BOM) before the text; utf-8-sig takes it off.
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})")
+
+
+def collect_prompts(args):
+    """Return the prompts of --prompt and --prompts as dicts. Raises UserError."""
+    rows = [{"prompt": prompt} for prompt in args.prompt or []]
+    if args.prompts:
+        rows += read_prompts(args.prompts, args.limit, args.seed)
+    if not rows:
+        raise UserError("no prompts: give --prompt or --prompts")
+    for number, row in enumerate(rows, 1):
+        check_text(f"prompt {number}", row["prompt"])
+    return rows
+
+
+def check_text(what, text):
+    """Raise UserError if a text is not one that UTF-8 can write."""
+    # JSON's "\\ud83d" is half a character. The tokenizer would fail on it.
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what}: character {error.start + 1} is not one (not UTF-8)")
+
+
 def file_names(rows, per_prompt, layout):
-    """Where the images of each prompt go: list (prompts) of lists (images) of paths relative to --out."""
+    """Return the files of each prompt's images, relative to --out: a list of lists.
+
+    layout: "flat", "named" (flat, called after the prompt's `name`, as COCO's images),
+    "geneval" or "dpg". Raises UserError for a name that is no file name, and for two
+    alike.
+    """
+    names = []
+    for p, row in enumerate(rows):
+        files = []
+        for k in range(per_prompt):
+            files.append(file_name(row, p, k, per_prompt, layout))
+        names.append(files)
+
+    # A second prompt of the same name would find the first one's images and keep them.
+    seen = set()
+    for p, files in enumerate(names):
+        for file in files:
+            if file in seen:
+                raise UserError(f"prompt {p + 1}: its images would replace those of "
+                                f"another prompt of the same name ({file})")
+            seen.add(file)
+    return names
+
+
+def file_name(row, p, k, per_prompt, layout):
+    """Return the file of prompt p's image k; see `file_names`."""
     if layout == "geneval":
-        return [[f"{p:05d}/samples/{k:04d}.png" for k in range(per_prompt)] for p in range(len(rows))]
+        return f"{p:05d}/samples/{k:04d}.png"
+    if layout == "flat":
+        return f"{p * per_prompt + k:06d}.png"
+    stem = file_stem(row.get("name", f"{p:05d}"))
     if layout == "dpg":
-        return [[f".tiles/{row.get('name', f'{p:05d}')}_{k}.png" for k in range(4)]
-                for p, row in enumerate(rows)]
-    return [[f"{p * per_prompt + k:06d}.png" for k in range(per_prompt)] for p in range(len(rows))]
+        return f".tiles/{stem}_{k}.png"
+    return f"{stem}.png" if per_prompt == 1 else f"{stem}_{k}.png"
 
 
-# ------------------------------------------------------------------------------------------------------------
+def file_stem(name):
+    """Return a prompt's name if it can be a file name's beginning.
+
+    Names come from outside: "../../x" must not lead out of the folder. Raises UserError.
+    """
+    if not isinstance(name, str):
+        raise UserError(f"a prompt has the name {name!r}: not a text")
+    check_text(f"the name {name!r}", name)
+    empty = not name.strip()
+    leads_elsewhere = "/" in name or "\\" in name or name.startswith(".")
+    # File systems allow 255 bytes, and we add an ending.
+    too_long = len(name.encode()) > 200
+    # The sheet of all samples is called so.
+    taken = name == "sheet"
+    if empty or leads_elsewhere or too_long or taken or not name.isprintable():
+        raise UserError(f"a prompt has the name {name[:80]!r}: not a name for a file")
+    return name
+
+
+class Job(NamedTuple):
+    """An image to make: its file relative to --out, its prompt, its seed."""
+
+    file: str
+    prompt: str
+    seed: int
+
+
+def list_jobs(rows, names, first_seed):
+    """Return a Job for each image; the seeds count up from `first_seed`."""
+    jobs = []
+    for row, files in zip(rows, names):
+        for file in files:
+            jobs.append(Job(file, row["prompt"], first_seed + len(jobs)))
+    return jobs
+
+
+# --------------------------------------------------------------------------------------
 # The command
 
 def arguments(argv):
+    """Return the checked options. Raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = partial(parser.add_argument, metavar="X")
-    add("--checkpoint", required=True, help="folder or hub repository with config.json and model.safetensors")
-    add("--prompt", action="append", default=[], help="a prompt (may be given again)")
-    add("--prompts", help=".txt or .jsonl file, or a folder of .txt files")
-    add("--out", required=True, help="folder for the images, samples.jsonl and sheet.png")
+    flag = partial(parser.add_argument, action="store_true")
+    # From what to what.
+    add("--checkpoint", required=True,
+        help="folder or hub repository with config.json and model.safetensors")
+    add("--out", help="folder for the images, samples.jsonl and sheet.png")
+    add("--prompt", action="append", help="a prompt (may be given again)")
+    add("--prompts", help=".txt or .jsonl file, COCO's captions, folder of .txt files")
+    add("--limit", type=int, help="at most so many of --prompts, chosen by --seed")
     add("--images-per-prompt", type=int, default=1, help="GenEval and DPG use 4")
-    add("--steps", type=int, default=250, help="DDIM steps")
-    add("--guidance", type=float, default=8.0, help="w; 0 is none")
-    add("--clamp", type=float, default=1.2, help="bound of |x_0|; 0 is none")
-    add("--seed", type=int, default=0, help="image i has seed + i")
-    add("--batch-size", type=int, default=16, help="images at once")
     add("--format", choices=["flat", "geneval", "dpg"], default="flat", metavar="F",
         help="flat, geneval (its tools' folders) or dpg (one 2 x 2 grid a prompt)")
-    add("--vae", help=f"folder or hub repository (default: the one the checkpoint was trained on, or {VAE})")
-    add("--text-encoder", help=f"folder or hub repository (default: likewise, or {TEXT_ENCODER})")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, else fp32")
-    parser.add_argument("--no-compile", action="store_true", help="CUDA: do not torch.compile the network")
+
+    # The sampler: DDIM with 250 steps is the paper's, guidance and clamp the release's.
+    add("--solver", choices=list(SOLVERS), default="ddim",
+        help="ddim, or dpm++: second order, so that fewer steps do")
+    add("--steps", type=int, default=250, help="of the solver")
+    add("--spacing", choices=SPACINGS, default="linear",
+        help="linear in t, or cosine: short steps at both ends, as in the release's "
+             "evaluation")
+    add("--guidance", type=float, default=8.0, help="w; 0 is none")
+    add("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0],
+        metavar=("LOW", "HIGH"),
+        help="guidance only where LOW <= t <= HIGH (t = 1 is noise); other steps cost "
+             "half")
+    add("--negative-prompt", default="",
+        help="what guidance leads away from; without, the null prompt of training")
+    flag("--random-negative-prompt",
+         help="random letters, others for each image, as in the release's pipeline")
+    add("--clamp", type=float, default=1.2,
+        help="bound of |x_0| at every step, 0 is none; 1.2 is the released pipeline's. "
+             "By the published statistics of ImageNet's latents it cuts a fifth of their "
+             "values, 3 cuts under 1%%")
+    add("--max-tokens", type=int, default=256,
+        help="of a prompt (paper: 256, released CAD-I: 128)")
+    add("--seed", type=int, default=0, help="image i has seed + i")
+
+    # The rest changes no image, unless --vae or --text-encoder names other weights.
+    add("--vae", help="folder or hub repository (default: the one the checkpoint was "
+                      f"trained with, or {VAE})")
+    add("--text-encoder", help="folder or hub repository (default: likewise, or "
+                               f"{TEXT_ENCODER})")
+    add("--batch-size", type=int, default=16, help="images at once")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+        help="auto: bf16 on CUDA, else fp32")
+    flag("--no-compile", help="CUDA: do not torch.compile the network")
+    flag("--benchmark", help="only time one batch with these options; needs no --out")
     args = parser.parse_args(argv)
-    at_least(args, images_per_prompt=1, steps=1, batch_size=1)
-    if args.guidance < 0 or args.clamp < 0:
-        raise UserError("--guidance and --clamp must not be negative")
+
+    # Infinite values and those that are no number pass none of these bounds.
+    at_least(args, images_per_prompt=1, steps=1, batch_size=1, max_tokens=1, limit=1,
+             guidance=0, clamp=0)
+    between(args, 0, 2 ** 62, "seed")
+    low, high = args.guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"--guidance-interval {low} {high}: must be two numbers in "
+                        f"[0, 1], the lower first")
     if args.format == "dpg" and args.images_per_prompt != 4:
         raise UserError("--format dpg makes 2 x 2 grids: give --images-per-prompt 4")
+    if args.negative_prompt and args.random_negative_prompt:
+        raise UserError("--negative-prompt and --random-negative-prompt: give only one")
+    check_text("--negative-prompt", args.negative_prompt)
+    if not args.out and not args.benchmark:
+        raise UserError("--out is needed")
     return args
 
 
-def count_steps(bar, images, steps):
-    """Yields from `steps` and moves the bar by `images` after each."""
-    for step in steps:
-        yield step
-        bar.update(images)
+def sampling_options(args):
+    """Return the arguments of `generate` that the command line sets, as a dict."""
+    on_cuda = local_device().type == "cuda"
+    auto = "bf16" if on_cuda else "fp32"
+    return {
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "clamp": args.clamp or None,
+        "solver": args.solver,
+        "spacing": args.spacing,
+        "guidance_interval": args.guidance_interval,
+        "max_tokens": args.max_tokens,
+        "precision": auto if args.precision == "auto" else args.precision,
+    }
+
+
+def settings_of(args, rows):
+    """Return all that the images of a folder depend on, as a dict. Raises UserError."""
+    config = read_config(args.checkpoint)
+    vae, text_encoder = encoder_names(args.checkpoint, config, args.vae, args.text_encoder)
+    negative_prompt = args.negative_prompt
+    if args.random_negative_prompt:
+        negative_prompt = "(random letters)"
+    return {
+        **sampling_options(args),
+        "negative_prompt": negative_prompt,
+        "seed": args.seed,
+        "images_per_prompt": args.images_per_prompt,
+        "format": args.format,
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "weights": sha256(fetch(args.checkpoint, "model.safetensors")),
+        "prompts": [row["prompt"] for row in rows],
+        "names": [row["name"] for row in rows if "name" in row],
+    }
 
 
 def main(argv=None):
+    """Make the images that are not there yet, then the files that list them."""
     args = arguments(argv)
+    if args.benchmark:
+        return benchmark(args)
     rank, world = rank_and_world()
-    device = local_device()
-    rows = [{"prompt": prompt} for prompt in args.prompt]
-    rows += read_prompts(args.prompts) if args.prompts else []
-    if not rows:
-        raise UserError("no prompts: give --prompt or --prompts")
-    names = file_names(rows, args.images_per_prompt, args.format)
-    jobs = [(file, rows[p]["prompt"], args.seed + n) for n, (p, file) in
-            enumerate((p, file) for p, files in enumerate(names) for file in files)]
-
-    # A folder belongs to one command: what is there already is kept, other settings are refused.
     out = Path(args.out)
-    settings = {key: getattr(args, key) for key in
-                ("steps", "guidance", "clamp", "seed", "format", "vae", "text_encoder")}
-    settings["prompts"] = [row["prompt"] for row in rows]
-    settings["weights"] = sha256(fetch(args.checkpoint, "model.safetensors"))
-    if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
-        raise UserError(f"{out}: holds samples of other settings or weights (see its settings.json); "
-                        "choose another --out")
-    todo = [job for job in jobs[rank::world] if not (out / job[0]).exists()]
 
-    if todo:
-        model = load_model(args.checkpoint, device)
-        source = model.checkpoint
-        vae = load_vae(args.vae or source.get("vae") or VAE, device)
-        tokenizer, t5 = load_text_encoder(
-            args.text_encoder or source.get("text_encoder") or TEXT_ENCODER, device,
-            torch.bfloat16 if device.type == "cuda" else torch.float32)
-        if t5.config.d_model != model.config["text_dim"]:
-            raise UserError(f"the text encoder is {t5.config.d_model} wide, the checkpoint wants "
-                            f"{model.config['text_dim']}: give --text-encoder the one it was trained with")
-        if vae.config["latent_channels"] != model.config["channels"]:
-            raise UserError(f"the autoencoder has {vae.config['latent_channels']} channels, the checkpoint "
-                            f"{model.config['channels']}: give --vae the one it was trained with")
-        if device.type == "cuda" and not args.no_compile and len(todo) >= 4 * args.batch_size:
-            model.denoise = torch.compile(model.denoise)
-        with complete(out / "settings.json") as path:       # only now: a command that fails claims nothing
-            path.write_text(json.dumps(settings, indent=1))
-        null = encode_text(tokenizer, t5, [""])
-        shape = (model.config["channels"], model.config["size"], model.config["size"])
-        bar = tqdm(total=len(todo) * args.steps, desc="sampling", unit="step", disable=rank > 0)
-        for start in range(0, len(todo), args.batch_size):
-            files, prompts, seeds = zip(*todo[start:start + args.batch_size])
-            cond = encode_text(tokenizer, t5, list(prompts))
-            noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-                                 for seed in seeds])
-            progress = partial(count_steps, bar, len(files))
-            with autocast(device, args.precision):
-                x_0 = ddim(model, noise.to(device), cond, null, args.steps, args.guidance, args.clamp or None,
-                           progress)
-            images = to_images(vae.decode(x_0 / vae.scaling_factor))
-            for file, image in zip(files, images):
-                with complete(out / file) as path:
-                    image.save(path, "PNG")
-        bar.close()
+    # Each prompt gets files, each file a job.
+    rows = collect_prompts(args)
+    layout = args.format
+    if layout == "flat" and args.prompts and is_coco(args.prompts):
+        layout = "named"
+    names = file_names(rows, args.images_per_prompt, layout)
+    jobs = list_jobs(rows, names, args.seed)
 
-    # Whoever finds everything there writes what describes the whole: under torchrun, the last rank to end.
-    if all((out / file).exists() for file, _, _ in jobs):
-        finish(out, rows, names, jobs, args.format)
+    # What is in the folder already is kept. Other settings are refused before any work.
+    settings = settings_of(args, rows)
+    if (out / "settings.json").exists():
+        begin_or_resume(out / "settings.json", out, settings)
+
+    # Ranks share the jobs; the last one to end describes the whole.
+    with only_command(out):
+        todo = [job for job in jobs[rank::world] if not (out / job.file).exists()]
+        if todo:
+            make_images(args, out, todo, settings, show_progress=(rank == 0))
+        paths = [out / job.file for job in jobs]
+        if is_last_rank(rank, paths, out / "samples.jsonl"):
+            describe(out, rows, names, jobs, args.format)
 
 
-def finish(out, rows, names, jobs, layout):
-    """The files about all samples: samples.jsonl, sheet, what GenEval's and DPG-Bench's tools look for."""
+def make_images(args, out, todo, settings, show_progress):
+    """Generate the images of the jobs `todo` and save each in the folder `out`."""
+    pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
+    # Compiling takes a minute: not for a few images.
+    worth_compiling = len(todo) >= 4 * args.batch_size
+    if local_device().type == "cuda" and not args.no_compile and worth_compiling:
+        pipeline.model.denoise = torch.compile(pipeline.model.denoise)
+
+    bar = tqdm(total=len(todo) * args.steps, desc="sampling", disable=not show_progress,
+               bar_format="{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]")
+
+    for start in range(0, len(todo), args.batch_size):
+        batch = todo[start:start + args.batch_size]
+        prompts = [job.prompt for job in batch]
+        seeds = [job.seed for job in batch]
+        negative_prompts = [args.negative_prompt]
+        if args.random_negative_prompt:
+            negative_prompts = [random_letters(seed) for seed in seeds]
+
+        images = generate(pipeline, prompts, seeds, negative_prompts=negative_prompts,
+                          on_step=partial(show_speed, bar, len(batch), args.steps),
+                          **sampling_options(args))
+
+        if start == 0:
+            # Written only now, so that a command that fails does not reserve the folder.
+            begin_or_resume(out / "settings.json", out, settings)
+            # Where the images come from, for the tables of evaluate.py.
+            with complete(out / "checkpoint.json") as temporary:
+                temporary.write_bytes(fetch(args.checkpoint, "config.json").read_bytes())
+        for job, image in zip(batch, images):
+            with complete(out / job.file) as temporary:
+                image.save(temporary, "PNG")
+    bar.close()
+
+
+def show_speed(bar, images, steps, *_):
+    """Move the progress bar on by one step of a batch of `images`."""
+    bar.update(images)
+    if not bar.disable:
+        done = bar.n / steps
+        seconds = max(bar.format_dict["elapsed"], 1e-9)
+        speed = f"{done / seconds:.2f} images/s, {seconds / done:.2f} s/image"
+        bar.set_postfix_str(speed, refresh=False)
+
+
+def describe(out, rows, names, jobs, layout):
+    """Write what is about all samples: samples.jsonl, the sheet, the benchmarks' files."""
     for row, files in zip(rows, names):
+        # GenEval's tools look up in the metadata what a prompt asks for.
         if layout == "geneval":
-            with complete((out / files[0]).parent.parent / "metadata.jsonl") as path:
-                path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+            folder = (out / files[0]).parent.parent
+            write_jsonl(folder / "metadata.jsonl", [row])
+        # DPG-Bench's tools cut a grid into its four images.
         if layout == "dpg":
             tiles = [Image.open(out / file) for file in files]
-            with complete(out / f"{Path(files[0]).name.rsplit('_', 1)[0]}.png") as path:
-                contact_sheet(tiles, columns=2, gap=0).save(path, "PNG")
-    with complete(out / "samples.jsonl") as path:
-        path.write_text("".join(json.dumps({"file": f, "prompt": p, "seed": s}, ensure_ascii=False) + "\n"
-                                for f, p, s in jobs), encoding="utf-8")
-    if layout == "dpg":                # its tools take every picture of the folder for a grid: no sheet there
-        return print(f"{len(rows)} grids in {out}")
+            stem = Path(files[0]).name.rsplit("_", 1)[0]
+            with complete(out / f"{stem}.png") as temporary:
+                contact_sheet(tiles, columns=2, gap=0).save(temporary, "PNG")
+
+    # The list of samples: evaluate.py takes these files, and not the sheet.
+    write_jsonl(out / "samples.jsonl", [job._asdict() for job in jobs])
+    # DPG-Bench's tools take every picture of the folder for a grid: no sheet there.
+    if layout == "dpg":
+        print(f"{len(rows)} grids in {out}")
+        return
     shown = jobs[:64]
-    images, prompts = [Image.open(out / file) for file, _, _ in shown], [prompt for _, prompt, _ in shown]
-    with complete(out / "sheet.png") as path:
-        contact_sheet(images, prompts).save(path, "PNG")
+    images = [Image.open(out / job.file) for job in shown]
+    with complete(out / "sheet.png") as temporary:
+        contact_sheet(images, [job.prompt for job in shown]).save(temporary, "PNG")
     print(f"{len(jobs)} images in {out}, the first {len(shown)} on {out / 'sheet.png'}")
+
+
+# --------------------------------------------------------------------------------------
+# How fast it is
+
+def benchmark(args):
+    """Time one batch, and print a line for people and one of JSON."""
+    from torch.utils.flop_counter import FlopCounterMode
+    device = local_device()
+    options = sampling_options(args)
+    pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
+    model = pipeline.model
+    B = args.batch_size
+    sentences = args.prompt or ["A golden retriever lies on a red sofa beside a cushion."]
+    prompts = (sentences * B)[:B]
+
+    # The operations of one evaluation, counted before the network is compiled.
+    t5 = pipeline.text_encoder
+    text, mask = encode_text(pipeline.tokenizer, t5, prompts, args.max_tokens)
+    noise = starting_noise(model, range(B)).to(device)
+    ones = torch.ones(B, device=device)
+    with torch.no_grad():
+        context = model.condition(text, mask, ones)
+        with FlopCounterMode(display=False) as counter:
+            model.denoise(noise, ones, context)
+    evaluations = count_evaluations(args)
+    flops = counter.get_total_flops() / B * evaluations
+
+    if device.type == "cuda" and not args.no_compile:
+        model.denoise = torch.compile(model.denoise)
+    # Of two steps the second one has guidance: both kinds of step are warm then.
+    time_parts(pipeline, prompts, args, 2)
+    seconds = time_parts(pipeline, prompts, args, args.steps)
+    text_time, network_time, decoder_time = seconds
+
+    total = text_time + network_time + decoder_time
+    speed = flops * B / network_time
+    peak, peak_source = peak_flops(device, options["precision"])
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        import resource
+        device_name = "cpu"
+        # Linux counts in KiB.
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = {
+        "benchmark": "sample",
+        "checkpoint": args.checkpoint,
+        "device": device_name,
+        "batch_size": B,
+        **options,
+        "evaluations": evaluations,
+        "images_per_second": B / total,
+        "seconds_per_image": total / B,
+        "seconds_text": text_time / B,
+        "seconds_network": network_time / B,
+        "seconds_decoder": decoder_time / B,
+        "flops_per_image": flops,
+        "share_of_peak": speed / peak,
+        "peak": peak_source,
+        "memory_gib": memory / 2 ** 30,
+    }
+
+    print(f"{args.checkpoint} on {device_name}, {args.solver}, {args.steps} steps, "
+          f"batch {B}: {B / total:.3g} images/s, {total / B:.3g} s/image (T5 "
+          f"{text_time / total:.0%}, network {network_time / total:.0%}, decoder "
+          f"{decoder_time / total:.0%}); {evaluations} evaluations = {flops / 1e12:.3g} "
+          f"TFLOP an image, at {speed / peak:.0%} of {peak_source}; "
+          f"{memory / 2 ** 30:.1f} GiB")
+    print(json.dumps(result))
+
+
+def count_evaluations(args):
+    """Return how often an image needs the network; a step with guidance does twice."""
+    low, high = args.guidance_interval
+    guided_steps = 0
+    # No guidance at the first step.
+    for t in times(args.steps, args.spacing)[1:-1]:
+        if args.guidance and low <= t <= high:
+            guided_steps += 1
+    return args.steps + guided_steps
+
+
+@torch.no_grad()
+def time_parts(pipeline, prompts, args, steps):
+    """Return the seconds of one batch in T5, in the network and in the decoder."""
+    model, vae, tokenizer, t5 = pipeline
+    noise = starting_noise(model, range(len(prompts))).to(t5.device)
+    begin = clock(t5.device)
+    cond = encode_text(tokenizer, t5, prompts, args.max_tokens)
+    null = encode_text(tokenizer, t5, [args.negative_prompt], args.max_tokens)
+    text_done = clock(t5.device)
+    with autocast(t5.device, args.precision):
+        solver = SOLVERS[args.solver]
+        x_0 = solver(model, noise, cond, null, steps, args.guidance, args.clamp or None,
+                     args.spacing, args.guidance_interval)
+    network_done = clock(t5.device)
+    to_images(vae.decode(x_0 / vae.scaling_factor))
+    end = clock(t5.device)
+    return text_done - begin, network_done - text_done, end - network_done
+
+
+def clock(device):
+    """Return the time in seconds, after the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 if __name__ == "__main__":
