@@ -37,7 +37,7 @@ from common import (HelpFormatter, StopRequest, UserError, at_least, autocast, b
                     local_device, on_any_rank, one_line, only_command,
                     peak_flops, rank_and_world, read_jsonl, refuse_other_settings, report_lost_rank,
                     to_images, write_jsonl)
-from encode import Encoded, load_vae
+from encode import Encoded, load_vae, refuse_other_encoders
 from sample import MODELS, ddim, gamma, load_model
 
 # --------------------------------------------------------------------------------------
@@ -80,15 +80,6 @@ class Batches(torch.utils.data.Dataset):
         self.mine = range(rank * share, (rank + 1) * share)
 
     def __getitem__(self, step):
-        # DataLoader would turn an exception of a worker process into a traceback. The line
-        # travels as data instead, and `main` raises it.
-        try:
-            return self.read(step)
-        except (UserError, OSError) as error:
-            return {"error": str(error)}
-
-    def read(self, step):
-        """Return the batch of a step."""
         args = self.args
         size = args.batch_size
 
@@ -525,26 +516,11 @@ def open_data(args):
     val = Encoded(args.val) if args.val else None
     for other in (augmented, val):
         if other:
-            check_same_encoders(original, other)
+            refuse_other_encoders(original, other)
     # Which pictures and captions these are: a run is not resumed on others.
     args.originals = original.meta.get("list_of_images_and_captions")
     args.composites = augmented and augmented.meta.get("list_of_images_and_captions")
     return original, augmented, val
-
-
-def check_same_encoders(original, other):
-    """Refuse a set that other encoders made than the originals. Raises UserError."""
-    a, b = original.meta, other.meta
-    keys = ["text_dim", "latent_shape", "scaling_factor", "autoencoder"]
-    # T5's fingerprint depends on the precision of its weights, which is bfloat16 on CUDA: at
-    # another precision it says nothing.
-    if a.get("precision_of_T5") == b.get("precision_of_T5"):
-        keys.append("T5")
-    for key in keys:
-        # Folders of an early version have no fingerprints.
-        if key in a and key in b and a[key] != b[key]:
-            raise UserError(f"{original.folder} and {other.folder} differ in {key} ({a[key]} and "
-                            f"{b[key]}): encode both with the same encoders")
 
 
 def make_network(args, meta):
@@ -782,9 +758,6 @@ def train(args, rank, world, device, stack):
     clock = time.perf_counter()
     since = first
     for step, batch in enumerate(batches, first):
-        if "error" in batch:
-            raise UserError(batch["error"])
-
         # The step: Algorithm 1, equations 1 and 2, the optimiser.
         inputs = draw_inputs(batch, meta["scaling_factor"], device)
         loss = add_gradient(network, inputs, args)
@@ -831,11 +804,11 @@ def train(args, rank, world, device, stack):
                 add_to_log(out / "log.jsonl", row)
 
         # The state comes last: a kill before it repeats steps, but loses no file.
-        if rank == 0:
+        if sampling:
+            grid = out / f"samples/{done:07d}.png"
+            save_grid(grid, ema, vae, (original, augmented), args, device)
+        if rank == 0 and (keeping or saving):
             config = checkpoint_config(args, meta, original, augmented, model, done)
-            if sampling:
-                grid = out / f"samples/{done:07d}.png"
-                save_grid(grid, ema, vae, (original, augmented), args, device)
             if keeping:
                 save_checkpoint(out / f"step-{done:07d}", ema, config)
             if saving:
