@@ -64,10 +64,6 @@ def epoch_order(seed, which, epoch, count):
 class Batches(torch.utils.data.Dataset):
     """Algorithm 1, the lines that choose and read: a step -> this rank's share of its batch.
 
-    A batch is a dict of CPU tensors: t (B,); mean and std (B, C, h, w) of the latents; tokens
-    (sum of L_i, D_text), all captions one after the other, and lengths (B,); coherence (B,);
-    coin (B,) for CAD's self-conditioning; noise_seed (B,).
-
     Which set a sample comes from is decided before anything is read: the picture that
     Algorithm 1 does not choose costs nothing.
     """
@@ -104,10 +100,11 @@ class Batches(torch.utils.data.Dataset):
 
 
 def as_batch(picks, t, dropped, coin, noise_seed):
-    """Read samples and return them as a batch, with the random numbers drawn for them.
+    """Read samples and return them as a batch, a dict of CPU tensors.
 
     picks: [(data set, number of the sample)]. dropped (B,) bool: whose caption becomes the
-    null prompt. All others are arrays (B,).
+    null prompt. coin (B,): for CAD's self-conditioning. All captions stand one after the
+    other in "tokens" (sum of L_i, D_text), "lengths" (B,) tells them apart.
     """
     means, stds, texts = [], [], []
     for (data, i), drop in zip(picks, dropped):
@@ -237,9 +234,7 @@ def lamb_update(w, average, g, m, v, numbers, beta1, beta2, eps, decay, trust):
 
     LAMB is AdamW whose step for each tensor is rescaled to the norm of the tensor itself;
     without `trust` it is AdamW. w: the weights; average: their moving average (or None);
-    g: the gradient; m, v: its first and second moments. All of one shape.
-
-    On CUDA this is compiled, and then reads and writes each tensor once (twice for LAMB).
+    g: the gradient; m, v: its moments. On CUDA this is compiled.
     """
     go = numbers.go
     g = torch.where(go > 0, numbers.scale * g, 0.0)
@@ -257,6 +252,8 @@ def lamb_update(w, average, g, m, v, numbers, beta1, beta2, eps, decay, trust):
 def lamb_update_on_cpu(w, average, g, m, v, numbers, beta1, beta2, eps, decay, trust):
     """Do what `lamb_update` does in a third of its time: torch's own Adam makes one pass."""
     u = torch.empty_like(w)
+    w_square = torch.zeros(())
+    u_square = torch.zeros(())
     # In pieces of 2 MB, which stay in the cache from one line to the next.
     pieces = [tensor.split(2 ** 19) for tensor in (u, w, g, m, v)]
     for u_part, w_part, g_part, m_part, v_part in zip(*pieces):
@@ -266,20 +263,18 @@ def lamb_update_on_cpu(w, average, g, m, v, numbers, beta1, beta2, eps, decay, t
              grad_scale=1 / numbers.scale, amsgrad=False, beta1=beta1, beta2=beta2, lr=1.0,
              weight_decay=0.0, eps=eps, maximize=False)
         u_part.sub_(w_part, alpha=decay)
+        w_square += torch.dot(w_part, w_part)
+        u_square += torch.dot(u_part, u_part)
     rate = float(numbers.lr)
     if trust:
-        rate *= float(trust_ratio(w.norm(), u.norm()))
+        rate *= float(trust_ratio(w_square.sqrt(), u_square.sqrt()))
     w.add_(u, alpha=rate)
     if average is not None:
         average.lerp_(w, float(numbers.forget))
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB or, without `trust_ratio`, AdamW; with gradient clipping and the moving average.
-
-    They share one pass over the weights, and a step whose gradient is not finite is skipped
-    on the device, without asking the CPU.
-    """
+    """LAMB or, without `trust_ratio`, AdamW; clipping and the moving average are built in."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
                  trust_ratio=True):
@@ -293,14 +288,12 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, scale=1.0, go=True, averages=None, average_decay=1.0):
-        """Make a step.
+        """Make a step, with gradients times `scale`, if `go` (both may be tensors).
 
-        scale: the gradient's factor, a number or a tensor. go: whether to step, likewise.
-        averages: {parameter: its moving average}. average_decay: of those.
+        averages: {parameter: its moving average}, average_decay: of those.
         """
         device = self.param_groups[0]["params"][0].device
         on_cpu = device.type == "cpu"
-        # A CPU has nothing to wait for: it looks at once.
         if on_cpu and not go:
             return
 
@@ -401,6 +394,7 @@ def finish_step(optimizer, averages, loss, step, args):
 # --------------------------------------------------------------------------------------
 # Settings
 
+# Whose a default is, for --help.
 PAPER, RELEASE, OURS = "[paper]", "[released CAD-I]", "[ours]"
 
 
@@ -669,12 +663,6 @@ def begin_log(path, state, args):
     write_jsonl(path, rows)
 
 
-def add_to_log(path, row):
-    """Append a row to the log."""
-    with open(path, "a", encoding="utf-8") as log:
-        log.write(json.dumps(row) + "\n")
-
-
 # --------------------------------------------------------------------------------------
 # The run
 
@@ -777,6 +765,8 @@ def train(args, rank, world, device, stack):
         validating = val and due(done, args.val_every)
         sampling = vae and due(done, args.sample_every)
 
+        rows = []
+
         # Look at the GPU's numbers now and then only, because the CPU waits for them.
         if done % 10 == 0 or logging or saving or keeping:
             total_loss, total_norm, made, skipped, in_a_row = sums.tolist()
@@ -792,16 +782,18 @@ def train(args, rank, world, device, stack):
             bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{lr:.1e}", images_s=f"{rate:.0f}")
             clock = time.perf_counter()
             since = done
-            if rank == 0 and made:
-                row = {"step": done, "loss": mean_loss, "grad_norm": total_norm / made, "lr": lr}
-                if skipped:
-                    row["skipped"] = int(skipped)
-                add_to_log(out / "log.jsonl", row)
+            row = {"step": done, "loss": mean_loss, "grad_norm": total_norm / max(1, made), "lr": lr}
+            if skipped:
+                row["skipped"] = int(skipped)
+            # Nothing is known of a loss where all steps were skipped.
+            if made:
+                rows.append(row)
         if validating:
             bins = validation_losses(ema, val, args, rank, world, device)
-            if rank == 0:
-                row = {"step": done, "val_loss": sum(bins) / len(bins), "val_bins": bins}
-                add_to_log(out / "log.jsonl", row)
+            rows.append({"step": done, "val_loss": sum(bins) / len(bins), "val_bins": bins})
+        if rank == 0 and rows:
+            with open(out / "log.jsonl", "a", encoding="utf-8") as log:
+                log.writelines(json.dumps(row) + "\n" for row in rows)
 
         # The state comes last: a kill before it repeats steps, but loses no file.
         if sampling:
@@ -899,26 +891,22 @@ def draw_progress(out):
     trained = [row for row in rows if "loss" in row]
     measured = [row for row in rows if "val_loss" in row]
     losses = {"training": [(row["step"], row["loss"]) for row in trained]}
+    charts = {}
     if measured:
         losses["validation"] = [(row["step"], row["val_loss"]) for row in measured]
-    charts = {"Loss": line_chart(losses, "step", "mean squared error of the noise", log=True)}
-    if measured:
         bins = {}
         for k in range(10):
             name = f"t from {k / 10} to {(k + 1) / 10:.1f}"
             bins[name] = [(row["step"], row["val_bins"][k]) for row in measured]
         charts["Validation loss by time"] = line_chart(bins, "step", "loss", log=True)
+    charts["Loss"] = line_chart(losses, "step", "mean squared error of the noise", log=True)
     rates = {"learning rate": [(row["step"], row["lr"]) for row in trained]}
     charts["Learning rate"] = line_chart(rates, "step", "learning rate")
-    parts = ["<!doctype html><meta charset='utf-8'><title>Training</title>",
-             "<body style='font-family: sans-serif'>"]
+    parts = ["<!doctype html><meta charset='utf-8'><body style='font-family: sans-serif'>"]
     for title, chart in charts.items():
         parts.append(f"<h2>{title}</h2>\n{chart}")
-    grids = sorted((out / "samples").glob("*.png"))
-    if grids:
-        name = grids[-1].name
-        parts.append(f"<h2>Samples after step {int(grids[-1].stem)}</h2>\n"
-                     f"<img src='samples/{name}' style='max-width: 100%'>")
+    for grid in sorted((out / "samples").glob("*.png"))[-1:]:
+        parts.append(f"<h2>Samples: {grid.name}</h2>\n<img src='samples/{grid.name}'>")
     with complete(out / "progress.html") as path:
         path.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
@@ -933,7 +921,6 @@ def model_card(config):
                       f"t > {training['tau']}, with probability {training['p']}")
     return f"""---
 pipeline_tag: text-to-image
-tags: [diffusion, imagenet]
 ---
 # {config["model"]}, {training["parameters"] / 1e6:.0f} M parameters, text-to-image
 
@@ -941,8 +928,7 @@ Trained after *How far can we go with ImageNet for Text-to-Image generation?* (a
 2502.21318), on {training["images"]} pictures with {captions}. Composites: {composites}.
 {training["steps"]} steps of {training["batch_size"]} samples.
 
-Autoencoder: {config["vae"]}. Text encoder: {config["text_encoder"]}. The weights are moving
-averages. Sample with the implementation they were trained with:
+Autoencoder: {config["vae"]}. Text encoder: {config["text_encoder"]}. Sample with:
 
     python sample.py --checkpoint FOLDER_OR_REPOSITORY --prompt "..." --out samples
 
@@ -955,10 +941,7 @@ pictures apply too: ImageNet's are for non-commercial research and education.
 # How fast it is
 
 def benchmark(args, device):
-    """Time training steps on random data: a line to read, and the same as a line of JSON.
-
-    Captions have 160 tokens, about as many as LLaVA's.
-    """
+    """Time training steps on random data, captions of 160 tokens: in words and as JSON."""
     from torch.utils.flop_counter import FlopCounterMode
     torch.manual_seed(args.seed)
     model = MODELS[args.model].network(**MODELS[args.model].presets[args.preset])
