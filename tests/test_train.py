@@ -341,7 +341,7 @@ def test_a_run_leaves_a_checkpoint_lasting_copies_a_grid_and_a_page_to_look_at(t
     assert (training["TA"], training["p"], training["tau"]) == (True, 0.5, 0.4)
     assert (training["images"], training["composites"]) == (36, 36)
     card = (tmp_path / "README.md").read_text()
-    assert "36 CutMix composites" in card
+    assert "36 of CutMix" in card
     assert "sample.py --checkpoint" in card
     page = (tmp_path / "progress.html").read_text()
     assert page.count("<svg") == 3
@@ -625,11 +625,10 @@ def test_a_rank_that_dies_ends_the_others_with_one_line_each(toy_paper, tmp_path
                "--steps", "1000", PYTHONPATH=str(ROOT))
     assert done.returncode != 0
     assert time.monotonic() - begun < 60
-    lines = [line for line in done.stderr.splitlines() if line.startswith("ranks.py:")]
-    assert "ranks.py: bad data on rank 1" in lines
-    assert len(lines) <= 2
-    if len(lines) == 2:
-        assert any("rank 0: another rank has ended" in line for line in lines)
+    # Rank 0's progress bar may stand on the same line.
+    assert done.stderr.count("ranks.py: bad data on rank 1") == 1
+    assert done.stderr.count("ranks.py: rank 0: another rank has ended") <= 1
+    assert done.stderr.count("ranks.py: ") <= 2
 
 
 # --------------------------------------------------------------------------------------
@@ -671,9 +670,9 @@ def test_data_of_other_encoders_is_refused(toy_paper, tmp_path):
                                 "--augmented", str(tmp_path / name)])
         train.open_data(args)
 
-    for key, value in (("text_dim", 4096), ("autoencoder", "another"), ("T5", "another")):
+    for key in ("autoencoder", "T5"):
         with pytest.raises(UserError, match=f"differ in {key}"):
-            changed(key, **{key: value})
+            changed(key, **{key: "another"})
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "keys", "cut", "other network"])
