@@ -519,6 +519,62 @@ def peak_flops(device, precision):
 
 
 # --------------------------------------------------------------------------------------
+# Long runs of several processes: signals, ranks that fail
+
+class StopRequest:
+    """Remembers that SIGTERM or Ctrl-C came, so that the step in hand is finished first.
+
+    Use it as a context; `name` is "" until a signal comes. A second signal changes nothing:
+    torchrun passes on to its ranks those that they got already.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.name = ""
+
+    def __enter__(self):
+        self.before = [signal.signal(number, self.receive) for number in self.SIGNALS]
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in zip(self.SIGNALS, self.before):
+            signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        self.name = signal.Signals(number).name
+
+
+def ignore_signals(worker):
+    """Leave the end of a data worker to its parent: Ctrl-C reaches all processes at once."""
+    for number in StopRequest.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def on_any_rank(flag, world):
+    """Tell whether `flag` is true on any rank. The ranks' CPUs talk; no GPU is waited for."""
+    if world == 1:
+        return flag
+    import torch
+    vote = torch.tensor(float(flag))
+    torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MAX)
+    return bool(vote)
+
+
+@contextlib.contextmanager
+def report_lost_rank(rank, world):
+    """Turn the error that a rank gets when another one is gone into one line (UserError)."""
+    try:
+        yield
+    except RuntimeError as error:
+        signs = ("Connection", "gloo", "NCCL", "peer")
+        if world == 1 or not any(sign in str(error) for sign in signs):
+            raise
+        raise UserError(f"rank {rank}: another rank has ended, see its line "
+                        f"({one_line(error, 80)})") from None
+
+
+# --------------------------------------------------------------------------------------
 # Images
 
 def list_images(folder):

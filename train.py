@@ -1,298 +1,680 @@
-"""Stage 4, training (paper 3.3, 4.1): Algorithm 1 on encoded ImageNet and its encoded CutMix composites.
+"""Stage 4, training (paper 3.3, 4.1): Algorithm 1 on encoded ImageNet and its composites.
 
-    torchrun --nproc-per-node 8 train.py --model dit --preset L/2 --data encoded/train \\
-        --augmented encoded/cutmix --p 0.5 --tau 0.4 --out out/dit-i
+    torchrun --nproc-per-node 8 train.py --model dit --data encoded/train \\
+        --augmented encoded/cutmix --out out/dit-i
 
-The folder --out is a checkpoint (config.json, model.safetensors: the EMA weights) that sample.py reads. A
-killed run, started again with the same command, goes on from the last saved state. Every random number is a
-function of (seed, step, index in the batch), so the data, times and noise do not depend on when it was
-killed, on the number of workers or on the number of ranks.
+OUT is a checkpoint for sample.py: config.json, model.safetensors (the averaged weights) and a
+model card. Beside it lie log.jsonl, progress.html, sample grids and state.pt. A run that was
+killed or stopped (Ctrl-C and SIGTERM save first) goes on with the same command.
+
+Every random number is a function of (seed, step, index in the batch): the data, times and
+noise do not depend on kills, on the number of ranks, of workers, or on the micro-batch.
 """
 
 import argparse
 import contextlib
+import copy
 import functools
 import json
 import math
+import resource
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors.torch import save
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.adam import adam
 from tqdm import tqdm
 
-from common import (HelpFormatter, UserError, at_least, autocast, command_line, complete,
-                    contact_sheet, local_device, rank_and_world, read_jsonl, to_images,
-                    write_jsonl)
-from encode import Encoded, load_vae
-from sample import MODELS, ddim, gamma
+import model_cad
+from common import (HelpFormatter, StopRequest, UserError, at_least, autocast, between,
+                    command_line, complete, contact_sheet, ignore_signals, line_chart,
+                    local_device, on_any_rank, one_line, only_command,
+                    peak_flops, rank_and_world, read_jsonl, refuse_other_settings, report_lost_rank,
+                    to_images, write_jsonl)
+from encode import Encoded, load_vae, refuse_other_encoders
+from sample import MODELS, ddim, gamma, load_model
 
-PRESETS = {name: family.presets for name, family in MODELS.items()}
+# --------------------------------------------------------------------------------------
+# Algorithm 1: what a step is trained on
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Algorithm 1
 
 def choose(t, rng, tau, p):
-    """Eq. 3: which samples come from the augmented set. t (B,) in [0, 1] -> bool (B,).
+    """Return which samples come from the augmented set (eq. 3). t (B,) in [0, 1] -> bool (B,).
 
-    A composite has seams; noise hides them where t > tau. There a coin of probability p decides for it."""
+    A composite has seams, and noise hides them only where t > tau. There, a coin of
+    probability p decides.
+    """
     t = np.asarray(t)
     return (t > tau) & (rng.random(len(t)) < p)
 
 
-def pad(texts, longest):
-    """Captions' tokens, each (L_i, D) -> text (B, longest, D), zeros behind, and mask (B, longest) bool."""
-    text = torch.zeros(len(texts), longest, texts[0].shape[1], dtype=texts[0].dtype)
-    for row, tokens in zip(text, texts):
-        row[:len(tokens)] = tokens
-    return text, torch.arange(longest) < torch.tensor([len(tokens) for tokens in texts])[:, None]
-
-
-@functools.lru_cache(maxsize=4)                     # two epochs of two sets: a batch may span the end of one
-def order(seed, which, epoch, count):
-    """Every epoch goes through each set (which: 0 originals, 1 composites) in an order of its own."""
+# Two sets, and a batch may span the end of an epoch of each.
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed, which, epoch, count):
+    """Return the order in which an epoch goes through a set (which: 0 originals, 1 composites)."""
     return np.random.default_rng([seed, 2, which, epoch]).permutation(count)
 
 
 class Batches(torch.utils.data.Dataset):
-    """Algorithm 1, lines that draw: step -> this rank's share of the batch, as a dict of tensors.
+    """Algorithm 1, the lines that choose and read: a step -> this rank's share of its batch.
 
-    t (B,), x_0 and eps (B, C, h, w), text (B, L, D_text) padded to the data's longest caption, mask (B, L),
-    coherence (B,). Which set a sample comes from is decided before anything is read."""
+    Which set a sample comes from is decided before anything is read: the picture that
+    Algorithm 1 does not choose costs nothing.
+    """
 
     def __init__(self, original, augmented, args, rank, world):
-        self.original, self.augmented, self.args = original, augmented, args
-        self.mine = range(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
-        self.longest = max(data.meta["longest"] for data in (original, augmented) if data)
+        self.original = original
+        self.augmented = augmented
+        self.args = args
+        share = args.batch_size // world
+        self.mine = range(rank * share, (rank + 1) * share)
 
     def __getitem__(self, step):
-        a = self.args
-        rng = np.random.default_rng([a.seed, 0, step])
-        t = rng.random(a.batch_size)                                    # t ~ U(0, 1)
-        augmented = choose(t, rng, a.tau, a.p)                          # eq. 3
-        dropped = rng.random(a.batch_size) < a.drop                     # for classifier-free guidance
-        x_0, eps, texts = [], [], []
+        args = self.args
+        size = args.batch_size
+
+        # Each rank draws for the whole batch, and keeps its share.
+        rng = np.random.default_rng([args.seed, 0, step])
+        t = rng.random(size)                                             # t ~ U(0, 1)
+        augmented = choose(t, rng, args.tau, args.p)                     # eq. 3
+        dropped = rng.random(size) < args.drop               # for classifier-free guidance
+        coin = rng.random(size)
+        noise_seed = rng.integers(2 ** 63, size=size)
+
+        picks = []
         for index in self.mine:
-            data = self.augmented if augmented[index] else self.original
-            epoch, position = divmod(step * a.batch_size + index, len(data))
-            i = int(order(a.seed, int(augmented[index]), epoch, len(data))[position])
-            mean, std = data.moments(i)
-            generator = np.random.default_rng([a.seed, 1, step, index])
-            noise = torch.from_numpy(generator.standard_normal((2, *mean.shape), np.float32))
-            x_0.append((mean + std * noise[0]) * data.meta["scaling_factor"])   # a new draw of x_0 every time
-            eps.append(noise[1])
-            texts.append(data.null if dropped[index] else data.text(i))
-        text, mask = pad(texts, self.longest)
-        return dict(t=torch.from_numpy(t[self.mine]).float(), x_0=torch.stack(x_0), eps=torch.stack(eps),
-                    text=text, mask=mask, coherence=torch.from_numpy(~dropped[self.mine]).float())
+            which = int(augmented[index])
+            data = self.augmented if which else self.original
+            epoch, position = divmod(step * size + index, len(data))
+            i = int(epoch_order(args.seed, which, epoch, len(data))[position])
+            picks.append((data, i))
+
+        mine = slice(self.mine.start, self.mine.stop)
+        return as_batch(picks, t[mine], dropped[mine], coin[mine], noise_seed[mine])
 
 
-def diffusion_loss(model, t, x_0, eps, text, mask, coherence):
-    """Eq. 1 and 2: the mean squared error of the predicted noise, unweighted -> scalar."""
-    g = gamma(t)[:, None, None, None]
-    x_t = g.sqrt() * x_0 + (1 - g).sqrt() * eps                         # eq. 1
-    eps_hat = model(x_t, gamma(t), text, mask, coherence)
-    return F.mse_loss(eps_hat.float(), eps)                             # eq. 2
+def as_batch(picks, t, dropped, coin, noise_seed):
+    """Read samples and return them as a batch, a dict of CPU tensors.
+
+    picks: [(data set, number of the sample)]. dropped (B,) bool: whose caption becomes the
+    null prompt. coin (B,): for CAD's self-conditioning. All captions stand one after the
+    other in "tokens" (sum of L_i, D_text), "lengths" (B,) tells them apart.
+    """
+    means, stds, texts = [], [], []
+    for (data, i), drop in zip(picks, dropped):
+        mean, std = data.moments(i)                                      # each (C, h, w)
+        means.append(mean)
+        stds.append(std)
+        texts.append(data.null if drop else data.text(i))                # (L_i, D_text)
+    return {"t": torch.from_numpy(t).float(),
+            "mean": torch.stack(means),
+            "std": torch.stack(stds),
+            "tokens": torch.cat(texts),
+            "lengths": torch.tensor([len(text) for text in texts]),
+            "coherence": torch.from_numpy(~dropped).float(),
+            "coin": torch.from_numpy(coin).float(),
+            "noise_seed": torch.from_numpy(noise_seed)}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Optimisation
+def pad_text(tokens, lengths, longest):
+    """Return text (B, longest, D), zero behind each caption, and its mask (B, longest) bool.
+
+    tokens (sum of L_i, D) are all captions one after the other, lengths (B,) those L_i.
+    """
+    start = lengths.cumsum(0) - lengths                                  # (B,)
+    position = torch.arange(longest, device=tokens.device)               # (longest,)
+    mask = position < lengths[:, None]                                   # (B, longest)
+    index = (start[:, None] + position).clamp(max=len(tokens) - 1)       # (B, longest)
+    return tokens[index] * mask[:, :, None], mask
+
+
+def padded_length(lengths):
+    """Return the length of the longest caption, rounded up to a multiple of 32.
+
+    torch.compile makes a network of its own for each length; so there are at most eight.
+    """
+    return 32 * math.ceil(int(lengths.max()) / 32)
+
+
+def draw_inputs(batch, scaling_factor, device):
+    """Return the network's inputs on the device, for a batch of `Batches`.
+
+    t (B,), x_0 and eps (B, C, h, w), text (B, L, D_text), mask (B, L), coherence and coin (B,).
+    x_0 is drawn anew from its mean and std each time the picture is seen.
+    """
+    # A generator for each sample: its noise does not depend on the samples beside it.
+    generator = torch.Generator(device)
+    noise = []
+    for seed in batch["noise_seed"].tolist():
+        generator.manual_seed(seed)
+        shape = (2, *batch["mean"].shape[1:])
+        noise.append(torch.randn(shape, generator=generator, device=device))
+    for_x_0, eps = torch.stack(noise, dim=1)                             # each (B, C, h, w)
+
+    # The longest caption is looked up before the lengths are on the GPU: nothing waits for it.
+    longest = padded_length(batch["lengths"])
+    there = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    text, mask = pad_text(there["tokens"], there["lengths"], longest)
+    return {"t": there["t"],
+            "x_0": (there["mean"] + there["std"] * for_x_0) * scaling_factor,
+            "eps": eps,
+            "text": text,
+            "mask": mask,
+            "coherence": there["coherence"],
+            "coin": there["coin"]}
+
+
+# --------------------------------------------------------------------------------------
+# Equations 1 and 2, and the gradient of a batch
+
+def diffusion_losses(model, t, x_0, eps, text, mask, coherence, coin):
+    """Return each sample's mean squared error of the predicted noise (eq. 1 and 2) -> (B,)."""
+    g = gamma(t)[:, None, None, None]                                    # (B, 1, 1, 1)
+    x_t = g.sqrt() * x_0 + (1 - g).sqrt() * eps                          # eq. 1
+    eps_hat = model(x_t, gamma(t), text, mask, coherence, coin)
+    return (eps_hat.float() - eps).square().flatten(1).mean(1)           # eq. 2
+
+
+def add_gradient(network, inputs, args):
+    """Add the gradient of a batch's mean loss to the parameters, and return that loss.
+
+    The batch goes through the network in parts of --micro-batch. The loss stays on the
+    device: reading it here would make the CPU wait for the GPU at every step.
+    """
+    size = len(inputs["t"])
+    total = torch.zeros((), device=inputs["t"].device)
+    for start in range(0, size, args.micro_batch):
+        end = min(start + args.micro_batch, size)
+        part = {name: tensor[start:end] for name, tensor in inputs.items()}
+
+        # Ranks exchange their gradients once, during the backward pass of the last part.
+        exchange = contextlib.nullcontext()
+        if end < size and isinstance(network, DistributedDataParallel):
+            exchange = network.no_sync()
+        with exchange:
+            with autocast(total.device, args.precision):
+                loss = diffusion_losses(network, **part).sum() / size
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+# --------------------------------------------------------------------------------------
+# The optimiser
+
+class Numbers(NamedTuple):
+    """What one step does to every tensor, as tensors without dimensions on its device.
+
+    Plain numbers would make torch.compile translate the rule again at every step.
+    """
+
+    lr: torch.Tensor
+    scale: torch.Tensor         # of the gradient: below 1 where it is clipped
+    go: torch.Tensor            # 1, or 0 for a step that is skipped
+    updates: torch.Tensor       # steps made, this one included, without skipped ones
+    young_m: torch.Tensor       # 1 - beta1 ** updates: m and v begin at zero,
+    young_v: torch.Tensor       # 1 - beta2 ** updates: and are too small at first
+    forget: torch.Tensor        # 1 - decay of the moving average
+
+
+def trust_ratio(w_norm, u_norm):
+    """Return LAMB's layer-wise rate |w| / |u|; 1 where one of the two is zero."""
+    usable = (w_norm > 0) & (u_norm > 0)
+    return torch.where(usable, w_norm / u_norm, 1.0)
+
+
+def lamb_update(w, average, g, m, v, numbers, beta1, beta2, eps, decay, trust):
+    """Make one step of LAMB (You et al. 2020) for one tensor, in place.
+
+    LAMB is AdamW whose step for each tensor is rescaled to the norm of the tensor itself;
+    without `trust` it is AdamW. w: the weights; average: their moving average (or None);
+    g: the gradient; m, v: its moments. On CUDA this is compiled.
+    """
+    go = numbers.go
+    g = torch.where(go > 0, numbers.scale * g, 0.0)
+    m.lerp_(g, go * (1 - beta1))
+    v.lerp_(g * g, go * (1 - beta2))
+    u = (m / numbers.young_m) / ((v / numbers.young_v).sqrt() + eps) + decay * w
+    rate = go * numbers.lr
+    if trust:
+        rate = rate * trust_ratio(w.norm(), u.norm())
+    w.sub_(rate * u)
+    if average is not None:
+        average.lerp_(w, go * numbers.forget)
+
+
+def lamb_update_on_cpu(w, average, g, m, v, numbers, beta1, beta2, eps, decay, trust):
+    """Do what `lamb_update` does in a third of its time: torch's own Adam makes one pass."""
+    u = torch.empty_like(w)
+    w_square = torch.zeros(())
+    u_square = torch.zeros(())
+    # In pieces of 2 MB, which stay in the cache from one line to the next.
+    pieces = [tensor.split(2 ** 19) for tensor in (u, w, g, m, v)]
+    for u_part, w_part, g_part, m_part, v_part in zip(*pieces):
+        # Adam moves a tensor of zeros by minus its step.
+        u_part.zero_()
+        adam([u_part], [g_part], [m_part], [v_part], [], [numbers.updates - 1], fused=True,
+             grad_scale=1 / numbers.scale, amsgrad=False, beta1=beta1, beta2=beta2, lr=1.0,
+             weight_decay=0.0, eps=eps, maximize=False)
+        u_part.sub_(w_part, alpha=decay)
+        w_square += torch.dot(w_part, w_part)
+        u_square += torch.dot(u_part, u_part)
+    rate = float(numbers.lr)
+    if trust:
+        rate *= float(trust_ratio(w_square.sqrt(), u_square.sqrt()))
+    w.add_(u, alpha=rate)
+    if average is not None:
+        average.lerp_(w, float(numbers.forget))
+
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al. 2020): Adam whose step for each tensor is rescaled to the norm of the tensor itself.
+    """LAMB or, without `trust_ratio`, AdamW; clipping and the moving average are built in."""
 
-    Only where there is weight decay: biases and norms, which have none, take plain Adam steps."""
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
+                 trust_ratio=True):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps,
+                                  "weight_decay": weight_decay, "trust_ratio": trust_ratio})
+        self.rule = lamb_update
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+    def compile(self):
+        """Let torch.compile fuse the rule. It sees flat tensors, so that one code fits all."""
+        self.rule = torch.compile(lamb_update, dynamic=True)
 
     @torch.no_grad()
-    def step(self):
+    def step(self, scale=1.0, go=True, averages=None, average_decay=1.0):
+        """Make a step, with gradients times `scale`, if `go` (both may be tensors).
+
+        averages: {parameter: its moving average}, average_decay: of those.
+        """
+        device = self.param_groups[0]["params"][0].device
+        on_cpu = device.type == "cpu"
+        if on_cpu and not go:
+            return
+
+        def number(value):
+            # Filling, unlike copying a number to a GPU, does not wait for it.
+            if isinstance(value, torch.Tensor):
+                return value.double()
+            return torch.full((), float(value), dtype=torch.float64, device=device)
+
+        go = number(go)
+        if "updates" not in self.state:
+            self.state["updates"] = number(0)
+        self.state["updates"] += go
+        # A first step that is skipped divides by 1 - beta ** updates, too.
+        updates = self.state["updates"].clamp(min=1)
+
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p].update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
-                self.state[p]["step"] += 1
-            m, v, steps = ([self.state[p][key] for p in params] for key in ("m", "v", "step"))
-            grads, (beta1, beta2) = [p.grad for p in params], group["betas"]
-            torch._foreach_lerp_(m, grads, 1 - beta1)
-            torch._foreach_mul_(v, beta2)
-            torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-            root = torch._foreach_div(torch._foreach_sqrt(v), [(1 - beta2 ** n) ** 0.5 for n in steps])
-            torch._foreach_add_(root, group["eps"])
-            update = torch._foreach_div(torch._foreach_div(m, [1 - beta1 ** n for n in steps]), root)
-            if group["weight_decay"]:
-                torch._foreach_add_(update, params, alpha=group["weight_decay"])
-                w, u = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(update))
-                trust = torch.where((w > 0) & (u > 0), w / u, 1.0)      # the layer-wise trust ratio
-                torch._foreach_mul_(update, list(trust.unbind()))
-            torch._foreach_add_(params, update, alpha=-group["lr"])
+            beta1, beta2 = group["betas"]
+            numbers = Numbers(number(group["lr"]), number(scale), go, updates,
+                              1 - beta1 ** updates, 1 - beta2 ** updates,
+                              number(1 - average_decay))
+            numbers = Numbers(*(value.float() for value in numbers))
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                state = self.state[w]
+                if not state:
+                    state["m"] = torch.zeros_like(w)
+                    state["v"] = torch.zeros_like(w)
+                average = averages[w].view(-1) if averages else None
+                rule = lamb_update_on_cpu if on_cpu else self.rule
+                rule(w.detach().view(-1), average, w.grad.view(-1), state["m"].view(-1),
+                     state["v"].view(-1), numbers, beta1, beta2, group["eps"],
+                     group["weight_decay"], group["trust_ratio"])
+
+
+def make_optimizer(model, args):
+    """Return the optimiser of a model whose weights are those it starts with.
+
+    As in the released configuration, biases and norms have no weight decay, and what has
+    none has no trust ratio.
+
+    A matrix that starts at zero gets no trust ratio either: its norm would keep its steps
+    tiny, they its norm, and nothing that it multiplies would learn for thousands of steps.
+    """
+    norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+    plain, zeros, decayed = [], [], []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, norms) or "bias" in name:
+                plain.append(parameter)
+            elif not parameter.any():
+                zeros.append(parameter)
+            else:
+                decayed.append(parameter)
+    decay = args.weight_decay
+    lamb = args.optimizer == "lamb"
+    groups = [{"params": decayed, "weight_decay": decay, "trust_ratio": lamb},
+              {"params": zeros, "weight_decay": decay, "trust_ratio": False},
+              {"params": plain, "weight_decay": 0.0, "trust_ratio": False}]
+    groups = [group for group in groups if group["params"]]
+    return Lamb(groups, args.lr, tuple(args.betas))
 
 
 def lr_at(step, lr, warmup, total, rate):
-    """Learning rate of a step, 1 to total: linear warm-up, then `rate` of a half cosine over the rest."""
+    """Return the learning rate of a step, 1 to total.
+
+    It rises linearly for `warmup` steps, then falls along the part `rate` of a half cosine.
+    """
     if step < warmup:
         return lr * step / warmup
     s = min(1.0, (step - warmup) / max(1, total - warmup))
     return 0.5 * lr * (1 + math.cos(rate * math.pi * s))
 
 
-def make_optimizer(model, args):
-    """No weight decay on biases, norms and other vectors."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": args.weight_decay},
-              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
-    if args.optimizer == "lamb":
-        return Lamb(groups, args.lr, tuple(args.betas))
-    return torch.optim.AdamW(groups, args.lr, tuple(args.betas), fused=True)
+def finish_step(optimizer, averages, loss, step, args):
+    """Clip the gradient, update the weights and their moving average.
+
+    Returns [loss, gradient norm, 1, 0] as a tensor on the device, or [0, 0, 0, 1] if the step
+    was skipped because its loss or gradient is not finite. The loss is that of all ranks,
+    and DDP gave them one gradient, so that all decide alike.
+    """
+    gradients = [p.grad for p in averages if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    scale = (args.clip / (norm + 1e-6)).clamp(max=1.0)
+    go = loss.isfinite() & norm.isfinite()
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(step + 1, args.lr, args.warmup, args.schedule_steps, args.rate)
+    # A young average forgets faster.
+    decay = min(args.ema, (1 + step) / (10 + step))
+    optimizer.step(scale, go, averages, decay)
+    optimizer.zero_grad()
+    made = go.double()
+    return torch.stack([torch.where(go, loss, 0.0).double(),
+                        torch.where(go, norm, 0.0).double(), made, 1 - made])   # (4,)
 
 
-@torch.no_grad()
-def update_ema(ema, model, decay, step):
-    """ema <- decay ema + (1 - decay) online; the first steps of a run forget faster than `decay`."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Settings
 
+# Whose a default is, for --help.
+PAPER, RELEASE, OURS = "[paper]", "[released CAD-I]", "[ours]"
+
+
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    """Return the settings: the command line, checked, with every default filled in."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=HelpFormatter,
+        epilog=f"Whose a default is: {PAPER} the paper's; {RELEASE} its released configuration's "
+               f"(nothing else is known of how these models were optimised); {OURS} this "
+               f"implementation's.")
     add = functools.partial(parser.add_argument, metavar="X")
+
+    # What is trained, on what.
     add("--data", help="encoded originals with their captions (encode.py)")
-    add("--augmented", help="encoded CutMix composites with theirs; without it, text augmentation alone")
-    add("--out", help="folder of the checkpoint, training state, log.jsonl and sample grids")
+    add("--augmented", help="encoded CutMix composites; without them, text augmentation alone")
+    add("--val", help="encoded pictures on which the loss is only measured")
+    add("--out", help="folder of the checkpoint, state.pt, log.jsonl and sample grids")
     add("--model", choices=list(MODELS), default="dit", help="dit or cad")
-    add("--preset", help="DiT: S/2, B/2, L/2, toy; CAD: B, L, toy (default: L/2 and L)")
-    add("--p", type=float, default=0.5, help="chance of a composite where t > tau")
-    add("--tau", type=float, default=0.4, help="composites only where t > tau")
-    add("--drop", type=float, default=0.1, help="share of null prompts")
-    add("--batch-size", type=int, default=1024, help="of all ranks together")
-    add("--micro-batch", type=int, help="samples on a device at once; more are accumulated (default: all)")
-    add("--steps", type=int, default=250_000, help="training steps")
-    add("--schedule-steps", type=int, help="length of the learning-rate schedule (default: twice --steps)")
-    add("--optimizer", choices=["lamb", "adamw"], default="lamb", help="lamb or adamw")
-    add("--lr", type=float, default=1e-3, help="peak learning rate")
-    add("--betas", type=float, nargs=2, default=[0.9, 0.999], help="of AdamW and LAMB")
-    add("--weight-decay", type=float, default=0.01, help="none on biases and norms")
-    add("--warmup", type=int, default=5000, help="steps of linear warm-up")
-    add("--rate", type=float, default=0.7, help="share of a half cosine that is used")
-    add("--clip", type=float, default=2.0, help="bound of the gradient's norm")
-    add("--ema", type=float, default=0.9999, help="decay of the averaged weights")
-    add("--seed", type=int, default=0, help="of weights, data, times and noise")
-    add("--resume", help="training state to go on from (default: OUT/state.pt where there is one)")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, else fp32")
-    parser.add_argument("--no-compile", action="store_true", help="CUDA: do not torch.compile the network")
-    add("--workers", type=int, help="processes that read data, per rank (default: 4 on CUDA, else 0)")
+    sizes = "; ".join(f"{name}: {', '.join(MODELS[name].presets)}" for name in MODELS)
+    add("--preset", help=f"size ({sizes}; default: L/2 and L, {PAPER})")
+    add("--init", help="checkpoint whose weights to start from; all else is new")
+    add("--resume", help="training state to go on from (default: OUT/state.pt, if it exists)")
+    add("--seed", type=int, default=0, help=f"of weights, data, times and noise {OURS}")
+
+    # The method.
+    add("--p", type=float, default=0.5, help=f"chance of a composite where t > tau {PAPER}")
+    add("--tau", type=float, default=0.4, help=f"composites only where t > tau {PAPER}")
+    add("--drop", type=float, default=0.1, help=f"share of null prompts {RELEASE}")
+
+    # Optimisation. Only for CAD-I a configuration was released; DiT-I uses the same one.
+    add("--batch-size", type=int, default=1024, help=f"samples a step, all ranks {PAPER}")
+    add("--steps", type=int, default=250_000, help=f"training steps {PAPER}")
+    add("--schedule-steps", type=int, help=f"of the learning rate (default: 2 x --steps {RELEASE})")
+    add("--optimizer", choices=["lamb", "adamw"], default="lamb", help=f"lamb or adamw {RELEASE}")
+    add("--lr", type=float, default=1e-3, help=f"peak learning rate {RELEASE}")
+    add("--betas", type=float, nargs=2, default=[0.9, 0.999], help=f"of both optimisers {RELEASE}")
+    add("--weight-decay", type=float, default=0.01, help=f"none on biases and norms {RELEASE}")
+    add("--warmup", type=int, default=5000, help=f"steps of linear warm-up {RELEASE}")
+    add("--rate", type=float, default=0.7, help=f"part of a half cosine that is used {RELEASE}")
+    add("--clip", type=float, default=2.0, help=f"bound of the gradient's norm {RELEASE}")
+    add("--ema", type=float, default=0.9999, help=f"decay of the averaged weights {RELEASE}")
+
+    # The machine.
+    add("--micro-batch", type=int,
+        help=f"samples on a device at once; more are added up (default: 64 on CUDA, or all {OURS})")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+        help=f"auto: bf16 on CUDA, else fp32; weights are always float32 {OURS}")
+    add("--workers", type=int, help=f"that read data, a rank (default: 4 on CUDA, else 0 {OURS})")
+    parser.add_argument("--no-compile", action="store_true", help="CUDA: no torch.compile")
+    parser.add_argument("--checkpoint-activations", action="store_true",
+                        help="compute them again in the backward pass: slower, less memory")
+
+    # What is looked at and kept. All of these are ours.
     add("--log-every", type=int, default=100, help="steps")
-    add("--save-every", type=int, default=5000, help="steps")
-    add("--keep-every", type=int, default=50_000, help="steps between lasting copies")
-    add("--sample-every", type=int, default=5000, help="steps between grids, 0 none")
+    add("--save-every", type=int, default=5000, help="steps between saved states")
+    add("--keep-every", type=int, default=50_000, help="steps between lasting checkpoints")
+    add("--val-every", type=int, default=5000, help="steps between measurements on --val")
+    add("--val-images", type=int, default=5000, help="pictures of --val that are used")
+    add("--sample-every", type=int, default=5000, help="steps between grids; 0: none")
     add("--sample-steps", type=int, default=50, help="DDIM steps of those grids")
-    add("--guidance", type=float, default=8.0, help="of those grids")
-    add("--clamp", type=float, default=1.2, help="bound of |x_0| in those grids; 0 is none")
-    parser.add_argument("--benchmark", action="store_true", help="only time training steps on random data")
+    add("--guidance", type=float, default=8.0, help=f"of those grids {RELEASE}")
+    add("--clamp", type=float, default=1.2, help=f"bound of |x_0| in them; 0: none {RELEASE}")
+    parser.add_argument("--benchmark", action="store_true",
+                        help="only time training steps, on random data")
+
     args = parser.parse_args(argv)
-    args.preset = args.preset or MODELS[args.model].default_preset
-    args.schedule_steps = args.schedule_steps or 2 * args.steps  # the paper stops half-way through it
-    args.micro_batch = args.micro_batch or args.batch_size
-    if args.preset not in PRESETS[args.model]:
-        raise UserError(f"--preset {args.preset}: {args.model} has {', '.join(PRESETS[args.model])}")
-    for name in ("p", "tau", "drop", "ema"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be in [0, 1]")
-    at_least(args, batch_size=1, micro_batch=1, steps=1, log_every=1, save_every=1, keep_every=1,
-             sample_steps=1)
-    if not args.benchmark and not (args.data and args.out):
-        raise UserError("--data and --out are needed")
+    check(args)
+    if args.schedule_steps is None:
+        # The paper stops half-way through its schedule.
+        args.schedule_steps = 2 * args.steps
+    if args.preset is None:
+        args.preset = MODELS[args.model].default_preset
     if args.augmented is None:
         args.p = 0.0
     return args
 
 
-# What may change between a run and its continuation: everything else would make it another run.
-FREE = {"out", "data", "augmented", "resume", "steps", "workers", "log_every", "save_every", "keep_every",
-        "micro_batch", "sample_every", "sample_steps", "guidance", "clamp", "no_compile", "benchmark"}
+def check(args):
+    """Refuse settings that mean nothing. Raises UserError."""
+    between(args, 0, 1, "p", "tau", "drop", "ema", "rate")
+    between(args, 0, 2 ** 63 - 1, "seed")
+    at_least(args, batch_size=1, micro_batch=1, steps=1, schedule_steps=1, warmup=0, workers=0,
+             lr=0, weight_decay=0, log_every=1, save_every=1, keep_every=1, val_every=1,
+             val_images=10, sample_every=0, sample_steps=1, guidance=0, clamp=0, clip=0)
+    if args.clip == 0:
+        raise UserError("--clip 0: must be above 0; a large number is no clipping")
+    if not all(0 <= beta < 1 for beta in args.betas):
+        raise UserError(f"--betas {args.betas[0]} {args.betas[1]}: must be in [0, 1)")
+    presets = MODELS[args.model].presets
+    if args.preset is not None and args.preset not in presets:
+        raise UserError(f"--preset {args.preset}: {args.model} has {', '.join(presets)}")
+    if not args.benchmark and not (args.data and args.out):
+        raise UserError("--data and --out are needed")
 
+
+# Settings that may change when a run is resumed; a change of any other is refused.
+FREE = {"out", "data", "augmented", "val", "init", "resume", "steps", "lr", "workers",
+        "log_every", "save_every", "keep_every", "val_every", "val_images", "micro_batch",
+        "checkpoint_activations", "sample_every", "sample_steps", "guidance", "clamp",
+        "no_compile", "benchmark"}
+
+
+# --------------------------------------------------------------------------------------
+# Data and network
 
 def open_data(args):
-    """The originals, and the composites or None; both must come from the same encoders."""
+    """Return the originals, the composites or None, and the validation set or None.
+
+    Raises UserError if they do not come from the same encoders.
+    """
     original = Encoded(args.data)
     augmented = Encoded(args.augmented) if args.augmented else None
-    for key in ("text_dim", "latent_shape", "scaling_factor") if augmented else ():
-        if original.meta[key] != augmented.meta[key]:
-            raise UserError(f"{args.data} and {args.augmented} differ in {key} ({original.meta[key]} and "
-                            f"{augmented.meta[key]}): encode both with the same encoders")
-    # Which pictures and captions these are: a run does not go on with others.
+    val = Encoded(args.val) if args.val else None
+    for other in (augmented, val):
+        if other:
+            refuse_other_encoders(original, other)
+    # Which pictures and captions these are: a run is not resumed on others.
     args.originals = original.meta.get("list_of_images_and_captions")
     args.composites = augmented and augmented.meta.get("list_of_images_and_captions")
-    return original, augmented
+    return original, augmented, val
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints and grids
+def make_network(args, meta):
+    """Return the network and the optimiser, as the seed or --init starts them.
+
+    meta: the data's. With --init, the size of the network is the checkpoint's, and
+    args.model and args.preset become it. Raises UserError.
+    """
+    channels, size, _ = meta["latent_shape"]
+    data_sizes = {"channels": channels, "size": size, "text_dim": meta["text_dim"]}
+    start = None
+    if args.init:
+        start = load_model(args.init)
+        for name in ("channels", "text_dim"):
+            if start.config[name] != data_sizes[name]:
+                raise UserError(f"--init {args.init}: its {name} is {start.config[name]}, the "
+                                f"data's is {data_sizes[name]}: encode with its encoders")
+        args.model = next(name for name, family in MODELS.items()
+                          if isinstance(start, family.network))
+        args.preset = "as --init"
+        sizes = start.config | data_sizes
+    else:
+        sizes = MODELS[args.model].presets[args.preset] | data_sizes
+
+    torch.manual_seed(args.seed)
+    try:
+        model = MODELS[args.model].network(**sizes)
+    except ValueError as error:
+        raise UserError(f"{args.data}: {error}") from None
+    model.checkpoint_activations = args.checkpoint_activations
+    # Before any weights are loaded: the optimiser looks at which of them start at zero.
+    optimizer = make_optimizer(model, args)
+    if start:
+        weights = start.state_dict()
+        # CAD learns its positions; DiT's are computed and in no file.
+        if "position" in weights:
+            weights = model_cad.resize_positions(weights, sizes["size"], sizes["patch"])
+        model.load_state_dict(weights)
+    return model, optimizer
+
+
+def compile_blocks(model):
+    """Let torch.compile translate a network, block by block.
+
+    DDP sends a gradient as soon as it is there. Those of a compiled block are sent while the
+    backward pass goes on below it. A network compiled as a whole hands over all of them at
+    its end, and torch's way of splitting it for DDP knows neither activation checkpoints nor
+    CAD's first pass without gradients. Besides, equal blocks are translated only once.
+    """
+    # One version for each length of text, with and without gradients.
+    torch._dynamo.config.recompile_limit = 64
+    for block in [*model.refine, *model.blocks]:
+        block.compile(dynamic=False)
+
+
+# --------------------------------------------------------------------------------------
+# Files: checkpoints, the training state, the log
+
+def checkpoint_config(args, meta, original, augmented, model, step):
+    """Return config.json: what sample.py needs, and how the weights were trained."""
+    training = {"TA": meta.get("captions", "long") == "long",
+                "IA": None, "p": args.p, "tau": args.tau, "images": len(original),
+                "composites": len(augmented) if augmented else 0,
+                "batch_size": args.batch_size, "steps": step,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "vae_fingerprint": meta.get("autoencoder"), "T5": meta.get("T5")}
+    if augmented and args.p > 0:
+        settings = augmented.meta.get("cutmix") or ["unknown"]
+        training["IA"] = settings[0] if len(settings) == 1 else "all"
+    return {"model": args.model, "args": model.config, "vae": meta["vae"],
+            "text_encoder": meta["text_encoder"], "scaling_factor": meta["scaling_factor"],
+            "training": training}
+
 
 def save_checkpoint(folder, ema, config):
-    with complete(folder / "model.safetensors") as path:
+    """Write a checkpoint folder, ready for sample.py and for the hub."""
+    with complete(folder / "model.safetensors", durable=True) as path:
         path.write_bytes(save(ema.state_dict()))
     with complete(folder / "config.json") as path:
-        path.write_text(json.dumps(config, indent=1))
+        path.write_text(json.dumps(config, indent=1), encoding="utf-8")
+    with complete(folder / "README.md") as path:
+        path.write_text(model_card(config), encoding="utf-8")
+
+
+def save_state(path, model, ema, optimizer, step, sums, args):
+    """Write what a run goes on from. The state before stays until this one is whole."""
+    state = {"model": model.state_dict(), "ema": ema.state_dict(),
+             "optimizer": optimizer.state_dict(), "step": step, "sums": sums,
+             "settings": vars(args)}
+    with complete(path, durable=True) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+        # On a full disk, torch's writer raises errors of many kinds.
+        except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else one_line(error)
+            raise UserError(f"{path}: cannot be written ({reason}); the state before it is "
+                            f"whole") from None
 
 
 def load_state(path, args, device):
-    """The training state at `path`, or None where there is none. Raises UserError if it is another run's."""
+    """Return the training state at `path`, or None if there is none.
+
+    Raises UserError if it is damaged or that of another run.
+    """
     if not Path(path).exists():
         if args.resume:
             raise UserError(f"--resume {path}: no such file")
         return None
+    needed = ("model", "ema", "optimizer", "step", "sums", "settings")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        settings = state["settings"]
-    except Exception as error:
-        raise UserError(f"{path}: not a training state ({str(error).splitlines()[0][:100]})")
-    for key in ("originals", "composites"):
-        if settings[key] != getattr(args, key):
-            raise UserError(f"{path} is of a run on other {key}: use the same data, or another --out")
-    for key, value in settings.items():
-        if key not in FREE and value != getattr(args, key, value):
-            raise UserError(f"{path} is of a run with --{key.replace('_', '-')} {value}, not "
-                            f"{getattr(args, key)}: use its settings, or another --out")
+        state = {key: state[key] for key in needed}
+        before = dict(state["settings"])
+    # Empty, cut off, text, a picture: torch raises almost anything.
+    except Exception as error:  # noqa: BLE001
+        raise UserError(f"{path}: not a training state ({one_line(error, 100)})") from None
+
+    kept = [key for key in before if key not in FREE and hasattr(args, key)]
+    refuse_other_settings(path, {key: before[key] for key in kept},
+                          {key: getattr(args, key) for key in kept})
     return state
 
 
-def save_grid(path, ema, vae, data, args, device):
-    """DDIM samples of the EMA weights for fixed captions, of pictures spread over each set."""
-    sets = [d for d in data if d]
-    picks = [(d, i) for d in sets for i in range(0, len(d), -(-len(d) * len(sets) // 16))]
-    cond = pad([d.text(i) for d, i in picks], max(d.meta["longest"] for d in sets))
-    null = pad([sets[0].null], len(sets[0].null))
-    cond, null = ([z.to(device) for z in pair] for pair in (cond, null))
-    noise = torch.randn(len(picks), *sets[0].meta["latent_shape"],
-                        generator=torch.Generator().manual_seed(args.seed))
-    with autocast(device, args.precision):
-        x_0 = ddim(ema, noise.to(device), cond, null, args.sample_steps, args.guidance,
-                   args.clamp or None)
-    images = to_images(vae.decode(x_0 / vae.scaling_factor))
-    with complete(path) as temporary:
-        contact_sheet(images, [d.caption(i) for d, i in picks]).save(temporary, "PNG")
+def restore(state, path, model, ema, optimizer):
+    """Put a training state into a network, its average and optimiser. Raises UserError."""
+    try:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: does not fit this network ({one_line(error, 100)})") from None
 
 
-# ------------------------------------------------------------------------------------------------------------
+def begin_log(path, state, args):
+    """Cut the log back to the step of the state, and note a learning rate that has changed."""
+    rows = []
+    if state and path.exists():
+        rows = [row for row in read_jsonl(path) if row["step"] <= state["step"]]
+    if state and state["settings"]["lr"] != args.lr:
+        before = state["settings"]["lr"]
+        note = {"step": state["step"], "lr_changed": [before, args.lr]}
+        # It is there already if this command was killed before it saved a state.
+        rows = [row for row in rows if row != note] + [note]
+        print(f"the peak learning rate was {before} and is {args.lr} from here on")
+    write_jsonl(path, rows)
+
+
+# --------------------------------------------------------------------------------------
 # The run
 
 def main(argv=None):
     args = arguments(argv)
-    (rank, world), device = rank_and_world(), local_device()
+    rank, world = rank_and_world()
+    device = local_device()
     cuda = device.type == "cuda"
+    if args.micro_batch is None:
+        args.micro_batch = 64 if cuda else args.batch_size
+    if args.workers is None:
+        args.workers = 4 if cuda else 0
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -300,142 +682,326 @@ def main(argv=None):
         return benchmark(args, device)
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} ranks")
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    out = Path(args.out)
-    original, augmented = open_data(args)
-    meta = original.meta
+    with contextlib.ExitStack() as stack, report_lost_rank(rank, world):
+        train(args, rank, world, device, stack)
 
-    # The network, its moving average, the optimiser: from the seed, or as they were when the run was killed.
-    sizes = PRESETS[args.model][args.preset] | dict(
-        channels=meta["latent_shape"][0], size=meta["latent_shape"][1], text_dim=meta["text_dim"])
-    torch.manual_seed(args.seed)
-    model = MODELS[args.model].network(**sizes).to(device)
-    ema = MODELS[args.model].network(**sizes).to(device).requires_grad_(False).eval()
-    ema.load_state_dict(model.state_dict())
-    optimizer = make_optimizer(model, args)
-    first, running = 0, torch.zeros(2, device=device)                   # sums of loss and gradient norm
-    state = load_state(args.resume or out / "state.pt", args, device)
+
+def train(args, rank, world, device, stack):
+    """Train from the last state, or from the start, until --steps.
+
+    What must be undone at the end, however it comes, is put on the ExitStack `stack`.
+    """
+    cuda = device.type == "cuda"
+    out = Path(args.out)
+    state_path = out / "state.pt"
+
+    # The data, the network and its optimiser, and the state of a run that is resumed.
+    original, augmented, val = open_data(args)
+    meta = original.meta
+    model, optimizer = make_network(args, meta)
+    state = load_state(args.resume or state_path, args, device)
+    model.to(device)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    first = 0
+    # Since the last row of the log: the sums of losses and of gradient norms, the number of
+    # steps made and of steps skipped. At last, the steps skipped in a row until now.
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
     if state:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, running = state["step"], state["running"]
-    config = {"model": args.model, "args": model.config, "vae": meta["vae"],
-              "text_encoder": meta["text_encoder"], "scaling_factor": meta["scaling_factor"]}
+        restore(state, args.resume or state_path, model, ema, optimizer)
+        first = state["step"]
+        sums = state["sums"]
+    averages = dict(zip(model.parameters(), ema.parameters()))
     vae = load_vae(meta["vae"], device) if args.sample_every and rank == 0 else None
 
-    network = torch.compile(model) if cuda and not args.no_compile else model
-    if world > 1:
-        network = DistributedDataParallel(network)
-    workers = args.workers if args.workers is not None else 4 * cuda
-    batches = torch.utils.data.DataLoader(Batches(original, augmented, args, rank, world), batch_size=None,
-                                          sampler=range(first, args.steps), num_workers=workers,
-                                          pin_memory=cuda)
+    # From here on the folder is this run's. One rank writes.
     if rank == 0:
+        stack.enter_context(only_command(out))
+        begin_log(out / "log.jsonl", state, args)
         count = sum(p.numel() for p in model.parameters())
-        print(f"{args.model} {args.preset}: {count / 1e6:.1f} M parameters, {len(original)} originals, "
-              f"{len(augmented) if augmented else 0} composites, steps {first} to {args.steps} "
-              f"on {world} x {device.type}")
-        out.mkdir(parents=True, exist_ok=True)
-        rows = read_jsonl(out / "log.jsonl") if state and (out / "log.jsonl").exists() else []
-        write_jsonl(out / "log.jsonl", (row for row in rows if row["step"] <= first))     # of what was saved
-    bar = tqdm(total=args.steps, initial=first, desc="training", unit="step", disable=rank > 0)
-    clock, since = time.perf_counter(), first
+        composites = len(augmented) if augmented else 0
+        print(f"{args.model} {args.preset}: {count / 1e6:.1f} M parameters, {len(original)} "
+              f"originals, {composites} composites, steps {first} to {args.steps} on {world} x "
+              f"{device.type}")
+    del state
+
+    # Ranks, compilation, and the loader, which reads ahead in its workers.
+    if world > 1:
+        # NCCL for what GPUs exchange, gloo for what CPUs do.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if cuda and not args.no_compile:
+        compile_blocks(model)
+        optimizer.compile()
+    network = DistributedDataParallel(model) if world > 1 else model
+    batches = torch.utils.data.DataLoader(
+        Batches(original, augmented, args, rank, world), batch_size=None,
+        sampler=range(first, args.steps), num_workers=args.workers, pin_memory=cuda,
+        worker_init_fn=ignore_signals)
 
     def due(done, every):
         return every and (done % every == 0 or done == args.steps)
 
+    bar = tqdm(total=args.steps, initial=first, desc="training", unit="step", disable=rank > 0)
+    stop = stack.enter_context(StopRequest())
+    stopping = False
+    clock = time.perf_counter()
+    since = first
     for step, batch in enumerate(batches, first):
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step + 1, args.lr, args.warmup, args.schedule_steps, args.rate)
-        torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)   # what the network itself draws
-        size = len(batch["t"])
-        for start in range(0, size, args.micro_batch):
-            part = {name: tensor[start:start + args.micro_batch] for name, tensor in batch.items()}
-            share, last = len(part["t"]) / size, start + args.micro_batch >= size
-            with network.no_sync() if world > 1 and not last else contextlib.nullcontext():
-                with autocast(device, args.precision):
-                    loss = diffusion_loss(network, **part)
-                (loss * share).backward()
-            running[0] += loss.detach() * share
-        running[1] += torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        update_ema(ema, model, args.ema, step)
-        bar.update()
+        # The step: Algorithm 1, equations 1 and 2, the optimiser.
+        inputs = draw_inputs(batch, meta["scaling_factor"], device)
+        loss = add_gradient(network, inputs, args)
+        if world > 1:
+            dist.all_reduce(loss)
+            loss /= world
+        outcome = finish_step(optimizer, averages, loss, step, args)
 
+        sums[:4] += outcome
+        sums[4] = (sums[4] + 1) * outcome[3]
         done = step + 1
-        if world > 1 and (due(done, args.log_every) or due(done, args.save_every)):
-            dist.all_reduce(running)                        # now the mean over ranks, on each of them
-            running /= world
-        if due(done, args.log_every):
-            mean = running / (done % args.log_every or args.log_every)
-            loss, norm = mean.tolist()
-            running.zero_()
-            if rank == 0:
-                rate = args.batch_size * (done - since) / (time.perf_counter() - clock)
-                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{group['lr']:.1e}", images_s=f"{rate:.0f}")
-                with open(out / "log.jsonl", "a") as log:
-                    row = {"step": done, "loss": loss, "grad_norm": norm, "lr": group["lr"]}
-                    log.write(json.dumps(row) + "\n")
-            if not math.isfinite(loss):
-                raise UserError(f"step {done}: the loss is {loss}; lower --lr or raise --warmup")
-            clock, since = time.perf_counter(), done
-        if rank == 0 and due(done, args.save_every):
-            save_checkpoint(out, ema, config)
-            with complete(out / "state.pt") as path:
-                torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "step": done,
-                            "running": running, "optimizer": optimizer.state_dict(),
-                            "settings": vars(args)}, path)
-        if rank == 0 and done % args.keep_every == 0:
-            save_checkpoint(out / f"step-{done:07d}", ema, config)
-        if rank == 0 and due(done, args.sample_every):
-            save_grid(out / f"samples/{done:07d}.png", ema, vae, (original, augmented), args, device)
+        bar.update()
+        stopping = on_any_rank(bool(stop.name), world)
+        logging = due(done, args.log_every)
+        saving = stopping or due(done, args.save_every)
+        keeping = done % args.keep_every == 0
+        validating = val and due(done, args.val_every)
+        sampling = vae and due(done, args.sample_every)
+
+        rows = []
+
+        # Look at the GPU's numbers now and then only, because the CPU waits for them.
+        if done % 10 == 0 or logging or saving or keeping:
+            total_loss, total_norm, made, skipped, in_a_row = sums.tolist()
+            mean_loss = total_loss / max(1, made)
+            refuse_divergence(done, args.steps, mean_loss, in_a_row)
+            # A state from which the loss is not finite could never be resumed.
+            saving = saving and not in_a_row
+            keeping = keeping and not in_a_row
+        if logging:
+            sums[:4] = 0
+            lr = optimizer.param_groups[0]["lr"]
+            rate = args.batch_size * (done - since) / (time.perf_counter() - clock)
+            bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{lr:.1e}", images_s=f"{rate:.0f}")
+            clock = time.perf_counter()
+            since = done
+            row = {"step": done, "loss": mean_loss, "grad_norm": total_norm / max(1, made), "lr": lr}
+            if skipped:
+                row["skipped"] = int(skipped)
+            # Nothing is known of a loss where all steps were skipped.
+            if made:
+                rows.append(row)
+        if validating:
+            bins = validation_losses(ema, val, args, rank, world, device)
+            rows.append({"step": done, "val_loss": sum(bins) / len(bins), "val_bins": bins})
+        if rank == 0 and rows:
+            with open(out / "log.jsonl", "a", encoding="utf-8") as log:
+                log.writelines(json.dumps(row) + "\n" for row in rows)
+
+        # The state comes last: a kill before it repeats steps, but loses no file.
+        if sampling:
+            grid = out / f"samples/{done:07d}.png"
+            save_grid(grid, ema, vae, (original, augmented), args, device)
+        if rank == 0 and (keeping or saving):
+            config = checkpoint_config(args, meta, original, augmented, model, done)
+            if keeping:
+                save_checkpoint(out / f"step-{done:07d}", ema, config)
+            if saving:
+                save_checkpoint(out, ema, config)
+                draw_progress(out)
+                save_state(state_path, model, ema, optimizer, done, sums, args)
+        if stopping:
+            break
     bar.close()
+    if stopping and rank == 0:
+        saved = f"saved after step {done}" if saving else "not saved, as steps were skipped"
+        print(f"train.py: stopped by {stop.name or 'a signal'}, {saved}; the same command goes on")
     if world > 1:
         dist.destroy_process_group()
 
 
-def benchmark(args, device):
-    """Milliseconds a step, images a second, the share of a large matmul's speed that the network reaches."""
-    from torch.utils.benchmark import Timer
-    from torch.utils.flop_counter import FlopCounterMode
-    cuda, B = device.type == "cuda", args.micro_batch
-    model = MODELS[args.model].network(**PRESETS[args.model][args.preset]).to(device)
-    c = model.config
-    shape = B, c["channels"], c["size"], c["size"]
-    with device:
-        batch = dict(t=torch.rand(B), x_0=torch.randn(shape), eps=torch.randn(shape), coherence=torch.ones(B),
-                     text=torch.randn(B, 256, c["text_dim"]), mask=torch.ones(B, 256, dtype=torch.bool))
-    optimizer = make_optimizer(model, args)
-    network = torch.compile(model) if cuda and not args.no_compile else model
+def refuse_divergence(done, steps, mean_loss, in_a_row):
+    """Raise UserError if training has failed: the weights that were saved last are better."""
+    advice = ("the state saved last is kept: the same command with a lower --lr goes on from "
+              "there (or choose a longer --warmup and another --out)")
+    if in_a_row >= 10 or (in_a_row and done == steps):
+        raise UserError(f"step {done}: for {in_a_row:.0f} steps in a row the loss or its "
+                        f"gradient was not finite, and they were skipped; {advice}")
+    # Predicting no noise at all costs 1.
+    if mean_loss > 100:
+        raise UserError(f"step {done}: the loss is {mean_loss:.3g}; {advice}")
 
-    def seconds(function, times):               # warms up, waits for the GPU
-        timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-        return timer.timeit(times).mean
 
-    def step():
+# --------------------------------------------------------------------------------------
+# What people look at: validation, sample grids, the progress page, the model card
+
+@torch.no_grad()
+def validation_losses(ema, val, args, rank, world, device):
+    """Return the mean loss of the averaged weights in each of ten bins of t: 10 floats.
+
+    The pictures, times and noise are the same at every call: what changes is the network.
+    """
+    count = min(args.val_images, len(val))
+    mine = np.arange(rank, count, world)
+    sums = torch.zeros(2, 10, dtype=torch.float64, device=device)        # of losses, of ones
+    for start in range(0, len(mine), args.micro_batch):
+        numbers = mine[start:start + args.micro_batch]                   # (B,)
+        picks = [(val, int(n) * len(val) // count) for n in numbers]
+        draws = [np.random.default_rng([args.seed, 3, n]) for n in numbers]
+        bins = numbers % 10
+        t = (bins + [rng.random() for rng in draws]) / 10
+        seeds = np.array([rng.integers(2 ** 63) for rng in draws])
+        # No caption is dropped, and no coin takes CAD's self-conditioning away.
+        zeros = np.zeros(len(numbers))
+        batch = as_batch(picks, t, zeros.astype(bool), zeros, seeds)
+        inputs = draw_inputs(batch, val.meta["scaling_factor"], device)
         with autocast(device, args.precision):
-            loss = diffusion_loss(network, **batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+            losses = diffusion_losses(ema, **inputs).double()            # (B,)
+        bins = torch.from_numpy(bins).to(device)
+        sums[0].index_add_(0, bins, losses)
+        sums[1].index_add_(0, bins, torch.ones_like(losses))
+    if world > 1:
+        dist.all_reduce(sums)
+    return (sums[0] / sums[1].clamp(min=1)).tolist()
 
-    with FlopCounterMode(display=False) as counter, autocast(device, args.precision):
-        diffusion_loss(model, **batch).backward()
-    n = 8192 if cuda else 2048
-    a = torch.randn(n, n, device=device)
+
+def save_grid(path, ema, vae, data, args, device):
+    """Draw DDIM samples of the averaged weights, for captions spread over each set."""
+    sets = [one for one in data if one]
+    picks = []
+    for one in sets:
+        distance = math.ceil(len(one) * len(sets) / 16)
+        picks += [(one, i) for i in range(0, len(one), distance)]
+    texts = [one.text(i) for one, i in picks]
+    lengths = torch.tensor([len(text) for text in texts])
+    text, mask = pad_text(torch.cat(texts), lengths, padded_length(lengths))
+    cond = (text.to(device), mask.to(device))
+    null = sets[0].null[None].to(device)                                 # (1, 1, D_text)
+    null_mask = torch.ones(null.shape[:2], dtype=torch.bool, device=device)
+    generator = torch.Generator().manual_seed(args.seed)
+    noise = torch.randn(len(picks), *sets[0].meta["latent_shape"], generator=generator)
     with autocast(device, args.precision):
-        peak = 2 * n ** 3 / seconds(lambda: a @ a, 10)
-    took = seconds(step, 20 if cuda else 3)
-    flops = counter.get_total_flops() / took
-    memory = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if cuda else ""
-    print(f"{args.model} {args.preset}, batch {B} on one {device.type}: {1000 * took:.1f} ms a step, "
-          f"{B / took:.1f} images/s, {flops / 1e12:.2f} TFLOP/s = {100 * flops / peak:.0f}% of a {n} x {n} "
-          f"matmul{memory}")
+        x_0 = ddim(ema, noise.to(device), cond, (null, null_mask), args.sample_steps,
+                   args.guidance, args.clamp or None)
+    images = to_images(vae.decode(x_0 / vae.scaling_factor))
+    with complete(path) as temporary:
+        contact_sheet(images, [one.caption(i) for one, i in picks]).save(temporary, "PNG")
+
+
+def draw_progress(out):
+    """Draw OUT/progress.html from the log: losses, the learning rate, the latest grid."""
+    rows = read_jsonl(out / "log.jsonl")
+    trained = [row for row in rows if "loss" in row]
+    measured = [row for row in rows if "val_loss" in row]
+    losses = {"training": [(row["step"], row["loss"]) for row in trained]}
+    charts = {}
+    if measured:
+        losses["validation"] = [(row["step"], row["val_loss"]) for row in measured]
+        bins = {}
+        for k in range(10):
+            name = f"t from {k / 10} to {(k + 1) / 10:.1f}"
+            bins[name] = [(row["step"], row["val_bins"][k]) for row in measured]
+        charts["Validation loss by time"] = line_chart(bins, "step", "loss", log=True)
+    charts["Loss"] = line_chart(losses, "step", "mean squared error of the noise", log=True)
+    rates = {"learning rate": [(row["step"], row["lr"]) for row in trained]}
+    charts["Learning rate"] = line_chart(rates, "step", "learning rate")
+    parts = ["<!doctype html><meta charset='utf-8'><body style='font-family: sans-serif'>"]
+    for title, chart in charts.items():
+        parts.append(f"<h2>{title}</h2>\n{chart}")
+    for grid in sorted((out / "samples").glob("*.png"))[-1:]:
+        parts.append(f"<h2>Samples: {grid.name}</h2>\n<img src='samples/{grid.name}'>")
+    with complete(out / "progress.html") as path:
+        path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+def model_card(config):
+    """Return README.md of a checkpoint folder, as the Hugging Face hub shows it."""
+    training = config["training"]
+    captions = "long captions (TA)" if training["TA"] else "'An image of <class-name>' (AIO)"
+    composites = "none"
+    if training["IA"]:
+        composites = (f"{training['composites']} of CutMix, setting {training['IA']} (IA), where "
+                      f"t > {training['tau']}, with probability {training['p']}")
+    return f"""---
+pipeline_tag: text-to-image
+---
+# {config["model"]}, {training["parameters"] / 1e6:.0f} M parameters, text-to-image
+
+Trained after *How far can we go with ImageNet for Text-to-Image generation?* (arXiv
+2502.21318), on {training["images"]} pictures with {captions}. Composites: {composites}.
+{training["steps"]} steps of {training["batch_size"]} samples.
+
+Autoencoder: {config["vae"]}. Text encoder: {config["text_encoder"]}. Sample with:
+
+    python sample.py --checkpoint FOLDER_OR_REPOSITORY --prompt "..." --out samples
+
+The two encoders are not included and have licences of their own. The terms of the training
+pictures apply too: ImageNet's are for non-commercial research and education.
+"""
+
+
+# --------------------------------------------------------------------------------------
+# How fast it is
+
+def benchmark(args, device):
+    """Time training steps on random data, captions of 160 tokens: in words and as JSON."""
+    from torch.utils.flop_counter import FlopCounterMode
+    torch.manual_seed(args.seed)
+    model = MODELS[args.model].network(**MODELS[args.model].presets[args.preset])
+    model.checkpoint_activations = args.checkpoint_activations
+    optimizer = make_optimizer(model, args)
+    model.to(device)
+    averages = {p: p.detach().clone() for p in model.parameters()}
+    B = args.batch_size
+    latents = (B, model.config["channels"], model.config["size"], model.config["size"])
+    batch = {"t": torch.rand(B), "mean": torch.randn(latents), "std": torch.rand(latents),
+             "tokens": torch.randn(160 * B, model.config["text_dim"]).bfloat16(),
+             "lengths": torch.full((B,), 160), "coherence": torch.ones(B),
+             "coin": torch.rand(B), "noise_seed": torch.arange(B)}
+    inputs = draw_inputs(batch, 1.0, device)
+    one = {name: tensor[:1] for name, tensor in inputs.items()}
+    with FlopCounterMode(display=False) as counter:
+        add_gradient(model, one, args)
+    model.zero_grad()
+    flops = counter.get_total_flops()
+    cuda = device.type == "cuda"
+    if cuda and not args.no_compile:
+        compile_blocks(model)
+        optimizer.compile()
+
+    def now():
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    # The first steps warm up.
+    warmup, steps = (5, 20) if cuda else (1, 3)
+    times = []
+    for step in range(warmup + steps):
+        ticks = [now()]
+        inputs = draw_inputs(batch, 1.0, device)
+        ticks.append(now())
+        loss = add_gradient(model, inputs, args)
+        ticks.append(now())
+        finish_step(optimizer, averages, loss, step, args)
+        ticks.append(now())
+        times.append(np.diff(ticks))
+    data, network, update = np.mean(times[warmup:], axis=0).tolist()
+    seconds = data + network + update
+
+    peak, peak_is = peak_flops(device, args.precision)
+    share = flops * B / seconds / peak
+    # Of a CPU process, Linux reports kilobytes.
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if cuda:
+        memory = torch.cuda.max_memory_allocated()
+    print(f"{args.model} {args.preset}, batch {B} on {device.type}: {B / seconds:.1f} images/s; "
+          f"{1e3 * seconds:.0f} ms a step: {1e3 * data:.0f} data, {1e3 * network:.0f} forward + "
+          f"backward, {1e3 * update:.0f} optimiser + clipping + EMA; {flops / 1e9:.1f} GFLOP an "
+          f"image: {share:.0%} of {peak_is}; {memory / 2 ** 30:.2f} GiB")
+    print(json.dumps({
+        "model": args.model, "preset": args.preset, "device": device.type, "batch_size": B,
+        "images_per_second": B / seconds, "seconds": seconds, "seconds_data": data,
+        "seconds_forward_backward": network, "seconds_optimizer_clipping_ema": update,
+        "flops_per_image": flops, "peak_flops": peak, "share_of_peak": share,
+        "peak_memory_bytes": memory}))
 
 
 if __name__ == "__main__":

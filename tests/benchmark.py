@@ -480,6 +480,109 @@ def encoding_in_the_small():
     print(f"encode: the toy VAE's convolutions alone: {bare:.2f} ms a picture", flush=True)
 
 
+def section_train():
+    """The loader beside copying its bytes, the optimiser beside touching each tensor, a step."""
+    speed_of_the_loader()
+    speed_of_the_optimiser()
+
+    import train
+    for model, preset in (("dit", "S/2"), ("cad", "B")):
+        train.main(["--benchmark", "--model", model, "--preset", preset, "--batch-size", "4"])
+
+
+def best_of(function, *values):
+    """Return the CPU seconds of the fastest of six calls; other processes hardly change them."""
+    seconds = []
+    for _ in range(6):
+        start = time.process_time()
+        function(*values)
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
+def speed_of_the_loader():
+    """Print how fast one process reads batches of 128, and how fast it copies as many bytes."""
+    import train
+    with tempfile.TemporaryDirectory() as folder:
+        write_encoded_data(Path(folder), "bfloat16")
+        args = train.arguments(["--data", folder, "--out", "unused", "--batch-size", "128"])
+        original, augmented, _ = train.open_data(args)
+        loader = train.Batches(original, augmented, args, 0, 1)
+        batch = loader[0]
+        rows = [tensor for tensor in batch.values() if tensor.ndim > 1]
+        ours = best_of(lambda: loader[0]) / 128
+        bare = best_of(lambda: [tensor.clone() for tensor in rows]) / 128
+    size = sum(tensor.nbytes for tensor in rows) / 128 / 1000
+    print(f"train: loader, a process: {1e6 * ours:.0f} us a sample of {size:.0f} kB, copying these "
+          f"bytes {1e6 * bare:.0f} us: {bare / ours:.0%} of the speed of a copy", flush=True)
+
+
+def speed_of_the_optimiser():
+    """Print what clipping, LAMB or AdamW and the average cost beside touching their tensors."""
+    import torch
+
+    import train
+    # The matrices of two blocks of DiT-L.
+    model = torch.nn.Sequential()
+    for _ in range(2):
+        for columns, rows in ((1, 1), (1, 2), (1, 1), (1, 1), (1, 2), (1, 1), (1, 4), (4, 1)):
+            model.append(torch.nn.Linear(1024 * columns, 1024 * rows))
+    parameters = list(model.parameters())
+    gradients = [torch.randn_like(p) for p in parameters]
+    for name in ("lamb", "adamw"):
+        args = train.arguments(["--data", "x", "--out", "y", "--optimizer", name])
+        averages = {p: p.detach().clone() for p in parameters}
+        optimizer = train.make_optimizer(model, args)
+
+        def step(optimizer=optimizer, averages=averages, args=args):
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient
+            train.finish_step(optimizer, averages, torch.tensor(1.0), 100, args)
+
+        step()
+        tensors = [*averages.values(), *gradients, *(p.detach() for p in parameters)]
+        for parameter in parameters:
+            tensors += [optimizer.state[parameter]["m"], optimizer.state[parameter]["v"]]
+
+        def touch(tensors=tensors):
+            for tensor in tensors:
+                tensor.mul_(1.0)
+
+        ours = best_of(step)
+        bare = best_of(touch)
+        print(f"train: {name}, clipping and average of {len(tensors) // 5} tensors: "
+              f"{1e3 * ours:.0f} ms, {ours / bare:.2f} x reading and writing each once", flush=True)
+
+
+def section_sample():
+    """A step of sampling beside a matrix product; what keeping the caption's part saves."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import sample
+    from common import peak_flops
+    peak, peak_is = peak_flops(torch.device("cpu"), "fp32")
+    for name, preset in (("dit", "S/2"), ("cad", "B")):
+        torch.manual_seed(0)
+        model = sample.MODELS[name].network(**sample.MODELS[name].presets[preset]).eval()
+        B, L = 4, 160
+        x = torch.randn(B, model.config["channels"], model.config["size"], model.config["size"])
+        text = torch.randn(B, L, model.config["text_dim"])
+        mask = torch.ones(B, L, dtype=torch.bool)
+        one = torch.ones(B)
+        with torch.no_grad():
+            context = model.condition(text, mask, one)
+            with FlopCounterMode(display=False) as counter:
+                model.denoise(x, 0.5 * one, context)
+            denoise = best_of(model.denoise, x, 0.5 * one, context)
+            condition = best_of(model.condition, text, mask, one)
+        reached = counter.get_total_flops() / denoise / peak
+        print(f"sample: {name} {preset}, {B} images: {1e3 * denoise:.0f} ms a step without "
+              f"guidance, {reached:.0%} of {peak_is}; the captions' part, computed once, "
+              f"{1e3 * condition:.0f} ms, would be {condition / (condition + denoise):.0%} of each "
+              f"step", flush=True)
+
+
 if __name__ == "__main__":
     sections = {name.removeprefix("section_"): function for name, function in list(globals().items())
                 if name.startswith("section_")}
