@@ -84,7 +84,7 @@ def train_vae(folder, minutes, seed=0):
 
 def make_pictures(rng):
     """Return {side: list of arrays (side, side, 3)}: pictures of the world in CutMix's sizes."""
-    images = [draw(random_scene(rng)) for _ in range(PICTURES)]
+    images = [draw(random_scene(rng, kind="large")) for _ in range(PICTURES)]
     pictures = {}
     for side in (SIZE, *SHRUNKEN_SIDES):
         shrunken = [image.resize((side, side), Image.Resampling.LANCZOS) for image in images]

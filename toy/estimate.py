@@ -1,6 +1,10 @@
 """How long the toy will take on this machine: its parts are timed for a moment, the rest is arithmetic."""
 
+import json
+import os
 import random
+import subprocess
+import sys
 import time
 
 import torch
@@ -95,3 +99,29 @@ def spoken_time(seconds):
     if seconds < 5400:
         return f"about {seconds / 60:.0f} minutes"
     return f"about {seconds / 3600:.1f} hours"
+
+
+# --------------------------------------------------------------------------------------------
+# Several models side by side
+
+def main(argv=None):
+    """Print the seconds of a training step and of a picture: `python -m toy.estimate dit`."""
+    name = (argv or sys.argv[1:])[0]
+    print(json.dumps({"training": training_seconds(name), "sampling": sampling_seconds(name)}))
+
+
+def seconds_side_by_side(name, processes):
+    """Return {"training", "sampling"}, in seconds, when `processes` models run at once, a thread each."""
+    command = [sys.executable, "-m", "toy.estimate", name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+               for _ in range(processes)]
+    outputs = [json.loads(process.communicate()[0]) for process in running]
+    seconds = {}
+    for key in ("training", "sampling"):
+        seconds[key] = sum(output[key] for output in outputs) / len(outputs)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -5,23 +5,19 @@ from itertools import product
 
 import torch
 
-import cutmix
 from common import write_jsonl
-from toy.world import (COLORS, PLACES, RELATIONS, SHAPES, describe_background, describe_composite,
-                       describe_original, random_scene)
+from toy.world import (BACKGROUNDS, COLORS, CORNERS, GREYS, NUMBERS, SHAPES, corner_place,
+                       describe_background, describe_object, large_place, long_caption, make_object,
+                       plural, relations, seen_in_original)
 
 TASKS = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
-# Where CutMix pastes with each setting (cells of a 3 x 3 grid); 1/16 pastes in any of them.
-WHERE = {"1/2": [(2, 1), (1, 2)],
-         "1/4": [(0, 0), (2, 0), (0, 2), (2, 2)],
-         "1/9": [(1, 0), (0, 1), (2, 1), (1, 2)],
-         "1/16": sorted(PLACES)}
 
 
 def make_prompts(out, count, seed):
     """Write OUT/prompts-short.jsonl and OUT/prompts-long.jsonl: `count` prompts for each task.
 
-    Each row has GenEval's metadata (`tag`, `include`, `exclude`) and `prompt`.
+    Each row has GenEval's metadata (`tag`, `include`, `exclude`), the `prompt`, and as `layout`
+    where the scene that it describes has its objects.
     """
     short = []
     long = []
@@ -33,51 +29,63 @@ def make_prompts(out, count, seed):
     write_jsonl(out / "prompts-long.jsonl", long)
 
 
+def scene_to_ask_for(task, rng):
+    """Return (scene, layout) that a prompt of a task describes.
+
+    Two objects stand in two corners, or a small one in a corner before a large one. No original
+    shows either: these are of one class.
+    """
+    one, two = rng.sample(SHAPES, 2)
+    if task in ("single_object", "colors"):
+        layout = rng.choice(["large", "corner"])
+        shapes = [one]
+    elif task == "counting":
+        layout = "corners"
+        shapes = [one] * rng.choice([2, 3])
+    elif task == "position":
+        layout = "corners"
+        shapes = [one, two]
+    else:
+        layout = rng.choice(["corners", "1/4"])
+        shapes = [one, two]
+    places = [corner_place(rng, corner) for corner in rng.sample(CORNERS, len(shapes))]
+    if layout in ("large", "1/4"):
+        places[0] = large_place(rng)
+    colors = rng.sample(list(COLORS), len(shapes))
+    things = [make_object(*thing) for thing in zip(shapes, colors, places)]
+    scene = {"objects": things, "grey": rng.choice(list(GREYS)), "background": rng.choice(BACKGROUNDS)}
+    return scene, layout
+
+
 def make_prompt(task, rng):
     """Return (metadata, short text, long text) of a random prompt for one task."""
-    base, paste = [random_scene(rng, shape) for shape in rng.sample(SHAPES, 2)]
-    one = base["objects"][0]
-    two = paste["objects"][0]
-    one["color"], two["color"] = rng.sample(list(COLORS), 2)
-    setting = rng.choice(cutmix.SETTINGS)
-    place = rng.choice(sorted(PLACES))
-    if setting != "1/16":
-        place = rng.choice(WHERE[setting])
-    if task == "position":
-        setting = rng.choice(["1/2", "1/9"])
-        place = rng.choice(WHERE["1/2"] if setting == "1/2" else list(RELATIONS))
+    scene, layout = scene_to_ask_for(task, rng)
+    things = seen_in_original(scene)
+    detailed = long_caption(things, scene, rng)
+    names = [f"a {thing['shape']}" for thing in things]
+    include = [{"class": thing["shape"], "count": 1} for thing in things]
+    metadata = {"tag": task, "include": include, "layout": layout}
 
-    first = {"class": one["shape"], "count": 1}
-    second = {"class": two["shape"], "count": 1}
-    if task in ("single_object", "colors"):
-        brief = f"a {one['shape']}"
-        if task == "colors":
-            first["color"] = one["color"]
-            brief = f"a {one['color']} {one['shape']}"
-        return {"tag": task, "include": [first]}, brief, describe_original(base, rng)
-
+    if task in ("colors", "color_attr"):
+        names = [f"a {thing['color']} {thing['shape']}" for thing in things]
+        for clause, thing in zip(include, things):
+            clause["color"] = thing["color"]
     if task == "counting":
-        many, word = rng.choice([(2, "two"), (3, "three")])
-        plural = one["shape"] + ("es" if one["shape"] == "cross" else "s")
-        metadata = {"tag": task,
-                    "include": [{"class": one["shape"], "count": many}],
-                    "exclude": [{"class": one["shape"], "count": many + 1}]}
-        background = describe_background(rng, base)
-        detailed = f"the image shows {word} {one['color']} {plural} {background}"
-        return metadata, f"{word} {plural}", detailed
-
-    if task == "two_object":
-        brief = f"a {one['shape']} and a {two['shape']}"
-    elif task == "position":
-        second["position"] = [RELATIONS[place], 0]
-        brief = f"a {two['shape']} {RELATIONS[place]} a {one['shape']}"
-    else:
-        first["color"] = one["color"]
-        second["color"] = two["color"]
-        brief = f"a {one['color']} {one['shape']} and a {two['color']} {two['shape']}"
-    layout = {"colors": [one["color"], two["color"]], "setting": setting, "place": place}
-    metadata = {"tag": task, "include": [first, second], "layout": layout}
-    return metadata, brief, describe_composite(base, paste, setting, place, rng)
+        shape = things[0]["shape"]
+        many = len(things)
+        names = [f"{NUMBERS[many]} {plural(shape)}"]
+        metadata["include"] = [{"class": shape, "count": many}]
+        metadata["exclude"] = [{"class": shape, "count": many + 1}]
+    brief = " and ".join(names)
+    if task == "position":
+        # GenEval names the object that the other's place is seen from first.
+        first, second = things
+        words = rng.choice(relations(first, second))
+        metadata["include"] = [include[1], {**include[0], "position": [words, 0]}]
+        brief = f"{names[0]} {words} {names[1]}"
+        detailed = (f"{describe_object(first)} , {words} {describe_object(second)} "
+                    f"{describe_background(scene, rng)}")
+    return metadata, brief, detailed
 
 
 def make_text_encoder(folder, texts, seed, dim=128):

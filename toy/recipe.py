@@ -4,17 +4,13 @@ The method is the paper's: Algorithm 1, plain mean squared error of the noise, u
 all four settings, p = 0.5. The sizes of things are the toy's own.
 """
 
-from toy.autoencoder import SCALE
-
-# Latents of half the paper's standard deviation are drowned by less noise. This tau has the same
-# signal-to-noise ratio, SCALE^2 (1 - t) / t, as the paper's 0.4.
-TAU = 0.14
-P = 0.5
+TAU = 0.4               # the paper's: every right picture of two objects has one background
+P = 0.5                 # the paper's
 
 IMAGES = 6000           # originals, and as many composites: all are seen about 24 times
 STEPS = 4500            # what fits into five minutes on two cores
 BATCH = 32
-GUIDANCE = 3            # more looks worse
+GUIDANCE = 1.5          # the best of 1 to 3
 SAMPLE_STEPS = 50       # of DDIM; more looks the same
 PROMPTS = 32            # of each task: a score's standard error is at most .09
 

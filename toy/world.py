@@ -1,8 +1,9 @@
 """The toy world: what is drawn, and the captioner that writes down what was drawn.
 
-A *scene* says what is in a picture: {"objects": [...], "grey": "dark", "background": "striped"}. Each
-*object* is {"shape", "color", "radius", "x", "y"}, lengths in pixels, the front one last. A picture's
-class is its shape. Colour, size and background vary and are not in the class name, as with ImageNet.
+A *scene* says what is in a picture: {"objects": [...], "grey": "dark", "background": "plain"}. Each
+*object* is {"shape", "color", "radius", "x", "y"}, lengths in pixels, the front one last. As with
+ImageNet, a picture shows things of one class, which is their shape: mostly a large one, often some
+smaller ones. Colours, sizes and backgrounds vary and are not in the class name.
 """
 
 import math
@@ -12,20 +13,21 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+import cutmix
 from common import complete, read_jsonl, write_jsonl
 
 SIZE = 64           # pixels of a picture's side
-SHAPES = ["circle", "cross", "ring", "square", "star", "triangle"]
+SHAPES = ["circle", "cross", "square", "star", "triangle"]
 COLORS = {
     "red": (222, 40, 40),
     "yellow": (240, 205, 30),
     "green": (30, 165, 60),
-    "cyan": (30, 190, 205),
     "blue": (45, 75, 225),
     "purple": (160, 50, 185),
 }
 GREYS = {"dark": 60, "grey": 128, "light": 205}
-BACKGROUNDS = ["plain", "striped", "checkered"]
+BACKGROUNDS = ["plain"]          # also drawn: "striped", "checkered"
+LARGE = 18                       # a larger radius, in pixels, fills the frame
 
 
 # --------------------------------------------------------------------------------------------
@@ -84,36 +86,72 @@ def mask_of(thing, scale=1):
         corners = POLYGONS[thing["shape"]]
         pen.polygon([(x + radius * a, y + radius * b) for a, b in corners], fill=255)
     else:
-        draw_disc(pen, x, y, 0.92 * radius, 255)
-    if thing["shape"] == "ring":
-        draw_disc(pen, x, y, 0.42 * radius, 0)
+        radius = 0.92 * radius          # a circle of radius 1 would look larger than a square
+        pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=255)
     return mask
-
-
-def draw_disc(pen, x, y, radius, fill):
-    pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill)
 
 
 # --------------------------------------------------------------------------------------------
 # Scenes
 
-def random_object(rng, shape=None):
-    """Return a random object that fills the frame, as most of ImageNet's do."""
-    radius = rng.uniform(22, 28)
-    x = 32 + rng.uniform(-2, 2)
-    y = 32 + rng.uniform(-2, 2)
+# What composites arrange at high noise must exist in originals, at that size and in that kind of
+# place: below tau only originals are seen, and there the details are learned. So some originals hold
+# smaller objects, where and as large as CutMix pastes them. All the same, no original shows two classes.
+# These are the kinds of originals and their shares.
+KINDS = {
+    "large": 0.35,      # one object fills the frame, as most of ImageNet's do
+    "corners": 0.45,    # one to three objects of half that size, each in a corner
+    "1/4": 0.10,        # a large one with a small one, as CutMix's settings would paste it
+    "1/9": 0.06,
+    "1/16": 0.04,
+}
+CORNERS = [(16, 16), (48, 16), (16, 48), (48, 48)]      # the centres of the quarters
+
+
+def large_place(rng):
+    """Return (radius, x, y) of an object that fills the frame."""
+    return rng.uniform(22, 28), 32 + rng.uniform(-2, 2), 32 + rng.uniform(-2, 2)
+
+
+def corner_place(rng, corner):
+    """Return (radius, x, y) of an object in a quarter of the picture."""
+    x, y = corner
+    return rng.uniform(11, 14), x + rng.uniform(-1, 1), y + rng.uniform(-1, 1)
+
+
+def pasted_place(rng, setting, radius):
+    """Return (radius, x, y) of an object as small and in such a place as CutMix pastes a large one."""
+    x0, y0, x1, y1 = cutmix.paste_box(setting, SIZE, rng)
+    x = (x0 + x1) / 2 + rng.uniform(-1, 1)
+    y = (y0 + y1) / 2 + rng.uniform(-1, 1)
+    return radius / cutmix.SIDE[setting], x, y
+
+
+def random_scene(rng, shape=None, kind=None):
+    """Return a random scene of one class and of one of KINDS."""
+    kind = kind or rng.choices(list(KINDS), KINDS.values())[0]
+    if kind == "corners":
+        many = rng.choices([1, 2, 3], [0.4, 0.4, 0.2])[0]
+        places = [corner_place(rng, corner) for corner in rng.sample(CORNERS, many)]
+    else:
+        places = [large_place(rng)]
+    if kind in cutmix.SETTINGS:
+        radius = places[0][0]
+        places.append(pasted_place(rng, kind, radius))
     shape = shape or rng.choice(SHAPES)
-    color = rng.choice(list(COLORS))
+    colors = rng.sample(list(COLORS), len(places))
+    if kind == "corners":
+        # Objects of one size have one colour: two colours side by side are what composites teach.
+        colors = colors[:1] * len(places)
+    things = [make_object(shape, color, place) for color, place in zip(colors, places)]
+    return {"objects": things, "grey": rng.choice(list(GREYS)), "background": rng.choice(BACKGROUNDS)}
+
+
+def make_object(shape, color, place):
+    """Return an object at a place (radius, x, y)."""
+    radius, x, y = place
     return {"shape": shape, "color": color,
             "radius": round(radius, 1), "x": round(x, 1), "y": round(y, 1)}
-
-
-def random_scene(rng, shape=None):
-    """Return a random scene of one class."""
-    thing = random_object(rng, shape)
-    grey = rng.choice(list(GREYS))
-    background = rng.choice(BACKGROUNDS)
-    return {"objects": [thing], "grey": grey, "background": background}
 
 
 def make_world(out, count, seed):
@@ -132,81 +170,200 @@ def make_world(out, count, seed):
 
 
 # --------------------------------------------------------------------------------------------
-# The captioner, in LLaVA's stead: it knows the scene and writes it down in varying words
+# What the captioner sees: objects with two more keys, "visible", the share of the object that can
+# be seen, and "cell", where it is: (column, row) of a 3 x 3 grid
 
-# The cells of a 3 x 3 grid, (column, row), in words.
+HALF = 0.55             # up to this share the caption says "half a star"
+
+
+def cell_of(thing):
+    """Return the cell of an object's centre; one that fills the frame is in the middle."""
+    if thing["radius"] > LARGE:
+        return (1, 1)
+    return (int(3 * thing["x"] / SIZE), int(3 * thing["y"] / SIZE))
+
+
+def seen_in_original(scene):
+    """Return the objects of an original as the captioner sees them."""
+    return [{**thing, "visible": 1.0, "cell": cell_of(thing)} for thing in scene["objects"]]
+
+
+def seen_in_composite(base, paste, box, setting):
+    """Return the objects of two scenes that can still be seen in their composite, the largest three."""
+    x0, y0, x1, y1 = box
+    inside = np.zeros((SIZE, SIZE), bool)
+    inside[y0:y1, x0:x1] = True
+    seen = [look_at(thing, ~inside) for thing in base["objects"]]
+    for thing in paste["objects"]:
+        if setting != "1/2":
+            thing = shrink(thing, x0, y0, cutmix.SIDE[setting])
+        seen.append(look_at(thing, inside))
+    seen = [thing for thing in seen if thing["visible"] > 0.2 and thing["radius"] >= 4]
+    seen.sort(key=lambda thing: -thing["visible"] * thing["radius"])
+    return seen[:3]
+
+
+def shrink(thing, x0, y0, side):
+    """Return an object as CutMix pastes it: 1 / `side` as large, its picture's corner at (x0, y0)."""
+    return {**thing,
+            "radius": thing["radius"] / side,
+            "x": x0 + thing["x"] / side,
+            "y": y0 + thing["y"] / side}
+
+
+def look_at(thing, region):
+    """Return an object with `visible` and `cell`, of which only `region` (64, 64) bool can be seen."""
+    mask = np.asarray(mask_of(thing)) > 0
+    rows, columns = (mask & region).nonzero()
+    visible = len(rows) / mask.sum()
+    cell = cell_of(thing)
+    if thing["radius"] > LARGE and 0 < visible <= HALF:
+        # A half of a large object is where its middle is, seen from the middle of the picture.
+        x = columns.mean() - SIZE / 2
+        y = rows.mean() - SIZE / 2
+        if abs(x) > abs(y):
+            cell = (0 if x < 0 else 2, 1)
+        else:
+            cell = (1, 0 if y < 0 else 2)
+    return {**thing, "visible": visible, "cell": cell}
+
+
+# --------------------------------------------------------------------------------------------
+# The captioner, in LLaVA's stead: it knows what is seen and writes it down, at length or briefly
+
 PLACES = {
-    (0, 0): "in the top left corner",
-    (1, 0): "at the top edge",
-    (2, 0): "in the top right corner",
-    (0, 1): "at the left edge",
-    (2, 1): "at the right edge",
-    (0, 2): "in the bottom left corner",
-    (1, 2): "at the bottom edge",
-    (2, 2): "in the bottom right corner",
+    (0, 0): "top left",
+    (1, 0): "top",
+    (2, 0): "top right",
+    (0, 1): "left",
+    (1, 1): "middle",
+    (2, 1): "right",
+    (0, 2): "bottom left",
+    (1, 2): "bottom",
+    (2, 2): "bottom right",
 }
-# Where something in such a cell is, seen from something in the middle.
-RELATIONS = {(0, 1): "left of", (2, 1): "right of", (1, 0): "above", (1, 2): "below"}
-SIZE_WORDS = {"1/4": "small", "1/9": "little", "1/16": "tiny"}
+NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
+# Shares of brief captions: the less there is to tell, the more often a caption is brief.
+BRIEF_FOR_ONE = 0.5
+BRIEF_FOR_SEVERAL = 0.15
 
 
-def describe_background(rng, scene):
-    """Return words for the background: "on striped dark grey ground ." """
-    kind = f"{scene['background']} {scene['grey']} grey".replace("grey grey", "grey")
-    return rng.choice([f"before a {kind} wall .", f"on {kind} ground ."])
+def plural(shape):
+    return shape + ("es" if shape == "cross" else "s")
 
 
-def describe_original(scene, rng):
-    """Return a long caption of an original, a picture of one object."""
-    thing = scene["objects"][0]
-    if thing["radius"] > 26:
-        size = "huge"
-    elif thing["radius"] > 24:
-        size = "large"
+def join(phrases):
+    """Return phrases as one: "a , b and c"."""
+    if len(phrases) == 1:
+        return phrases[0]
+    return f"{' , '.join(phrases[:-1])} and {phrases[-1]}"
+
+
+def relations(one, two):
+    """Return the words for where the first object is, seen from the second: none, one or two."""
+    words = []
+    column, row = one["cell"]
+    other_column, other_row = two["cell"]
+    if column < other_column:
+        words.append("left of")
+    if column > other_column:
+        words.append("right of")
+    if row < other_row:
+        words.append("above")
+    if row > other_row:
+        words.append("below")
+    return words
+
+
+def describe_object(thing):
+    """Return words for one object: "a large red star", "a red star top left"."""
+    radius = thing["radius"]
+    article = "a"
+    place = f" {PLACES[thing['cell']]}"
+    if thing["visible"] <= HALF:
+        article = "half a"
+    elif radius > LARGE:
+        # It fills the frame: it is everywhere.
+        place = ""
+    if radius > LARGE:
+        size = "large "
+    elif radius > 10:
+        size = ""
+    elif radius > 7:
+        size = "small "
     else:
-        size = "big"
-    words = f"a {size} {thing['color']} {thing['shape']}"
-    text = rng.choice([f"the image shows {words}",
-                       f"{words} fills the picture",
-                       f"in the center there is {words}",
-                       f"a single object , {words}"])
-    return f"{text} {describe_background(rng, scene)}"
+        size = "tiny "
+    return f"{article} {size}{thing['color']} {thing['shape']}{place}"
 
 
-def describe_composite(base, paste, setting, place, rng):
-    """Return a long caption of a composite: `paste` stands at `place` of a 3 x 3 grid on `base`.
+def describe_background(scene, rng):
+    """Return words for the background: "on dark ground"."""
+    kind = f"{scene['background']} {scene['grey']}".replace("plain ", "")
+    return rng.choice([f"before a {kind} wall", f"on {kind} ground"])
+
+
+def long_caption(things, scene, rng):
+    """Return a caption that says what and where every object is.
 
     It speaks of one scene, as LLaVA is asked to, not of a composite.
     """
-    front = paste["objects"][0]
-    back = base["objects"][0]
-    one = f"{back['color']} {back['shape']}"
-    two = f"{front['color']} {front['shape']}"
-    if setting == "1/2":
-        side, other = ("left", "right") if place == (2, 1) else ("top", "bottom")
-        choices = [f"a {one} on the {side} and a {two} on the {other}",
-                   f"the image shows a {two} on the {other} , a {one} on the {side}"]
-    else:
-        one = f"large {one}"
-        two = f"{SIZE_WORDS[setting]} {two}"
-        choices = [f"a {one} with a {two} {PLACES[place]}",
-                   f"{PLACES[place]} there is a {two} , next to a {one}"]
-    if place in RELATIONS:
-        choices.append(f"a {two} {RELATIONS[place]} a {one}")
-    return f"{rng.choice(choices)} {describe_background(rng, base)}"
+    things = rng.sample(things, len(things))
+    whole = all(thing["visible"] > HALF for thing in things)
+    none_large = all(thing["radius"] < LARGE for thing in things)
+    one_class = len({thing["shape"] for thing in things}) == 1
+    text = join([describe_object(thing) for thing in things])
+    if len(things) == 2 and whole and none_large and rng.random() < 0.4:
+        words = relations(*things)
+        if words:
+            first, second = [describe_object(thing) for thing in things]
+            text = f"{first} , {rng.choice(words)} {second}"
+    if len(things) > 1 and one_class and whole:
+        text = f"{NUMBERS[len(things)]} {plural(things[0]['shape'])} , {text}"
+    return f"{text} {describe_background(scene, rng)}"
+
+
+def brief_caption(things, rng):
+    """Return a short caption, as a user would write it: LLaVA's vary in length, too."""
+    things = rng.sample(things, len(things))
+    with_colors = rng.random() < 0.5
+    if with_colors and len(things) < 3:
+        names = [f"a {thing['color']} {thing['shape']}" for thing in things]
+        return f"a photo of {join(names)}"
+    counts = {}
+    for thing in things:
+        counts[thing["shape"]] = counts.get(thing["shape"], 0) + 1
+    if len(things) == len(counts) == 2 and rng.random() < 0.5:
+        words = relations(*things)
+        if words:
+            first, second = things
+            return f"a photo of a {first['shape']} {rng.choice(words)} a {second['shape']}"
+    names = []
+    for shape, count in counts.items():
+        name = plural(shape) if count > 1 else shape
+        names.append(f"{NUMBERS[count]} {name}")
+    return f"a photo of {join(names)}"
+
+
+def caption_of(things, scene, rng):
+    """Return a caption of what is seen, a long or a brief one."""
+    share = BRIEF_FOR_ONE if len(things) == 1 else BRIEF_FOR_SEVERAL
+    if rng.random() < share:
+        return brief_caption(things, rng)
+    return long_caption(things, scene, rng)
 
 
 def caption_originals(out, seed):
-    """Write OUT/captions.jsonl, a long caption for each original."""
+    """Write OUT/captions.jsonl, a caption for each original."""
     rows = []
     for scene in read_jsonl(out / "scenes.jsonl"):
         rng = random.Random(f"{seed} {scene['file']}")
-        rows.append({"file": scene["file"], "caption": describe_original(scene, rng)})
+        text = caption_of(seen_in_original(scene), scene, rng)
+        rows.append({"file": scene["file"], "caption": text})
     write_jsonl(out / "captions.jsonl", rows)
 
 
 def caption_composites(out, composites, captions, seed):
-    """Write a long caption for each composite in the folder OUT/`composites` to OUT/`captions`.
+    """Write a caption for each composite in the folder OUT/`composites` to the file OUT/`captions`.
 
     The captioner knows from cutmix.jsonl what was pasted where.
     """
@@ -214,11 +371,17 @@ def caption_composites(out, composites, captions, seed):
     rows = []
     for row in read_jsonl(out / composites / "cutmix.jsonl"):
         rng = random.Random(f"{seed} {row['file']}")
-        x0, y0, x1, y1 = row["box"]
-        column = 3 * (x0 + x1) // (2 * SIZE)
-        line = 3 * (y0 + y1) // (2 * SIZE)
         base = scenes[row["base"]]
         paste = scenes[row["paste"]]
-        text = describe_composite(base, paste, row["setting"], (column, line), rng)
+        things = seen_in_composite(base, paste, row["box"], row["setting"])
+        # Each half of CM 1/2 has its background: the caption names one of them.
+        ground = rng.choice([base, paste]) if row["setting"] == "1/2" else base
+        if not things:
+            text = f"nothing {describe_background(ground, rng)}"
+        elif len(things) == 1:
+            # Never a brief one: "a photo of a star" is no caption for a part of a star.
+            text = long_caption(things, ground, rng)
+        else:
+            text = caption_of(things, ground, rng)
         rows.append({"file": row["file"], "caption": text})
     write_jsonl(out / captions, rows)
