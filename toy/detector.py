@@ -19,7 +19,8 @@ from toy.world import COLORS, GREYS, SHAPES, SIZE, draw
 RADII = np.linspace(2.1, 5.3, 40) ** 2      # of the templates, in pixels: 4.4 to 28
 THRESHOLD = 0.7             # the score that makes a patch an object
 MOST_HIDDEN = 0.42          # the share of an object that something may cover
-LEAST_HIDER = 0.15           # the share of what is hidden that must have another object's colour
+NEARBY = 4                  # pixels around a hidden part in which the other object must be seen
+SMALL = 300                 # pixels of a small object
 SMALLEST_PATCH = 12         # pixels
 NEIGHBOURS = np.ones((3, 3), bool)
 
@@ -134,10 +135,12 @@ def agreement(template, patch, x, y):
     hidden = bounds(clearly_lacking)
     if hidden:
         x0, y0, x1, y1 = hidden
-        # Nothing hides an object but another one, and not just a few pixels of it.
+        # Nothing hides an object but another one there, and not just a few pixels of it.
         smallest = 10 if width < 32 else 3
-        hider = np.count_nonzero(patch.others[here][as_slices(hidden)])
-        if max(x1 - x0, y1 - y0) > smallest and hider > LEAST_HIDER * (x1 - x0) * (y1 - y0):
+        nearby = as_slices((max(0, x + x0 - NEARBY), max(0, y + y0 - NEARBY),
+                            x + x1 + NEARBY, y + y1 + NEARBY))
+        hider = np.count_nonzero(patch.others[nearby])
+        if max(x1 - x0, y1 - y0) > smallest and hider >= SMALLEST_PATCH:
             # Of what lies in the rectangle, nothing must be seen; the pixels around it may be either.
             seen_inside = np.count_nonzero(seen[as_slices(hidden)])
             around = as_slices((max(0, x0 - 1), max(0, y0 - 1), x1 + 1, y1 + 1))
@@ -169,16 +172,18 @@ def best_agreement(sizes, patch):
     """Return the best agreement of a patch with one shape: all sizes, then small moves of the best ones."""
     rough = []
     for number, shifted in enumerate(sizes):
-        template = shifted[0]
-        # How much of the object would be seen.
-        if not 0.9 * (1 - MOST_HIDDEN) < patch.area / template.area < 1.3:
-            continue
-        for x, y in likely_corners(template, patch.box):
-            score = agreement(template, patch, x, y)
-            rough.append((score, number, x, y))
+        # Half a pixel matters to small objects only.
+        tried = [shifted[0], shifted[3]] if shifted[0].area < SMALL else [shifted[0]]
+        for template in tried:
+            # How much of the object would be seen.
+            if not 0.9 * (1 - MOST_HIDDEN) < patch.area / template.area < 1.3:
+                continue
+            for x, y in likely_corners(template, patch.box):
+                score = agreement(template, patch, x, y)
+                rough.append((score, number, x, y))
     rough.sort(reverse=True)
     best = 0.0
-    for score, number, x, y in rough[:3]:
+    for score, number, x, y in rough[:4]:
         # A move by a pixel and a half improves a score by no more than this.
         if score < THRESHOLD - 0.35:
             break
