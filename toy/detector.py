@@ -17,7 +17,7 @@ from scipy import ndimage
 from toy.world import COLORS, GREYS, SHAPES, SIZE, draw
 
 RADII = np.linspace(2.1, 5.3, 40) ** 2      # of the templates, in pixels: 4.4 to 28
-THRESHOLD = 0.7             # the score that makes a patch an object
+THRESHOLD = 0.72            # the score that makes a patch an object
 MOST_HIDDEN = 0.42          # the share of an object that something may cover
 NEARBY = 4                  # pixels around a hidden part in which the other object must be seen
 SMALL = 300                 # pixels of a small object
@@ -250,7 +250,7 @@ def detect(image):
         if (patch.mask & used).any():
             continue
         used |= patch.mask
-        thing = {"box": list(patch.box), "score": score, "color": patch.color}
+        thing = {"box": list(patch.box), "score": float(score), "color": patch.color}
         objects.setdefault(shape, []).append(thing)
     return objects
 
