@@ -242,7 +242,7 @@ def test_objects_survive_the_autoencoder():
 # --------------------------------------------------------------------------------------------
 # The experiments
 
-TABLES = ["--table", "5", "--images", "36", "--val", "12", "--small", "12", "--steps", "4",
+TABLES = ["--table", "fig5", "--images", "36", "--val", "12", "--small", "12", "--steps", "4",
           "--prompts", "1", "--seeds", "1"]
 
 
@@ -256,8 +256,7 @@ def test_killed_experiments_go_on_and_end_with_every_score(tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    checkpoints = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/done.json")}
-    assert len(checkpoints) < 5
+    assert not (tmp_path / "tables.html").exists()
 
     done = run("-m", "toy", "tables", "--out", tmp_path, *TABLES, check=True)
     assert "models to train, sample and score" in done.stdout
@@ -265,6 +264,6 @@ def test_killed_experiments_go_on_and_end_with_every_score(tmp_path):
     assert "not yet" not in page
     # Each score leads to its pictures.
     links = set(re.findall(r'href="(runs/[^#"]+)#', page))
-    assert len(links) == 2 * 5
+    assert len(links) == 4          # two models, short and long prompts
     for link in links:
         assert (tmp_path / link).exists()

@@ -115,8 +115,7 @@ def agreement(template, patch, x, y):
     """Return how well a patch agrees with a template whose upper left corner is at (x, y), at most 1.
 
     It is the patch's intersection over union with what is not hidden of the template, less for
-    every wrong pixel in relation to the length of the edge, and less for hiding much. What is
-    hidden is the smallest rectangle around all pixels that the patch clearly lacks.
+    every wrong pixel in relation to the length of the edge, and less for hiding much.
     """
     height, width = template.whole.shape
     here = as_slices((x, y, x + width, y + height))
@@ -131,29 +130,49 @@ def agreement(template, patch, x, y):
     unexplained = np.count_nonzero(lacking)
     edge = np.count_nonzero(template.edge) + 1
     covered = 0
-    clearly_lacking = template.core & ~patch.near[here]
-    hidden = bounds(clearly_lacking)
+    hidden = hidden_box(template, patch, x, y)
     if hidden:
+        # In the hidden box nothing of the object must be seen; the pixels around it may be either.
         x0, y0, x1, y1 = hidden
-        # Nothing hides an object but another one there, and not just a few pixels of it.
-        smallest = 10 if width < 32 else 3
-        nearby = as_slices((max(0, x + x0 - NEARBY), max(0, y + y0 - NEARBY),
-                            x + x1 + NEARBY, y + y1 + NEARBY))
-        hider = np.count_nonzero(patch.others[nearby])
-        if max(x1 - x0, y1 - y0) > smallest and hider >= SMALLEST_PATCH:
-            # Of what lies in the rectangle, nothing must be seen; the pixels around it may be either.
-            seen_inside = np.count_nonzero(seen[as_slices(hidden)])
-            around = as_slices((max(0, x0 - 1), max(0, y0 - 1), x1 + 1, y1 + 1))
-            covered = np.count_nonzero(lacking[around])
-            unexplained -= covered
-            edge -= np.count_nonzero(template.edge[around])
-            outside += seen_inside
-            right -= seen_inside
+        around = as_slices((max(0, x0 - 1), max(0, y0 - 1), x1 + 1, y1 + 1))
+        seen_inside = np.count_nonzero(seen[as_slices(hidden)])
+        right -= seen_inside
+        outside += seen_inside
+        covered = np.count_nonzero(lacking[around])
+        unexplained -= covered
+        edge -= np.count_nonzero(template.edge[around])
+
     share = covered / template.area
     if share > MOST_HIDDEN:
         return 0.0
     wrong = outside + unexplained
     return right / (right + wrong) - 0.1 * share - 0.25 * wrong / edge
+
+
+def hidden_box(template, patch, x, y):
+    """Return the box, in the template's own pixels, that another object hides of it, or None.
+
+    It is the smallest one around all pixels that the patch clearly lacks.
+    """
+    height, width = template.whole.shape
+    here = as_slices((x, y, x + width, y + height))
+    clearly_lacking = template.core & ~patch.near[here]
+    box = bounds(clearly_lacking)
+    if box is None:
+        return None
+    x0, y0, x1, y1 = box
+
+    # A few lacking pixels are not hidden, they are wrong. At a large object a paste may graze them.
+    least = 3 if width >= 32 else 10
+    if max(x1 - x0, y1 - y0) <= least:
+        return None
+
+    # Nothing hides an object but another one, which must be seen there.
+    nearby = as_slices((max(0, x + x0 - NEARBY), max(0, y + y0 - NEARBY),
+                        x + x1 + NEARBY, y + y1 + NEARBY))
+    if np.count_nonzero(patch.others[nearby]) < SMALLEST_PATCH:
+        return None
+    return box
 
 
 def recognise(patch):

@@ -71,7 +71,7 @@ def training_seconds(name):
         loss.backward()
         optimizer.step()
 
-    return seconds_of(step, 2.0)
+    return seconds_of(step, 1.5)
 
 
 @torch.no_grad()

@@ -152,7 +152,7 @@ def job_of(out, run, steps, tables):
         commands.append(Command("toy.score", f"--samples {quoted(samples)} --out {scores}"))
     if "1" in tables and run in runs_of(["1"], run.seed + 1):
         commands += distance_commands(out, run, checkpoint, folder / "distance.json")
-    if run.small:
+    if run.small and run.seed == 0:
         for step in kept_steps(steps):
             kept = checkpoint / f"step-{step:07d}"
             commands += distance_commands(out, run, kept, folder / f"distance-{step:07d}.json")

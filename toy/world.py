@@ -99,9 +99,9 @@ def mask_of(thing, scale=1):
 # smaller objects, where and as large as CutMix pastes them. All the same, no original shows two classes.
 # These are the kinds of originals and their shares.
 KINDS = {
-    "large": 0.35,      # one object fills the frame, as most of ImageNet's do
-    "corners": 0.45,    # one to three objects of half that size, each in a corner
-    "1/4": 0.10,        # a large one with a small one, as CutMix's settings would paste it
+    "large": 0.42,      # one object fills the frame, as most of ImageNet's do
+    "corners": 0.35,    # one to three objects of half that size, each in a corner
+    "1/4": 0.13,        # a large one with a small one, as CutMix's settings would paste it
     "1/9": 0.06,
     "1/16": 0.04,
 }
@@ -140,9 +140,6 @@ def random_scene(rng, shape=None, kind=None):
         places.append(pasted_place(rng, kind, radius))
     shape = shape or rng.choice(SHAPES)
     colors = rng.sample(list(COLORS), len(places))
-    if kind == "corners":
-        # Objects of one size have one colour: two colours side by side are what composites teach.
-        colors = colors[:1] * len(places)
     things = [make_object(shape, color, place) for color, place in zip(colors, places)]
     return {"objects": things, "grey": rng.choice(list(GREYS)), "background": rng.choice(BACKGROUNDS)}
 
