@@ -242,12 +242,12 @@ def test_objects_survive_the_autoencoder():
 # --------------------------------------------------------------------------------------------
 # The experiments
 
-TABLES = ["--table", "fig5", "--images", "36", "--val", "12", "--small", "12", "--steps", "4",
+TABLES = ["--table", "fig5", "--images", "36", "--val", "8", "--small", "12", "--steps", "2",
           "--prompts", "1", "--seeds", "1"]
 
 
 def test_killed_experiments_go_on_and_end_with_every_score(tmp_path):
-    words = [sys.executable, "-m", "toy", "tables", "--out", str(tmp_path), *TABLES]
+    words = [sys.executable, "-m", "toy", "tables", "--out", str(tmp_path), *TABLES, "--jobs", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, cwd=ROOT, env=environment,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -258,7 +258,7 @@ def test_killed_experiments_go_on_and_end_with_every_score(tmp_path):
     process.wait()
     assert not (tmp_path / "tables.html").exists()
 
-    done = run("-m", "toy", "tables", "--out", tmp_path, *TABLES, check=True)
+    done = run("-m", "toy", "tables", "--out", tmp_path, *TABLES, "--jobs", "2", check=True)
     assert "models to train, sample and score" in done.stdout
     page = (tmp_path / "tables.html").read_text()
     assert "not yet" not in page

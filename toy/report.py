@@ -136,9 +136,8 @@ two objects that are right.</p>
 {examples(out / "cutmix", out / "captions-cutmix.jsonl")}
 
 <h2>What noise hides</h2>
-<p>Composites are only used right of the line, at tau = {TAU}, where noise hides their seams. The
-pictures here are not scaled as latents are: the toy's latents have half the standard deviation of the
-paper's, so that they carry more noise at the same t than is seen here.</p>
+<p>Composites are only used right of the line, at tau = {TAU}, where noise hides their seams. The toy's
+latents have half the standard deviation of the paper's, so training sees more noise at the same t.</p>
 {picture(out / "cutmix-look/noise.png")}
 
 <h2>Training loss</h2>
