@@ -1,8 +1,13 @@
 """The toy paper: the whole line in seconds, and the claims that its report stands on."""
 
-import json
+import math
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,107 +19,251 @@ import common
 import cutmix
 import encode
 from common import read_jsonl
-from toy import autoencoder, detector, world
+from toy import autoencoder, detector, prompts, world
 
+MANY = 60           # pictures on which the detector is measured
+
+
+# --------------------------------------------------------------------------------------------
+# The whole line
 
 def test_one_command_runs_the_whole_line_and_says_what_it_runs(toy_paper):
     out, printed = toy_paper
     commands = re.findall(r"^\$ python (\w+)\.py", printed, re.MULTILINE)
-    assert commands == ["cutmix", "cutmix", "caption", "encode", "encode", "train", "sample", "sample"]
+    assert commands == ["cutmix", "caption", "cutmix", "encode", "encode", "train", "sample", "sample"]
+    assert re.search(r"takes about \d+", printed)
     assert "overall" in printed and str(out / "report.html") in printed
+    captions = read_jsonl(out / "captions-aio.jsonl")
+    assert len(captions) == len(read_jsonl(out / "captions-cutmix.jsonl")) == 36
+    assert captions[0]["caption"].startswith("An image of ")
+
+
+def test_the_report_is_one_page_with_everything_in_it(toy_paper):
+    out, _ = toy_paper
     page = (out / "report.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page) and "<svg" in page     # nothing outside of the page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "<svg" in page
+    # The prompts of the six tasks, eight originals, eight composites.
     assert page.count("<figure>") == 6 + 8 + 8
-    assert len(read_jsonl(out / "captions-aio.jsonl")) == len(read_jsonl(out / "captions-cutmix.jsonl")) == 36
-    assert read_jsonl(out / "captions-aio.jsonl")[0]["caption"] == "An image of a circle"
 
 
 def test_the_same_command_again_makes_nothing_again(toy_paper):
     out, _ = toy_paper
-    files = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    pictures = {path: path.stat().st_mtime_ns for path in out.glob("samples-*/*/samples/*.png")}
-    assert len(files) > 5 and len(pictures) == 12
-    done = run("-m", "toy", "--out", out, *TOY)
-    assert done.returncode == 0, done.stderr
-    assert files == {path: path.stat().st_mtime_ns for path in files}
-    assert pictures == {path: path.stat().st_mtime_ns for path in pictures}
-    assert "other settings" in refused("toy", "--out", out, *TOY, "--seed", "1")
+    made = [*out.rglob("*.safetensors"), *out.glob("samples-*/*/samples/*.png")]
+    times = {path: path.stat().st_mtime_ns for path in made}
+    assert len(made) > 5 + 12
+    run("-m", "toy", "--out", out, *TOY, check=True)
+    assert times == {path: path.stat().st_mtime_ns for path in made}
 
 
-def test_captions_are_true(toy_paper):
-    """Every caption names the shapes and colours that were drawn, and the place where the box lies."""
+def test_mistakes_end_in_one_line(toy_paper, tmp_path):
     out, _ = toy_paper
-    scenes = {scene["file"]: scene for scene in read_jsonl(out / "scenes.jsonl")}
-    for row in read_jsonl(out / "captions.jsonl"):
-        assert f"{scenes[row['file']]['color']} {scenes[row['file']]['shape']}" in row["caption"]
-    captions = {row["file"]: row["caption"] for row in read_jsonl(out / "captions-cutmix.jsonl")}
-    for row in read_jsonl(out / "cutmix/cutmix.jsonl"):
-        text, (x0, y0, x1, y1) = captions[row["file"]], row["box"]
-        for file in (row["base"], row["paste"]):
-            assert f"{scenes[file]['color']} {scenes[file]['shape']}" in text
-        if "corner" in text:
-            assert ("left" in text) == (x0 + x1 < 64) and ("top" in text) == (y0 + y1 < 64)
+    assert "other settings" in refused("toy", "--out", out, *TOY, "--seed", "1")
+    assert "--images" in refused("toy", "--out", tmp_path / "x", "--images", "3")
+    (tmp_path / "file").write_text("")
+    assert refused("toy", "--out", tmp_path / "file", *TOY)
 
 
-def pairs(count, seed):
-    rng = random.Random(seed)
-    return [(world.random_scene(rng, one), world.random_scene(rng, two))
-            for one, two in (rng.sample(world.SHAPES, 2) for _ in range(count))]
+# --------------------------------------------------------------------------------------------
+# The world
+
+def test_captions_of_originals_are_true(toy_paper):
+    out, _ = toy_paper
+    captions = {row["file"]: row["caption"] for row in read_jsonl(out / "captions.jsonl")}
+    for scene in read_jsonl(out / "scenes.jsonl"):
+        text = captions[scene["file"]]
+        for thing in scene["objects"]:
+            assert thing["shape"] in text
+            if not text.startswith("a photo of"):
+                assert f"{thing['color']} {thing['shape']}" in text
+        corner = re.search("(top|bottom) (left|right)", text)
+        if corner and len(scene["objects"]) == 1:
+            thing = scene["objects"][0]
+            assert corner[1] == ("top" if thing["y"] < 32 else "bottom")
+            assert corner[2] == ("left" if thing["x"] < 32 else "right")
 
 
-def found(image, *scenes):
-    objects = detector.detect(image)
-    colors = {shape: [one["color"] for one in some] for shape, some in objects.items()}
-    return all(scene["color"] in colors.get(scene["shape"], []) for scene in scenes)
+def test_captions_of_composites_name_what_was_pasted_and_where():
+    base = one_object("star", "red")
+    paste = one_object("circle", "blue")
+    seen = world.seen_in_composite(base, paste, (32, 0, 64, 32), "1/4")
+    text = world.long_caption(seen, base, random.Random(0))
+    assert "a large red star" in text and "a blue circle top right" in text
+    seen = world.seen_in_composite(base, paste, (32, 0, 64, 64), "1/2")
+    text = world.long_caption(seen, base, random.Random(0))
+    assert "half a large red star left" in text and "half a large blue circle right" in text
 
 
-def mixed(one, two, setting, n):
-    return cutmix.mix(world.draw(one), world.draw(two), setting, 64, np.random.default_rng(n))[0]
+def test_every_original_shows_one_class():
+    rng = random.Random("classes")
+    for _ in range(200):
+        scene = world.random_scene(rng)
+        assert len({thing["shape"] for thing in scene["objects"]}) == 1
+        assert detector.has_one_background(world.draw(scene))
+
+
+def test_prompts_ask_for_what_genevals_six_tasks_ask_for(toy_paper):
+    out, _ = toy_paper
+    short = read_jsonl(out / "prompts-short.jsonl")
+    long = read_jsonl(out / "prompts-long.jsonl")
+    assert [row["tag"] for row in short] == prompts.TASKS
+    for brief, detailed in zip(short, long):
+        assert brief["include"] == detailed["include"]
+        for clause in brief["include"]:
+            for word in (clause["class"], clause.get("color", "")):
+                assert word in brief["prompt"] and word in detailed["prompt"]
+    long_words = sum(len(row["prompt"].split()) for row in long)
+    assert long_words > 1.5 * sum(len(row["prompt"].split()) for row in short)
+
+
+# --------------------------------------------------------------------------------------------
+# The detector, on ground truth and on deliberately broken pictures
+
+def one_object(shape, color, radius=25, x=32, y=32, grey="light"):
+    thing = {"shape": shape, "color": color, "radius": radius, "x": x, "y": y}
+    return {"objects": [thing], "grey": grey, "background": "plain"}
+
+
+def large_pairs(name):
+    """Return MANY pairs of scenes of one large object each, of two shapes."""
+    rng = random.Random(name)
+    pairs = []
+    for _ in range(MANY):
+        one, two = rng.sample(world.SHAPES, 2)
+        pairs.append((world.random_scene(rng, one, "large"), world.random_scene(rng, two, "large")))
+    return pairs
+
+
+def finds(image, *scenes):
+    """Tell whether the detector finds every object of the scenes, in its colour."""
+    found = detector.detect(image)
+    for scene in scenes:
+        for thing in scene["objects"]:
+            colors = [one["color"] for one in found.get(thing["shape"], [])]
+            if thing["color"] not in colors:
+                return False
+    return True
+
+
+def composite(one, two, setting, number):
+    rng = np.random.default_rng(number)
+    return cutmix.mix(world.draw(one), world.draw(two), setting, 64, rng)[0]
+
+
+@pytest.mark.parametrize("kind", list(world.KINDS))
+def test_the_detector_finds_every_object_of_an_original(kind):
+    rng = random.Random(kind)
+    scenes = [world.random_scene(rng, kind=kind) for _ in range(MANY)]
+    assert np.mean([finds(world.draw(scene), scene) for scene in scenes]) >= 0.95
 
 
 @pytest.mark.parametrize("setting", ["1/4", "1/9", "1/16"])
-def test_the_detector_knows_both_objects_of_a_composite_also_half_hidden_ones(setting):
-    right = [found(mixed(one, two, setting, n), one, two) for n, (one, two) in enumerate(pairs(60, setting))]
+def test_the_detector_finds_both_objects_of_a_composite_also_half_hidden_ones(setting):
+    right = [finds(composite(one, two, setting, number), one, two)
+             for number, (one, two) in enumerate(large_pairs(setting))]
     assert np.mean(right) >= 0.95
 
 
-def test_the_detector_sees_no_object_where_two_melted_into_one():
-    melts = [(Image.blend(world.draw(one), world.draw(two), 0.5), one, two)
-             for one, two in pairs(60, "melted")]
-    assert np.mean([found(*melt) for melt in melts]) <= 0.05
+def test_the_detector_counts_objects():
+    rng = random.Random("counts")
+    for many in (1, 2, 3, 4):
+        shape = rng.choice(world.SHAPES)
+        places = [world.corner_place(rng, corner) for corner in world.CORNERS[:many]]
+        things = [world.make_object(shape, "green", place) for place in places]
+        image = world.draw({"objects": things, "grey": "dark", "background": "plain"})
+        assert len(detector.detect(image)[shape]) == many
+
+
+def test_the_detector_finds_no_object_where_two_melted_into_one():
+    right = [finds(Image.blend(world.draw(one), world.draw(two), 0.5), one, two)
+             for one, two in large_pairs("melted")]
+    assert np.mean(right) <= 0.05
+
+
+def cut(left, right):
+    """Return a picture of the left half of one scene and the right half of another."""
+    image = world.draw(left)
+    image.paste(world.draw(right).crop((32, 0, 64, 64)), (32, 0))
+    return image
+
+
+def test_the_detector_finds_no_object_that_is_cut_with_the_wrong_half():
+    of_two_colors = []
+    of_one_color = []
+    for one, two in large_pairs("cut"):
+        of_two_colors.append(finds(cut(one, two), one, two))
+        two["objects"][0]["color"] = one["objects"][0]["color"]
+        of_one_color.append(finds(cut(one, two), one) or finds(cut(one, two), two))
+    assert np.mean(of_two_colors) <= 0.05
+    assert np.mean(of_one_color) <= 0.1
+
+
+def test_the_detector_finds_no_object_where_one_is_drawn_twice_and_a_bit_apart():
+    right = []
+    for number, (one, _) in enumerate(large_pairs("doubled")):
+        thing = one["objects"][0]
+        angle = number
+        other = {**thing,
+                 "x": thing["x"] + 0.6 * thing["radius"] * math.cos(angle),
+                 "y": thing["y"] + 0.6 * thing["radius"] * math.sin(angle)}
+        doubled = {**one, "objects": [thing, other]}
+        right.append(finds(world.draw(doubled), one))
+    assert np.mean(right) <= 0.05
+
+
+def test_a_seam_between_two_backgrounds_is_seen():
+    dark = one_object("star", "red", grey="dark")
+    light = one_object("star", "red", grey="light")
+    assert detector.has_one_background(world.draw(dark))
+    assert not detector.has_one_background(cut(dark, light))
 
 
 def test_objects_survive_the_autoencoder():
     """Of the objects of 6 pixels' radius or more, alone or pasted, 90% are found after the round trip."""
-    vae, images, wanted = encode.load_vae(autoencoder.VAE), [], []
-    for n, (one, two) in enumerate(pairs(160, "autoencoder")):
+    images = []
+    wanted = []
+    for number, (one, two) in enumerate(large_pairs("autoencoder")):
         images.append(world.draw(one))
         wanted.append(one)
-        for setting, shrunk in (("1/4", 1 / 2), ("1/9", 21 / 64), ("1/16", 1 / 4)):
-            if two["radius"] * shrunk >= 6:
-                images.append(mixed(one, two, setting, n))
+        for setting, side in (("1/4", 2), ("1/9", 3), ("1/16", 4)):
+            if two["objects"][0]["radius"] / side >= 6:
+                images.append(composite(one, two, setting, number))
                 wanted.append(two)
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    vae = encode.load_vae(autoencoder.VAE)
     with torch.no_grad():
-        back = common.to_images(vae.decode(vae.encode(pixels)[0]))
-    right = np.array([found(image, scene) for image, scene in zip(back, wanted)])
-    assert right.mean() >= 0.9, right.mean()
+        mean, _ = vae.encode(autoencoder.to_tensor(images))
+        decoded = common.to_images(vae.decode(mean))
+    right = [finds(image, scene) for image, scene in zip(decoded, wanted)]
+    assert np.mean(right) >= 0.9
     size = sum(path.stat().st_size for path in (ROOT / "toy/weights").iterdir())
     assert size <= 1.5 * 2 ** 20
 
 
-def test_prompts_ask_for_what_genevals_six_tasks_ask_for(toy_paper):
-    short, long = (read_jsonl(toy_paper[0] / f"prompts-{kind}.jsonl") for kind in ("short", "long"))
-    assert [row["tag"] for row in short] == world.TASKS
-    for brief, detailed in zip(short, long):
-        assert brief["include"] == detailed["include"] and len(brief["prompt"]) < len(detailed["prompt"])
-        for clause in brief["include"]:
-            for word in (clause["class"], clause.get("color", "")):
-                assert word in brief["prompt"] and word in detailed["prompt"]
+# --------------------------------------------------------------------------------------------
+# The experiments
+
+TABLES = ["--table", "fig5", "--images", "36", "--val", "8", "--small", "12", "--steps", "2",
+          "--prompts", "1", "--seeds", "1"]
 
 
-def test_mistakes_end_in_one_line(tmp_path):
-    assert "--images" in refused("toy", "--out", tmp_path / "x", "--images", "3")
-    (tmp_path / "file").write_text("")
-    assert refused("toy", "--out", tmp_path / "file", *TOY)
-    assert json.loads((ROOT / "toy/weights/config.json").read_text())["latent_channels"] == 8
+def test_killed_experiments_go_on_and_end_with_every_score(tmp_path):
+    words = [sys.executable, "-m", "toy", "tables", "--out", str(tmp_path), *TABLES, "--jobs", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, cwd=ROOT, env=environment,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # Killed when the first command of the first model has ended.
+    while not list(tmp_path.glob("runs/*/done.json")) and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "tables.html").exists()
+
+    done = run("-m", "toy", "tables", "--out", tmp_path, *TABLES, "--jobs", "2", check=True)
+    assert "models to train, sample and score" in done.stdout
+    page = (tmp_path / "tables.html").read_text()
+    assert "not yet" not in page
+    # Each score leads to its pictures.
+    links = set(re.findall(r'href="(runs/[^#"]+)#', page))
+    assert len(links) == 4          # two models, short and long prompts
+    for link in links:
+        assert (tmp_path / link).exists()

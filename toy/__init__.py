@@ -1,1 +1,1 @@
-"""The paper in miniature: a toy ImageNet that is drawn, and the whole method run on it in minutes."""
+"""The paper in miniature: a toy ImageNet that is drawn, and the whole method run on it."""

@@ -1,114 +1,319 @@
-"""The toy's detector: patches of colour against all shapes in all sizes, also half hidden ones."""
+"""The toy's detector: which objects are in a picture, found without a network.
+
+Colours first: every pixel is compared with the six colours, and pixels of one colour that touch
+form a patch. Then shapes: a patch is compared with every shape in every size, drawn clean. An object
+may be partly hidden behind another one, as in a composite: then a rectangle covers a part of it, and
+the rest must agree. Distorted, melted or doubled shapes agree with nothing and count as no object.
+"""
 
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from toy.world import COLORS, SHAPES, SIZE, draw
+from toy.world import COLORS, GREYS, SHAPES, SIZE, draw
 
-CHROMA = np.array(list(COLORS.values()), float) @ (np.eye(3) - 1 / 3)             # colours without their grey
-RADII = np.linspace(2.1, 5.3, 40) ** 2
-THRESHOLD = 0.7
-BOX3 = np.ones((3, 3))
-U = np.uint64             # a mask's row is one 64-bit word, bit i is column i: 64 pixels are compared at once
-
-
-def pack(mask):
-    return np.packbits(mask, -1, bitorder="little").view(U)[..., 0]               # (..., 64, 64) -> (..., 64)
+RADII = np.linspace(2.1, 5.3, 40) ** 2      # of the templates, in pixels: 4.4 to 28
+THRESHOLD = 0.72            # the score that makes a patch an object
+MOST_HIDDEN = 0.42          # the share of an object that something may cover
+NEARBY = 4                  # pixels around a hidden part in which the other object must be seen
+SMALL = 300                 # pixels of a small object
+SMALLEST_PATCH = 12         # pixels
+NEIGHBOURS = np.ones((3, 3), bool)
 
 
-def count(words):
-    return np.bitwise_count(words).sum(-1, dtype=int)
+# --------------------------------------------------------------------------------------------
+# Colours
+
+def without_grey(colors):
+    """Return RGB colours (..., 3) less their mean over the channels: every grey becomes 0."""
+    colors = np.asarray(colors, float)
+    return colors - colors.mean(-1, keepdims=True)
 
 
-def bounds(mask):
-    return Image.fromarray(mask).getbbox()                                        # x0, y0, x1, y1
-
-
-def grow(words):
-    """Masks, a pixel wider in all eight directions."""
-    w = np.pad(words | words << U(1) | words >> U(1), [(0, 0), (1, 1)])
-    return w[:, :-2] | w[:, 1:-1] | w[:, 2:]
+CHROMA = without_grey(list(COLORS.values()))                                        # (6, 3)
+DIRECTIONS = CHROMA / np.linalg.norm(CHROMA, axis=1, keepdims=True)
 
 
 def unmix(image):
-    """Each pixel's nearest palette colour and its share of the pixel (linear: greys have no chroma)."""
-    x = np.asarray(image.convert("RGB"), float) @ (np.eye(3) - 1 / 3)
-    color = (x @ (CHROMA / np.linalg.norm(CHROMA, axis=1, keepdims=True)).T).argmax(2)
-    return color, (x * CHROMA[color]).sum(2) / (CHROMA ** 2).sum(1)[color]
+    """Return each pixel's nearest colour (64, 64), a number, and its share of the pixel (64, 64).
+
+    At an edge a pixel is a mixture of an object's colour and a grey. Greys have no chroma, so the
+    share of the colour is how long the pixel's chroma is compared with that of the colour.
+    """
+    pixels = without_grey(image.convert("RGB"))                                     # (64, 64, 3)
+    nearest = (pixels @ DIRECTIONS.T).argmax(2)
+    chroma = CHROMA[nearest]                                                        # (64, 64, 3)
+    share = (pixels * chroma).sum(2) / (chroma ** 2).sum(2)
+    return nearest, share
+
+
+# --------------------------------------------------------------------------------------------
+# Shapes
+
+class Template(NamedTuple):
+    """A clean object, cropped to its box. Masks are boolean arrays (height, width)."""
+
+    shape: str
+    whole: np.ndarray           # the object
+    core: np.ndarray            # the object without the pixels at its edge
+    edge: np.ndarray            # the pixels at its edge
+    area: int                   # pixels of the object
+
+
+def make_template(shape, radius, x, y):
+    """Return the template of a shape whose centre is drawn at (x, y), in pixels."""
+    thing = {"shape": shape, "color": "red", "radius": radius, "x": x, "y": y}
+    image = draw({"objects": [thing], "grey": "dark", "background": "plain"})
+    mask = unmix(image)[1] > 0.5
+    core = ndimage.binary_erosion(mask, NEIGHBOURS)
+    box = as_slices(bounds(mask))
+    whole = mask[box]
+    core = core[box]
+    return Template(shape, whole, core, whole & ~core, np.count_nonzero(whole))
 
 
 @lru_cache
 def templates():
-    """All shapes and sizes at the upper left, 4 half-pixel shifts of each -> masks, eroded masks, shapes,
-    widths, heights, areas."""
-    scenes = [dict(shape=shape, radius=radius, y=y, x=x, color="red", grey="dark", background="plain")
-              for shape, radius, y, x in product(SHAPES, RADII, (32, 32.5), (32, 32.5))]
-    masks = [unmix(draw(scene))[1] > 0.5 for scene in scenes]
-    x0, y0, x1, y1 = np.array([bounds(mask) for mask in masks]).T
-    masks = np.array([np.roll(mask, (-y, -x), (0, 1)) for mask, x, y in zip(masks, x0, y0)])
-    eroded = ndimage.binary_erosion(masks, BOX3[None])
-    shapes = np.array([SHAPES.index(scene["shape"]) for scene in scenes])
-    return pack(masks), pack(eroded), shapes, x1 - x0, y1 - y0, masks.sum((1, 2))
+    """Return {shape: [four templates for each radius]}: its centre on a pixel or half-way to the next."""
+    table = {}
+    for shape in SHAPES:
+        table[shape] = []
+        for radius in RADII:
+            shifted = [make_template(shape, radius, 32 + dx, 32 + dy)
+                       for dx, dy in [(0, 0), (0.5, 0), (0, 0.5), (0.5, 0.5)]]
+            table[shape].append(shifted)
+    return table
 
 
-def compare(mask, t, x, y):
-    """Scores of the templates number t (n,) with corners at x, y (n,) for a mask: their IoU outside of a
-    rectangle that may hide a part of the object, less for hiding much and for wrong edges."""
-    words, eroded, _, width, height, _ = templates()
-    x, y = x.clip(0, SIZE - width[t])[:, None].astype(U), y.clip(0, SIZE - height[t])
-    at, t = np.arange(SIZE) - y[:, None], t[:, None]            # above the object: a row from the empty end
-    whole, core = words[t, at] << x, eroded[t, at] << x                 # (n, 64)
-    missing = core & ~grow(mask[None])      # what the mask lacks, as one rectangle: from its first row ...
-    rows = np.logical_or.accumulate(missing, 1) & np.logical_or.accumulate(missing[:, ::-1], 1)[:, ::-1]
-    columns = np.maximum(np.bitwise_or.reduce(missing, 1), U(1))[:, None]
-    columns = (U(2) << np.log2(columns).astype(U)) - (columns & -columns)         # ... and column to its last
-    longest = np.maximum(rows.sum(1, keepdims=True), np.bitwise_count(columns))
-    hidden = np.where(rows & (longest > np.where(width[t] < 32, 10, 3)), columns, U(0))
-    around = grow(hidden)
-    right = count(whole & mask & ~hidden)
-    wrong = count(mask & (~whole | hidden)) + count(whole & ~mask & ~around)
-    share, edge = count(whole & around & ~mask) / count(whole), count(whole & ~core & ~around) + 1
-    return right / (right + wrong) - 0.1 * share - 0.25 * wrong / edge - (share > 0.78)
+def bounds(mask):
+    """Return the box (x0, y0, x1, y1) of a mask's True pixels, right and bottom exclusive, or None."""
+    return Image.fromarray(mask).getbbox()
 
 
-def fit(mask):
-    """A patch of colour -> (score, shape): templates at its corners, then near the best ones."""
-    _, _, shapes, width, height, area = templates()
-    (x0, y0, x1, y1), words = bounds(mask), pack(mask)
-    part, shift = mask.sum() / area, np.arange(len(area)) % 4
-    t = (width > x1 - x0 - 3) & (height > y1 - y0 - 3) & (part > 0.2) & (part < 1.3)
-    t = np.nonzero(t & (shift % np.where(area < 300, 3, 4) == 0))[0]
-    if not len(t):
-        return 0.0, ""
-    t, i = np.repeat(t, 6), np.tile(np.arange(6), len(t))
-    x = np.choose(i % 3, (x0, x1 - width[t], (x0 + x1 - width[t]) // 2))
-    y = np.where(i < 3, y0, y1 - height[t])
-    scores = compare(words, t, x, y).reshape(-1, 6)
-    best = (6 * np.arange(len(scores)) + scores.argmax(1))[np.argsort(-scores.max(1))]
-    best = np.concatenate([best[shapes[t[best]] == shape][:3] for shape in range(len(SHAPES))])
-    (t, x, y), i = (np.repeat(v[best], 36) for v in (t // 4 * 4, x, y)), np.tile(np.arange(36), len(best))
-    scores = compare(words, t + i // 9, x + i % 3 - 1, y + i // 3 % 3 - 1)
-    return float(scores.max()), SHAPES[shapes[t[scores.argmax()]]]
+def as_slices(box):
+    x0, y0, x1, y1 = box
+    return slice(y0, y1), slice(x0, x1)
 
+
+class Patch:
+    """Pixels of one colour that may be an object."""
+
+    def __init__(self, color, mask, colored):
+        self.color = color
+        self.mask = mask                                        # (64, 64) bool
+        self.others = colored & ~mask                           # pixels of other objects
+        self.near = ndimage.binary_dilation(mask, NEIGHBOURS)   # a pixel wider on all sides
+        self.area = np.count_nonzero(mask)
+        self.box = bounds(mask)
+
+
+def agreement(template, patch, x, y):
+    """Return how well a patch agrees with a template whose upper left corner is at (x, y), at most 1.
+
+    It is the patch's intersection over union with what is not hidden of the template, less for
+    every wrong pixel in relation to the length of the edge, and less for hiding much.
+    """
+    height, width = template.whole.shape
+    here = as_slices((x, y, x + width, y + height))
+    seen = template.whole & patch.mask[here]
+    lacking = template.whole & ~patch.mask[here]
+    right = np.count_nonzero(seen)
+    outside = patch.area - right
+    # Most places end here, at little cost: too much of the patch lies outside of the template.
+    if right < THRESHOLD * patch.area:
+        return 0.0
+
+    unexplained = np.count_nonzero(lacking)
+    edge = np.count_nonzero(template.edge) + 1
+    covered = 0
+    hidden = hidden_box(template, patch, x, y)
+    if hidden:
+        # In the hidden box nothing of the object must be seen; the pixels around it may be either.
+        x0, y0, x1, y1 = hidden
+        around = as_slices((max(0, x0 - 1), max(0, y0 - 1), x1 + 1, y1 + 1))
+        seen_inside = np.count_nonzero(seen[as_slices(hidden)])
+        right -= seen_inside
+        outside += seen_inside
+        covered = np.count_nonzero(lacking[around])
+        unexplained -= covered
+        edge -= np.count_nonzero(template.edge[around])
+
+    share = covered / template.area
+    if share > MOST_HIDDEN:
+        return 0.0
+    wrong = outside + unexplained
+    return right / (right + wrong) - 0.1 * share - 0.25 * wrong / edge
+
+
+def hidden_box(template, patch, x, y):
+    """Return the box, in the template's own pixels, that another object hides of it, or None.
+
+    It is the smallest one around all pixels that the patch clearly lacks.
+    """
+    height, width = template.whole.shape
+    here = as_slices((x, y, x + width, y + height))
+    clearly_lacking = template.core & ~patch.near[here]
+    box = bounds(clearly_lacking)
+    if box is None:
+        return None
+    x0, y0, x1, y1 = box
+
+    # A few lacking pixels are not hidden, they are wrong. At a large object a paste may graze them.
+    least = 3 if width >= 32 else 10
+    if max(x1 - x0, y1 - y0) <= least:
+        return None
+
+    # Nothing hides an object but another one, which must be seen there.
+    nearby = as_slices((max(0, x + x0 - NEARBY), max(0, y + y0 - NEARBY),
+                        x + x1 + NEARBY, y + y1 + NEARBY))
+    if np.count_nonzero(patch.others[nearby]) < SMALLEST_PATCH:
+        return None
+    return box
+
+
+def recognise(patch):
+    """Return (score, shape) of the template that a patch agrees with best."""
+    best_score = 0.0
+    best_shape = ""
+    for shape, sizes in templates().items():
+        score = best_agreement(sizes, patch)
+        if score > best_score:
+            best_score = score
+            best_shape = shape
+    return best_score, best_shape
+
+
+def best_agreement(sizes, patch):
+    """Return the best agreement of a patch with one shape: all sizes, then small moves of the best ones."""
+    rough = []
+    for number, shifted in enumerate(sizes):
+        # Half a pixel matters to small objects only.
+        tried = [shifted[0], shifted[3]] if shifted[0].area < SMALL else [shifted[0]]
+        for template in tried:
+            # How much of the object would be seen.
+            if not 0.9 * (1 - MOST_HIDDEN) < patch.area / template.area < 1.3:
+                continue
+            for x, y in likely_corners(template, patch.box):
+                score = agreement(template, patch, x, y)
+                rough.append((score, number, x, y))
+    rough.sort(reverse=True)
+    best = 0.0
+    for score, number, x, y in rough[:4]:
+        # A move by a pixel and a half improves a score by no more than this.
+        if score < THRESHOLD - 0.35:
+            break
+        for template in sizes[number]:
+            for dx, dy in MOVES:
+                corner = inside_frame(template, x + dx, y + dy)
+                best = max(best, agreement(template, patch, *corner))
+    return best
+
+
+MOVES = [(dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1)]
+
+
+def likely_corners(template, box):
+    """Return the upper left corners (x, y) at which a template may explain a patch in this box.
+
+    The object reaches at least as far as its visible patch: it is as large as the box, or larger
+    and hidden at the far side; so it begins or ends where the box does.
+    """
+    x0, y0, x1, y1 = box
+    height, width = template.whole.shape
+    if width < x1 - x0 - 2 or height < y1 - y0 - 2:
+        return set()
+    left, right = x0, x1 - width
+    top, bottom = y0, y1 - height
+    return {inside_frame(template, x, y)
+            for x in (left, right, (left + right) // 2)
+            for y in (top, bottom)}
+
+
+def inside_frame(template, x, y):
+    """Return the corner nearest to (x, y) at which the whole template lies inside the picture."""
+    height, width = template.whole.shape
+    return min(max(x, 0), SIZE - width), min(max(y, 0), SIZE - height)
+
+
+# --------------------------------------------------------------------------------------------
+# Objects
 
 def detect(image):
-    """RGB image, 64 x 64 -> {shape: [{"box": [x0, y0, x1, y1] of what is visible, "score", "color"}, ...]},
-    most confident first, as GenEval's. Two patches of a colour may be one object with something across it."""
-    (color, share), found, objects, used = unmix(image), [], {}, np.zeros((SIZE, SIZE), bool)
-    for number, name in enumerate(COLORS):
-        labels = ndimage.label((color == number) & (share > 0.5), BOX3)[0]
-        area = np.bincount(labels.ravel())
-        patches = [i for i in np.argsort(-area) if i and area[i] >= 12][:3]
-        masks = [np.isin(labels, some) for n in (1, 2, 3) for some in combinations(patches, n)]
-        found += [(*fit(mask), name, mask) for mask in masks]
-    pale = ndimage.binary_erosion((share > 0.2) & (share < 0.65), BOX3)    # a clean object has no faint areas
-    for score, shape, name, mask in sorted(found, key=lambda one: -one[0]):
-        x0, y0, x1, y1 = bounds(mask)
-        if score > THRESHOLD and not (mask & used).any() and pale[y0:y1, x0:x1].sum() < 0.1 * mask.sum():
-            used |= mask
-            objects.setdefault(shape, []).append({"box": [x0, y0, x1, y1], "score": score, "color": name})
+    """Return the objects of an RGB picture, 64 x 64, as GenEval's detector does.
+
+    {shape: [{"box": [x0, y0, x1, y1], "score", "color"}, ...]}, most confident first. The box, in
+    pixels, right and bottom exclusive, is that of the visible part.
+    """
+    nearest, share = unmix(image)
+    colored = share > 0.5
+    # A clean object is faint at its edge only. Such areas are what melted objects are made of.
+    faint = ndimage.binary_erosion((share > 0.2) & (share < 0.65), NEIGHBOURS)
+    found = []
+    for number, color in enumerate(COLORS):
+        for mask in groups(colored & (nearest == number)):
+            patch = Patch(color, mask, colored)
+            score, shape = recognise(patch)
+            is_faint = np.count_nonzero(faint[as_slices(patch.box)]) >= 0.1 * patch.area
+            if score > THRESHOLD and not is_faint:
+                found.append((score, shape, patch))
+    found.sort(key=lambda one: -one[0])
+
+    # The best explanation of a pixel counts, and no other.
+    objects = {}
+    used = np.zeros((SIZE, SIZE), bool)
+    for score, shape, patch in found:
+        if (patch.mask & used).any():
+            continue
+        used |= patch.mask
+        thing = {"box": list(patch.box), "score": float(score), "color": patch.color}
+        objects.setdefault(shape, []).append(thing)
     return objects
+
+
+def groups(mask, largest=3, most=8):
+    """Return masks of what may be one object each: connected patches, alone or together.
+
+    Two or three patches may be one object with something across it. This is tried with the
+    `largest` ones; of single patches up to `most` are looked at.
+    """
+    labels, _ = ndimage.label(mask, NEIGHBOURS)
+    areas = np.bincount(labels.ravel())
+    areas[0] = 0                                                # label 0: not of this colour
+    order = np.argsort(-areas)
+    patches = [label for label in order[:most] if areas[label] >= SMALLEST_PATCH]
+    together = [[label] for label in patches]
+    for many in (2, 3):
+        together += combinations(patches[:largest], many)
+    return [np.isin(labels, group) for group in together]
+
+
+# --------------------------------------------------------------------------------------------
+# Backgrounds
+
+def background_share(image):
+    """Return which share of the background has the most frequent of the three greys.
+
+    The background is every pixel at least two pixels away from anything coloured. NaN if nothing
+    of it is seen.
+    """
+    _, share = unmix(image)
+    colored = ndimage.binary_dilation(share > 0.2, NEIGHBOURS, iterations=2)
+    levels = np.asarray(image.convert("L"), float)[~colored]
+    if not levels.size:
+        return float("nan")
+    distances = np.abs(levels[:, None] - TYPICAL_GREYS)                             # (n, 3)
+    counts = np.bincount(distances.argmin(1), minlength=3)
+    return counts.max() / levels.size
+
+
+# Half of a patterned background is 14 levels lighter (dark) or darker (the others) than its grey.
+TYPICAL_GREYS = np.array([level + 7 if level < 128 else level - 7 for level in GREYS.values()])
+
+
+def has_one_background(image):
+    """Tell whether at least 93% of the background has the same of the three greys: no seam is seen."""
+    return bool(background_share(image) >= 0.93)

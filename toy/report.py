@@ -1,85 +1,146 @@
-"""The toy's scores, and its report: one page, nothing outside of it."""
+"""The toy's report: one page with everything in it, and the pieces that pages are made of."""
 
 import base64
 import html
 import math
 import mimetypes
 
-import numpy as np
-from PIL import Image
+from common import complete, line_chart, read_jsonl
+from toy.recipe import TAU
+from toy.score import TASKS, one_background, task_scores
 
-from common import complete, read_jsonl
-from evaluate import geneval_verdict
-from toy.detector import detect
-from toy.world import TASKS
+STYLE = """
+body { font: 14px sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em }
+h2 { margin-top: 2em }
+img { max-width: 100% }
+figure { margin: 0; width: 128px; font-size: 11px }
+figure img { width: 128px; image-rendering: pixelated }
+.cards { display: flex; flex-wrap: wrap; gap: 12px }
+table { border-collapse: collapse }
+td { padding: 3px 10px; text-align: right }
+tr:first-child { font-weight: bold }
+td:first-child { text-align: left }
+.right { color: #080 }
+.wrong { color: #b00 }
+"""
 
-TAU = 0.14      # with it the signal-to-noise ratio, SCALE^2 (1 - t) / t, is that of the paper's 0.4
+
+# --------------------------------------------------------------------------------------------
+# Pieces of pages
+
+def write_page(path, title, body):
+    """Write an HTML page. `body` is HTML, `title` plain text."""
+    title = html.escape(title)
+    page = (f'<!doctype html><meta charset="utf-8"><title>{title}</title>\n'
+            f"<style>{STYLE}</style>\n<h1>{title}</h1>\n{body}\n")
+    with complete(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
-def score(folder, rows):
-    """GenEval's verdict on the image of each prompt -> [(file, row, right, reason), ...]."""
-    files = [folder / f"{p:05d}/samples/0000.png" for p in range(len(rows))]
-    return [(file, row, *geneval_verdict(detect(Image.open(file)), row, lambda thing, shape: thing["color"]))
-            for file, row in zip(files, rows)]
+def picture(path, note=""):
+    """Return an <img> with the bytes of a file in it; the note appears when one points at it."""
+    kind = mimetypes.guess_type(path)[0]
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img title="{html.escape(note)}" src="data:{kind};base64,{data}">'
 
 
-def embed(path, title=""):
-    """<img> with the bytes of a file in it."""
-    kind, data = mimetypes.guess_type(path)[0], base64.b64encode(path.read_bytes()).decode()
-    return f'<img title="{html.escape(title)}" src="data:{kind};base64,{data}">'
+def card(path, caption, note=""):
+    """Return a picture with a caption, which is HTML, below it."""
+    return f"<figure>{picture(path, note)}<figcaption>{caption}</figcaption></figure>"
 
 
 def cards(items):
-    """(file, HTML, note) of pictures -> them side by side, the HTML below each."""
-    figures = "".join(f"<figure>{embed(file, note)}<figcaption>{text}</figcaption></figure>"
-                      for file, text, note in items)
-    return f'<div class="cards">{figures}</div>'
+    """Return cards side by side."""
+    return f'<div class="cards">{"".join(items)}</div>'
 
 
-def curve(rows):
-    """The training loss as an inline SVG, steps to the right, loss upwards (logarithmic)."""
-    steps, losses = np.array([(row["step"], math.log10(row["loss"])) for row in rows]).T
-    low, high = losses.min() - 0.02, losses.max() + 0.02
-    x, y = 50 + 660 * steps / steps[-1], 10 + 180 * (high - losses) / (high - low)
-    points, ticks = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y)), ""
-    for k in range(5):
-        loss, step = 10 ** (high - (high - low) * k / 4), steps[-1] * k / 4
-        ticks += (f'<text x="45" y="{14 + 45 * k}" text-anchor="end">{loss:.3f}</text>'
-                  f'<text x="{50 + 165 * k}" y="210" text-anchor="middle">{step:.0f}</text>')
-    return (f'<svg width="720" height="220" font-size="11"><polyline fill="none" stroke="#36c" '
-            f'stroke-width="1.5" points="{points}"/>{ticks}</svg>')
+def table(rows):
+    """Return rows of HTML cells as a table; the first row is its head."""
+    lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
+    return "<table>" + "\n".join(lines) + "</table>"
 
 
-def report(out, table, results):
-    """OUT/report.html: the data, the noise strips, the loss, samples beside their prompts, the scores."""
-    def examples(folder, captions):
-        rows = read_jsonl(out / captions)
-        return cards((out / folder / row["file"], html.escape(row["caption"]), row["file"])
-                     for row in rows[::max(1, len(rows) // 8)][:8])
+def number(value):
+    """Return a share as text, "-" for none."""
+    return "-" if math.isnan(value) else f"{value:.2f}"
 
-    scores, shown = "".join(f"<tr><td>{'<td>'.join(row).replace('_', ' ')}" for row in table), ""
-    verdict = {True: '<b class="right">right</b>', False: '<b class="wrong">wrong</b>'}
+
+def spoken(task):
+    """Return a task's name in words: "single_object" -> "single object"."""
+    return task.replace("_", " ")
+
+
+def verdict_card(folder, row):
+    """Return the card of a scored picture: verdict and prompt below, the reason when pointed at."""
+    kind = "right" if row["right"] else "wrong"
+    caption = f'<b class="{kind}">{kind}</b> {html.escape(row["prompt"])}'
+    return card(folder / row["file"], caption, row["reason"])
+
+
+def verdicts(folder, rows, most=12):
+    """Return the scored pictures of a folder, at most `most` of each task, under a heading each."""
+    parts = []
     for task in TASKS:
-        some = [result for result in results if result[1]["tag"] == task][:12]
-        shown += f"<h3>{task.replace('_', ' ')}</h3>" + cards(
-            (file, f"{verdict[right]} {html.escape(row['prompt'])}", why) for file, row, right, why in some)
-    page = f"""<!doctype html><meta charset="utf-8"><title>The toy paper</title>
-<style>body {{ font: 14px sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em }}
-h2 {{ margin-top: 2em }} img {{ max-width: 100% }} figure img {{ width: 128px; image-rendering: pixelated }}
-.cards {{ display: flex; flex-wrap: wrap; gap: 12px }} figure {{ margin: 0; width: 128px; font-size: 11px }}
-td {{ padding: 3px 10px; text-align: right }} tr:first-child {{ font-weight: bold }}
-td:first-child {{ text-align: left }} .right {{ color: #080 }} .wrong {{ color: #b00 }} </style>
-<h1>How far can we go with a toy ImageNet?</h1>
+        chosen = [row for row in rows if row["tag"] == task][:most]
+        parts.append(f'<h3 id="{task}">{spoken(task)}</h3>')
+        parts.append(cards([verdict_card(folder, row) for row in chosen]))
+    return "\n".join(parts)
+
+
+def examples(folder, captions, count=8):
+    """Return some pictures of a folder, spread over the data, with their captions."""
+    rows = read_jsonl(captions)
+    step = max(1, len(rows) // count)
+    return cards([card(folder / row["file"], html.escape(row["caption"]), row["file"])
+                  for row in rows[::step][:count]])
+
+
+def loss_curve(log):
+    """Return the training loss in train.py's log.jsonl as an SVG picture."""
+    points = [(row["step"], row["loss"]) for row in read_jsonl(log) if "loss" in row]
+    return line_chart({"training": points}, "step", "loss", log=True)
+
+
+# --------------------------------------------------------------------------------------------
+# The report of one run
+
+def score_rows(scores):
+    """Return the table of scores, {"short": rows, "long": rows} of `score`, as rows of texts."""
+    lines = [["", *map(spoken, TASKS), "overall", "one background"]]
+    for kind, rows in scores.items():
+        shares = [number(value) for value in task_scores(rows).values()]
+        lines.append([f"{kind} prompts", *shares, number(one_background(rows))])
+    return lines
+
+
+def report(out, scores):
+    """Write OUT/report.html: scores, samples beside their prompts, the data, the noise, the loss."""
+    many = len(scores["long"])
+    body = f"""
 <p>One DiT-I with long captions (TA) and CutMix composites (IA), trained by <code>python -m toy</code>.</p>
-<h2>Scores</h2><table>{scores}</table>
-<p>A miniature of GenEval: share of images that are as asked, of {len(results)} for each kind of prompt.</p>
-<h2>Samples for long prompts</h2><p>Point at an image for the reason of its verdict.</p>{shown}
-<h2>Originals and their long captions</h2>{examples("images", "captions.jsonl")}
-<h2>CutMix composites and theirs</h2>{examples("cutmix", "captions-cutmix.jsonl")}
-<h2>What noise hides</h2><p>Composites are only used right of the line, where their seams are hidden: at the
-paper's tau = 0.4. The toy's latents have half the scale: this noise ratio comes at tau = {TAU} already.</p>
-{embed(out / "cutmix-look/noise.png")}
-<h2>Training loss</h2>{curve(read_jsonl(out / "dit/log.jsonl"))}
+
+<h2>Scores</h2>
+{table(score_rows(scores))}
+<p>A miniature of GenEval: share of pictures that are as asked, of {many} for each kind of prompt. The
+last column is the share of pictures with no seam, that is, with one background, among the pictures of
+two objects that are right.</p>
+
+<h2>Samples for long prompts</h2>
+<p>Point at a picture for the reason of its verdict.</p>
+{verdicts(out / "samples-long", scores["long"])}
+
+<h2>Originals and their long captions</h2>
+{examples(out / "images", out / "captions.jsonl")}
+
+<h2>CutMix composites and theirs</h2>
+{examples(out / "cutmix", out / "captions-cutmix.jsonl")}
+
+<h2>What noise hides</h2>
+<p>Composites are only used right of the line, at tau = {TAU}, where noise hides their seams. The toy's
+latents have half the standard deviation of the paper's, so training sees more noise at the same t.</p>
+{picture(out / "cutmix-look/noise.png")}
+
+<h2>Training loss</h2>
+{loss_curve(out / "dit/log.jsonl")}
 """
-    with complete(out / "report.html") as path:
-        path.write_text(page)
+    write_page(out / "report.html", "How far can we go with a toy ImageNet?", body)

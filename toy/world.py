@@ -1,194 +1,384 @@
-"""The toy world: what is drawn, the captioner that knows it, the prompts, and the tiny T5 that reads them."""
+"""The toy world: what is drawn, and the captioner that writes down what was drawn.
+
+A *scene* says what is in a picture: {"objects": [...], "grey": "dark", "background": "plain"}. Each
+*object* is {"shape", "color", "radius", "x", "y"}, lengths in pixels, the front one last. As with
+ImageNet, a picture shows things of one class, which is their shape: mostly a large one, often some
+smaller ones. Colours, sizes and backgrounds vary and are not in the class name.
+"""
 
 import math
 import random
-from itertools import product
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import cutmix
 from common import complete, read_jsonl, write_jsonl
 
-SIZE = 64
-SHAPES = ["circle", "cross", "ring", "square", "star", "triangle"]              # the classes
-COLORS = {"red": (222, 40, 40), "yellow": (240, 205, 30), "green": (30, 165, 60), "cyan": (30, 190, 205),
-          "blue": (45, 75, 225), "purple": (160, 50, 185)}
+SIZE = 64           # pixels of a picture's side
+SHAPES = ["circle", "cross", "square", "star", "triangle"]
+COLORS = {
+    "red": (222, 40, 40),
+    "yellow": (240, 205, 30),
+    "green": (30, 165, 60),
+    "blue": (45, 75, 225),
+    "purple": (160, 50, 185),
+}
 GREYS = {"dark": 60, "grey": 128, "light": 205}
-BACKGROUNDS = ["plain", "striped", "checkered"]
+BACKGROUNDS = ["plain"]          # also drawn: "striped", "checkered"
+LARGE = 18                       # a larger radius, in pixels, fills the frame
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The world
+# --------------------------------------------------------------------------------------------
+# Drawing
 
-POLYGONS = {    # their corners in a disc of radius 1, y downwards
+def polar(radius, turns):
+    """Return the point at `radius` from the centre, `turns` of a full turn clockwise from the top."""
+    angle = 2 * math.pi * turns
+    return radius * math.sin(angle), -radius * math.cos(angle)
+
+
+# The corners of the shapes in a disc of radius 1, y downwards.
+TRIANGLE = [polar(1.08, turn) for turn in (0, 1 / 3, 2 / 3)]
+POLYGONS = {
     "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
-    "triangle": [(1.08 * math.sin(a), 0.2 - 1.08 * math.cos(a))
-                 for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)],
-    "star": [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5))
-             for i, r in enumerate([1.0, 0.5] * 5)],
-    "cross": [(-0.3, -0.95), (0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3), (0.3, 0.95),
-              (-0.3, 0.95), (-0.3, 0.3), (-0.95, 0.3), (-0.95, -0.3), (-0.3, -0.3)]}
+    # A triangle's centre of mass lies low: it is drawn a little lower to look centred.
+    "triangle": [(x, y + 0.2) for x, y in TRIANGLE],
+    "star": [polar(0.5 if i % 2 else 1.0, i / 10) for i in range(10)],
+    "cross": [(-0.3, -0.95), (0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3),
+              (0.3, 0.95), (-0.3, 0.95), (-0.3, 0.3), (-0.95, 0.3), (-0.95, -0.3), (-0.3, -0.3)],
+}
 
 
 def draw(scene, scale=4):
-    """A scene (shape, color, radius, x, y in pixels, grey, background) -> 64 x 64 RGB image, antialiased."""
-    grey, (row, column) = GREYS[scene["grey"]], np.indices((8, 8))
-    odd = {"plain": 0 * row, "striped": row % 2, "checkered": (row + column) % 2}[scene["background"]]
-    image = Image.fromarray(np.uint8(grey + (14 if grey < 128 else -14) * odd)).convert("RGB")      # 8 x 8
+    """Return the picture of a scene: a 64 x 64 RGB PIL image.
+
+    It is drawn `scale` times as large and shrunk, so that edges are smooth.
+    """
+    image = draw_background(scene["grey"], scene["background"])
     image = image.resize((SIZE * scale, SIZE * scale), Image.Resampling.NEAREST)
-    mask, (x, y, r) = Image.new("L", image.size), (scene[key] * scale for key in ("x", "y", "radius"))
-    pen = ImageDraw.Draw(mask)
-    if scene["shape"] in POLYGONS:
-        pen.polygon([(x + r * a, y + r * b) for a, b in POLYGONS[scene["shape"]]], fill=255)
-    else:
-        for part, fill in (0.92 * r, 255), (0.42 * r, 0 if scene["shape"] == "ring" else 255):
-            pen.ellipse([x - part, y - part, x + part, y + part], fill=fill)
-    image.paste(COLORS[scene["color"]], (0, 0), mask)
+    for thing in scene["objects"]:
+        image.paste(COLORS[thing["color"]], (0, 0), mask_of(thing, scale))
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-def random_scene(rng, shape=None):
-    radius, x, y = rng.uniform(22, 28), 32 + rng.uniform(-2, 2), 32 + rng.uniform(-2, 2)
-    return {"shape": shape or rng.choice(SHAPES), "color": rng.choice(list(COLORS)),
-            "radius": round(radius, 1), "x": round(x, 1), "y": round(y, 1),
-            "grey": rng.choice(list(GREYS)), "background": rng.choice(BACKGROUNDS)}
+def draw_background(grey, pattern):
+    """Return a background of 8 x 8 cells as an RGB PIL image of 8 x 8 pixels.
+
+    Every other row, or every other cell, is a little lighter or darker.
+    """
+    row, column = np.indices((8, 8))
+    odd = {"plain": 0 * row, "striped": row % 2, "checkered": (row + column) % 2}[pattern]
+    step = 14 if GREYS[grey] < 128 else -14
+    cells = GREYS[grey] + step * odd
+    return Image.fromarray(cells.astype(np.uint8)).convert("RGB")
+
+
+def mask_of(thing, scale=1):
+    """Return where an object is: a PIL image of mode L of 64 `scale` pixels a side, 255 inside."""
+    mask = Image.new("L", (SIZE * scale, SIZE * scale))
+    pen = ImageDraw.Draw(mask)
+    x = thing["x"] * scale
+    y = thing["y"] * scale
+    radius = thing["radius"] * scale
+    if thing["shape"] in POLYGONS:
+        corners = POLYGONS[thing["shape"]]
+        pen.polygon([(x + radius * a, y + radius * b) for a, b in corners], fill=255)
+    else:
+        radius = 0.92 * radius          # a circle of radius 1 would look larger than a square
+        pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=255)
+    return mask
+
+
+# --------------------------------------------------------------------------------------------
+# Scenes
+
+# What composites arrange at high noise must exist in originals, at that size and in that kind of
+# place: below tau only originals are seen, and there the details are learned. So some originals hold
+# smaller objects, where and as large as CutMix pastes them. All the same, no original shows two classes.
+# These are the kinds of originals and their shares.
+KINDS = {
+    "large": 0.42,      # one object fills the frame, as most of ImageNet's do
+    "corners": 0.35,    # one to three objects of half that size, each in a corner
+    "1/4": 0.13,        # a large one with a small one, as CutMix's settings would paste it
+    "1/9": 0.06,
+    "1/16": 0.04,
+}
+CORNERS = [(16, 16), (48, 16), (16, 48), (48, 48)]      # the centres of the quarters
+
+
+def large_place(rng):
+    """Return (radius, x, y) of an object that fills the frame."""
+    return rng.uniform(22, 28), 32 + rng.uniform(-2, 2), 32 + rng.uniform(-2, 2)
+
+
+def corner_place(rng, corner):
+    """Return (radius, x, y) of an object in a quarter of the picture."""
+    x, y = corner
+    return rng.uniform(11, 14), x + rng.uniform(-1, 1), y + rng.uniform(-1, 1)
+
+
+def pasted_place(rng, setting, radius):
+    """Return (radius, x, y) of an object as small and in such a place as CutMix pastes a large one."""
+    x0, y0, x1, y1 = cutmix.paste_box(setting, SIZE, rng)
+    x = (x0 + x1) / 2 + rng.uniform(-1, 1)
+    y = (y0 + y1) / 2 + rng.uniform(-1, 1)
+    return radius / cutmix.SIDE[setting], x, y
+
+
+def random_scene(rng, shape=None, kind=None):
+    """Return a random scene of one class and of one of KINDS."""
+    kind = kind or rng.choices(list(KINDS), KINDS.values())[0]
+    if kind == "corners":
+        many = rng.choices([1, 2, 3], [0.4, 0.4, 0.2])[0]
+        places = [corner_place(rng, corner) for corner in rng.sample(CORNERS, many)]
+    else:
+        places = [large_place(rng)]
+    if kind in cutmix.SETTINGS:
+        radius = places[0][0]
+        places.append(pasted_place(rng, kind, radius))
+    shape = shape or rng.choice(SHAPES)
+    colors = rng.sample(list(COLORS), len(places))
+    things = [make_object(shape, color, place) for color, place in zip(colors, places)]
+    return {"objects": things, "grey": rng.choice(list(GREYS)), "background": rng.choice(BACKGROUNDS)}
+
+
+def make_object(shape, color, place):
+    """Return an object at a place (radius, x, y)."""
+    radius, x, y = place
+    return {"shape": shape, "color": color,
+            "radius": round(radius, 1), "x": round(x, 1), "y": round(y, 1)}
 
 
 def make_world(out, count, seed):
-    """OUT/images in ImageNet's layout and OUT/scenes.jsonl, what is in each picture."""
+    """Draw OUT/images, in ImageNet's layout, and write OUT/scenes.jsonl, what is in each picture."""
     scenes = []
     for i in tqdm(range(count), desc="drawing", unit="img"):
         shape = SHAPES[i % len(SHAPES)]
-        file, scene = f"{shape}/{shape}_{i:05d}.png", random_scene(random.Random(f"{seed} {i}"), shape)
-        if not (out / "images" / file).exists():
-            with complete(out / "images" / file) as path:
-                draw(scene).save(path, "PNG")
+        file = f"{shape}/{shape}_{i:05d}.png"
+        scene = random_scene(random.Random(f"{seed} {i}"), shape)
+        path = out / "images" / file
+        if not path.exists():
+            with complete(path) as temporary:
+                draw(scene).save(temporary, "PNG")
         scenes.append({"file": file, **scene})
     write_jsonl(out / "scenes.jsonl", scenes)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The captioner: knows the scene, writes it down in ever other words
+# --------------------------------------------------------------------------------------------
+# What the captioner sees: objects with two more keys, "visible", the share of the object that can
+# be seen, and "cell", where it is: (column, row) of a 3 x 3 grid
 
-def background(rng, scene):
-    kind = f"{scene['background']} {scene['grey']} grey".replace("grey grey", "grey")
-    return rng.choice([f"before a {kind} wall .", f"on {kind} ground ."])
-
-
-def caption_of(scene, rng):
-    """A long caption of a picture with one object, as the captioner would write it for an original."""
-    size = "huge" if scene["radius"] > 26 else "large" if scene["radius"] > 24 else "big"
-    thing = f"a {size} {scene['color']} {scene['shape']}"
-    first = rng.choice([f"the image shows {thing}", f"{thing} fills the picture",
-                        f"in the center there is {thing}", f"a single object , {thing}"])
-    return f"{first} {background(rng, scene)}"
+HALF = 0.55             # up to this share the caption says "half a star"
 
 
-PLACES = {(0, 0): "in the top left corner", (1, 0): "at the top edge", (2, 0): "in the top right corner",
-          (0, 1): "at the left edge", (2, 1): "at the right edge",
-          (0, 2): "in the bottom left corner", (1, 2): "at the bottom edge",
-          (2, 2): "in the bottom right corner"}
-RELATIONS = {(0, 1): "left of", (2, 1): "right of", (1, 0): "above", (1, 2): "below"}
-WHERE = {"1/2": [(2, 1), (1, 2)], "1/4": [(0, 0), (2, 0), (0, 2), (2, 2)],    # CutMix pastes; 1/16: in all
-         "1/9": [(1, 0), (0, 1), (2, 1), (1, 2)]}
+def cell_of(thing):
+    """Return the cell of an object's centre; one that fills the frame is in the middle."""
+    if thing["radius"] > LARGE:
+        return (1, 1)
+    return (int(3 * thing["x"] / SIZE), int(3 * thing["y"] / SIZE))
 
 
-def composite_caption(base, paste, setting, place, rng):
-    """A long caption of a picture with two objects: `paste` stands at `place` (column, row of a 3 x 3 grid).
-
-    It speaks of one scene, as LLaVA is asked to, not of a composite."""
-    one, two = f"{base['color']} {base['shape']}", f"{paste['color']} {paste['shape']}"
-    if setting == "1/2":
-        side, other = ("left", "right") if place == (2, 1) else ("top", "bottom")
-        choices = [f"a {one} on the {side} and a {two} on the {other}",
-                   f"the image shows a {two} on the {other} , a {one} on the {side}"]
-    else:
-        one, two = f"large {one}", f"{ {'1/4': 'small', '1/9': 'little', '1/16': 'tiny'}[setting]} {two}"
-        choices = [f"a {one} with a {two} {PLACES[place]}",
-                   f"{PLACES[place]} there is a {two} , next to a {one}"]
-    if place in RELATIONS:
-        choices.append(f"a {two} {RELATIONS[place]} a {one}")
-    return f"{rng.choice(choices)} {background(rng, base)}"
+def seen_in_original(scene):
+    """Return the objects of an original as the captioner sees them."""
+    return [{**thing, "visible": 1.0, "cell": cell_of(thing)} for thing in scene["objects"]]
 
 
-def make_captions(out, seed):
-    """Captions of originals and composites, from the scenes and from where cutmix.py says it pasted what."""
-    scenes = {scene["file"]: scene for scene in read_jsonl(out / "scenes.jsonl")}
-    write_jsonl(out / "captions.jsonl", [
-        {"file": file, "caption": caption_of(scene, random.Random(f"{seed} {file}"))}
-        for file, scene in scenes.items()])
-    rows = []
-    for row in read_jsonl(out / "cutmix/cutmix.jsonl"):
-        (x0, y0, x1, y1), rng = row["box"], random.Random(f"{seed} {row['file']}")
-        place = 3 * (x0 + x1) // (2 * SIZE), 3 * (y0 + y1) // (2 * SIZE)
-        text = composite_caption(scenes[row["base"]], scenes[row["paste"]], row["setting"], place, rng)
-        rows.append({"file": row["file"], "caption": text})
-    write_jsonl(out / "captions-cutmix.jsonl", rows)
+def seen_in_composite(base, paste, box, setting):
+    """Return the objects of two scenes that can still be seen in their composite, the largest three."""
+    x0, y0, x1, y1 = box
+    inside = np.zeros((SIZE, SIZE), bool)
+    inside[y0:y1, x0:x1] = True
+    seen = [look_at(thing, ~inside) for thing in base["objects"]]
+    for thing in paste["objects"]:
+        if setting != "1/2":
+            thing = shrink(thing, x0, y0, cutmix.SIDE[setting])
+        seen.append(look_at(thing, inside))
+    seen = [thing for thing in seen if thing["visible"] > 0.2 and thing["radius"] >= 4]
+    seen.sort(key=lambda thing: -thing["visible"] * thing["radius"])
+    return seen[:3]
 
 
-def make_text_encoder(folder, texts, seed, dim=128):
-    """A tiny random T5 and a tokenizer of the words in `texts`, saved as any T5 on the hub is."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-    words = ["<pad>", "</s>", "<unk>", *sorted({word for text in texts for word in text.split()})]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
-                            unk_token="<unk>").save_pretrained(folder)
-    torch.manual_seed(seed)
-    t5 = T5EncoderModel(T5Config(vocab_size=len(words), d_model=dim, d_kv=32, d_ff=2 * dim, num_layers=2,
-                                 num_heads=4, decoder_start_token_id=0))
-    # Trained heads look at neighbours, random ones everywhere: a caption would be a bag of words.
-    # T5 has a bias for each distance: 1, 2 are one and two words back, 17, 18 one and two words ahead.
-    bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight            # (32, heads)
-    bias.data.zero_()[[1, 2, 17, 18], range(4)] = 6.0
-    t5.save_pretrained(folder)
+def shrink(thing, x0, y0, side):
+    """Return an object as CutMix pastes it: 1 / `side` as large, its picture's corner at (x0, y0)."""
+    return {**thing,
+            "radius": thing["radius"] / side,
+            "x": x0 + thing["x"] / side,
+            "y": y0 + thing["y"] / side}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A miniature GenEval: the benchmark's six tasks, once as its short prompts and once as long ones
-
-TASKS = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
-
-
-def make_prompts(out, count, seed):
-    """OUT/prompts-short.jsonl and OUT/prompts-long.jsonl, with GenEval's metadata (`tag`, `include`, ...)."""
-    short, long = [], []
-    for task, n in product(TASKS, range(count)):
-        rng = random.Random(f"{seed} {task} {n}")
-        one, two = (random_scene(rng, shape) for shape in rng.sample(SHAPES, 2))
-        one["color"], two["color"] = rng.sample(list(COLORS), 2)
-        s1, s2, c1, c2 = one["shape"], two["shape"], one["color"], two["color"]
-        include = [{"class": s1, "count": 1}, {"class": s2, "count": 1}]
-        row = {"tag": task, "include": include}
-        setting, place = rng.choice(cutmix.SETTINGS), rng.choice(sorted(PLACES))
-        if setting in WHERE:
-            place = rng.choice(WHERE[setting])
-        if task == "position":
-            setting = rng.choice(["1/2", "1/9"])
-            place = rng.choice(WHERE["1/2"] if setting == "1/2" else list(RELATIONS))
-            include[1]["position"] = [RELATIONS[place], 0]
-        if task in ("colors", "color_attr"):
-            include[0]["color"], include[1]["color"] = c1, c2
-        if task in ("single_object", "colors"):
-            del include[1]
-            brief, detailed = f"a {c1} {s1}" if task == "colors" else f"a {s1}", caption_of(one, rng)
-        elif task == "counting":
-            many, word = rng.choice([(2, "two"), (3, "three")])
-            plural = s1 + ("es" if s1 == "cross" else "s")
-            include[:], row["exclude"] = [{"class": s1, "count": many}], [{"class": s1, "count": many + 1}]
-            brief = f"{word} {plural}"
-            detailed = f"the image shows {word} {c1} {plural} {background(rng, one)}"
+def look_at(thing, region):
+    """Return an object with `visible` and `cell`, of which only `region` (64, 64) bool can be seen."""
+    mask = np.asarray(mask_of(thing)) > 0
+    rows, columns = (mask & region).nonzero()
+    visible = len(rows) / mask.sum()
+    cell = cell_of(thing)
+    if thing["radius"] > LARGE and 0 < visible <= HALF:
+        # A half of a large object is where its middle is, seen from the middle of the picture.
+        x = columns.mean() - SIZE / 2
+        y = rows.mean() - SIZE / 2
+        if abs(x) > abs(y):
+            cell = (0 if x < 0 else 2, 1)
         else:
-            brief = {"two_object": f"a {s1} and a {s2}", "color_attr": f"a {c1} {s1} and a {c2} {s2}",
-                     "position": f"a {s2} {RELATIONS.get(place)} a {s1}"}[task]
-            detailed = composite_caption(one, two, setting, place, rng)
-            row["layout"] = {"colors": [c1, c2], "setting": setting, "place": place}
-        short.append({**row, "prompt": f"a photo of {brief}"})
-        long.append({**row, "prompt": detailed})
-    write_jsonl(out / "prompts-short.jsonl", short)
-    write_jsonl(out / "prompts-long.jsonl", long)
+            cell = (1, 0 if y < 0 else 2)
+    return {**thing, "visible": visible, "cell": cell}
+
+
+# --------------------------------------------------------------------------------------------
+# The captioner, in LLaVA's stead: it knows what is seen and writes it down, at length or briefly
+
+PLACES = {
+    (0, 0): "top left",
+    (1, 0): "top",
+    (2, 0): "top right",
+    (0, 1): "left",
+    (1, 1): "middle",
+    (2, 1): "right",
+    (0, 2): "bottom left",
+    (1, 2): "bottom",
+    (2, 2): "bottom right",
+}
+NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
+# Shares of brief captions: the less there is to tell, the more often a caption is brief.
+BRIEF_FOR_ONE = 0.5
+BRIEF_FOR_SEVERAL = 0.15
+
+
+def plural(shape):
+    return shape + ("es" if shape == "cross" else "s")
+
+
+def join(phrases):
+    """Return phrases as one: "a , b and c"."""
+    if len(phrases) == 1:
+        return phrases[0]
+    return f"{' , '.join(phrases[:-1])} and {phrases[-1]}"
+
+
+def relations(one, two):
+    """Return the words for where the first object is, seen from the second: none, one or two."""
+    words = []
+    column, row = one["cell"]
+    other_column, other_row = two["cell"]
+    if column < other_column:
+        words.append("left of")
+    if column > other_column:
+        words.append("right of")
+    if row < other_row:
+        words.append("above")
+    if row > other_row:
+        words.append("below")
+    return words
+
+
+def describe_object(thing):
+    """Return words for one object: "a large red star", "a red star top left"."""
+    radius = thing["radius"]
+    article = "a"
+    place = f" {PLACES[thing['cell']]}"
+    if thing["visible"] <= HALF:
+        article = "half a"
+    elif radius > LARGE:
+        # It fills the frame: it is everywhere.
+        place = ""
+    if radius > LARGE:
+        size = "large "
+    elif radius > 10:
+        size = ""
+    elif radius > 7:
+        size = "small "
+    else:
+        size = "tiny "
+    return f"{article} {size}{thing['color']} {thing['shape']}{place}"
+
+
+def describe_background(scene, rng):
+    """Return words for the background: "on dark ground"."""
+    kind = f"{scene['background']} {scene['grey']}".replace("plain ", "")
+    return rng.choice([f"before a {kind} wall", f"on {kind} ground"])
+
+
+def long_caption(things, scene, rng):
+    """Return a caption that says what and where every object is.
+
+    It speaks of one scene, as LLaVA is asked to, not of a composite.
+    """
+    things = rng.sample(things, len(things))
+    whole = all(thing["visible"] > HALF for thing in things)
+    none_large = all(thing["radius"] < LARGE for thing in things)
+    one_class = len({thing["shape"] for thing in things}) == 1
+    text = join([describe_object(thing) for thing in things])
+    if len(things) == 2 and whole and none_large and rng.random() < 0.4:
+        words = relations(*things)
+        if words:
+            first, second = [describe_object(thing) for thing in things]
+            text = f"{first} , {rng.choice(words)} {second}"
+    if len(things) > 1 and one_class and whole:
+        text = f"{NUMBERS[len(things)]} {plural(things[0]['shape'])} , {text}"
+    return f"{text} {describe_background(scene, rng)}"
+
+
+def brief_caption(things, rng):
+    """Return a short caption, as a user would write it: LLaVA's vary in length, too."""
+    things = rng.sample(things, len(things))
+    with_colors = rng.random() < 0.5
+    if with_colors and len(things) < 3:
+        names = [f"a {thing['color']} {thing['shape']}" for thing in things]
+        return f"a photo of {join(names)}"
+    counts = {}
+    for thing in things:
+        counts[thing["shape"]] = counts.get(thing["shape"], 0) + 1
+    if len(things) == len(counts) == 2 and rng.random() < 0.5:
+        words = relations(*things)
+        if words:
+            first, second = things
+            return f"a photo of a {first['shape']} {rng.choice(words)} a {second['shape']}"
+    names = []
+    for shape, count in counts.items():
+        name = plural(shape) if count > 1 else shape
+        names.append(f"{NUMBERS[count]} {name}")
+    return f"a photo of {join(names)}"
+
+
+def caption_of(things, scene, rng):
+    """Return a caption of what is seen, a long or a brief one."""
+    share = BRIEF_FOR_ONE if len(things) == 1 else BRIEF_FOR_SEVERAL
+    if rng.random() < share:
+        return brief_caption(things, rng)
+    return long_caption(things, scene, rng)
+
+
+def caption_originals(out, seed):
+    """Write OUT/captions.jsonl, a caption for each original."""
+    rows = []
+    for scene in read_jsonl(out / "scenes.jsonl"):
+        rng = random.Random(f"{seed} {scene['file']}")
+        text = caption_of(seen_in_original(scene), scene, rng)
+        rows.append({"file": scene["file"], "caption": text})
+    write_jsonl(out / "captions.jsonl", rows)
+
+
+def caption_composites(out, composites, captions, seed):
+    """Write a caption for each composite in the folder OUT/`composites` to the file OUT/`captions`.
+
+    The captioner knows from cutmix.jsonl what was pasted where.
+    """
+    scenes = {scene["file"]: scene for scene in read_jsonl(out / "scenes.jsonl")}
+    rows = []
+    for row in read_jsonl(out / composites / "cutmix.jsonl"):
+        rng = random.Random(f"{seed} {row['file']}")
+        base = scenes[row["base"]]
+        paste = scenes[row["paste"]]
+        things = seen_in_composite(base, paste, row["box"], row["setting"])
+        # Each half of CM 1/2 has its background: the caption names one of them.
+        ground = rng.choice([base, paste]) if row["setting"] == "1/2" else base
+        if not things:
+            text = f"nothing {describe_background(ground, rng)}"
+        elif len(things) == 1:
+            # Never a brief one: "a photo of a star" is no caption for a part of a star.
+            text = long_caption(things, ground, rng)
+        else:
+            text = caption_of(things, ground, rng)
+        rows.append({"file": row["file"], "caption": text})
+    write_jsonl(out / captions, rows)

@@ -1,0 +1,127 @@
+"""How long the toy will take on this machine: its parts are timed for a moment, the rest is arithmetic."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import torch
+
+import encode
+from sample import MODELS
+from toy.autoencoder import VAE, to_tensor
+from toy.detector import detect
+from toy.recipe import BATCH, SAMPLE_STEPS
+from toy.world import draw, random_scene
+
+CAPTION_TOKENS = 20
+# Reading data, writing files and logging, measured beside the times below.
+OVERHEAD = 1.15
+
+
+def seconds_of(function, least=1.0):
+    """Return the seconds that one call takes: the mean of calls for `least` seconds, the first left out."""
+    function()
+    calls = 0
+    start = time.perf_counter()
+    while time.perf_counter() - start < least or calls < 2:
+        function()
+        calls += 1
+    return (time.perf_counter() - start) / calls
+
+
+def data_seconds():
+    """Return the seconds that one picture takes to be drawn, saved and encoded."""
+    rng = random.Random(0)
+    vae = encode.load_vae(VAE)
+    pixels = to_tensor([draw(random_scene(rng)) for _ in range(64)])
+    with torch.no_grad():
+        encoding = seconds_of(lambda: vae.encode(pixels)) / 64
+    return encoding + seconds_of(lambda: draw(random_scene(rng)), 0.3)
+
+
+def make_model(name):
+    family = MODELS[name]
+    return family.network(**family.presets["toy"])
+
+
+def random_text(model, batch):
+    text = torch.randn(batch, CAPTION_TOKENS, model.config["text_dim"])
+    return text, torch.ones(batch, CAPTION_TOKENS, dtype=torch.bool)
+
+
+def random_latents(model, batch):
+    size = model.config["size"]
+    return torch.randn(batch, model.config["channels"], size, size)
+
+
+def training_seconds(name):
+    """Return the seconds of one training step of a toy model."""
+    model = make_model(name)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    x = random_latents(model, BATCH)
+    text, mask = random_text(model, BATCH)
+    t = torch.rand(BATCH)
+
+    def step():
+        loss = (model(x, 1 - t, text, mask, torch.ones(BATCH)) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return seconds_of(step, 1.5)
+
+
+@torch.no_grad()
+def sampling_seconds(name):
+    """Return the seconds that one picture takes to be sampled, decoded and scored."""
+    model = make_model(name).eval()
+    batch = 64
+    # Guidance: every picture twice, once with its caption and once without.
+    x = random_latents(model, 2 * batch)
+    context = model.condition(*random_text(model, 2 * batch), torch.ones(2 * batch))
+    gamma = torch.full((2 * batch,), 0.5)
+    _, state = model.denoise(x, gamma, context, None)
+    denoising = seconds_of(lambda: model.denoise(x, gamma, context, state)) / batch
+    vae = encode.load_vae(VAE)
+    decoding = seconds_of(lambda: vae.decode(x[:batch]), 0.5) / batch
+    image = draw(random_scene(random.Random(0)))
+    detecting = seconds_of(lambda: detect(image), 0.3)
+    return SAMPLE_STEPS * denoising + decoding + detecting
+
+
+def spoken_time(seconds):
+    """Return a time in words: "about 3 minutes"."""
+    if seconds < 90:
+        return f"about {seconds:.0f} seconds"
+    if seconds < 5400:
+        return f"about {seconds / 60:.0f} minutes"
+    return f"about {seconds / 3600:.1f} hours"
+
+
+# --------------------------------------------------------------------------------------------
+# Several models side by side
+
+def main(argv=None):
+    """Print the seconds of a training step and of a picture: `python -m toy.estimate dit`."""
+    name = (argv or sys.argv[1:])[0]
+    print(json.dumps({"training": training_seconds(name), "sampling": sampling_seconds(name)}))
+
+
+def seconds_side_by_side(name, processes):
+    """Return {"training", "sampling"}, in seconds, when `processes` models run at once, a thread each."""
+    command = [sys.executable, "-m", "toy.estimate", name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+               for _ in range(processes)]
+    outputs = [json.loads(process.communicate()[0]) for process in running]
+    seconds = {}
+    for key in ("training", "sampling"):
+        seconds[key] = sum(output[key] for output in outputs) / len(outputs)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

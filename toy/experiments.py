@@ -1,0 +1,199 @@
+"""The paper's experiments in miniature: which models each table compares, and how a model is made.
+
+A `Run` is one model: its network, captions, composites, p, tau, data and seed. Tables share runs: the
+model of "TA + IA" in Table 2 is also the one at tau = 0.4. All runs share their data.
+"""
+
+from typing import NamedTuple
+
+from toy.data import composites_of, quoted
+from toy.prompts import TASKS
+from toy.recipe import P, TAU, sample_command, train_command
+from toy.side_by_side import Command, Job, remaining
+
+KINDS = ("short", "long")           # of prompts
+KEPT = 8                            # checkpoints of a run of Fig. 5
+
+
+class Run(NamedTuple):
+    """One model. The defaults are DiT-I with text augmentation alone (TA)."""
+
+    model: str = "dit"
+    captions: str = "long"          # or "aio", the paper's 'An image of <class-name>'
+    setting: str = ""               # of CutMix: "" is none, "all", "1/4", ...
+    p: float = P
+    tau: float = TAU
+    small: bool = False             # trained on a small part of the data
+    seed: int = 0
+
+
+class Line(NamedTuple):
+    """A line of a table: what it is called, and its models, one for each seed."""
+
+    label: str
+    runs: list
+
+
+def name_of(run):
+    """Return a run's name, which is also that of its folder."""
+    parts = [run.model, run.captions]
+    if run.setting:
+        setting = composites_of(run.setting)
+        parts.append(f"{setting}-p{run.p:g}-tau{run.tau:g}")
+    if run.small:
+        parts.append("small")
+    parts.append(f"seed{run.seed}")
+    return "-".join(parts)
+
+
+# --------------------------------------------------------------------------------------------
+# Tables
+
+MODEL_NAMES = {"dit": "DiT-I", "cad": "CAD-I"}
+
+
+def table_2():
+    """AIO captions, long captions (TA), and composites in addition (TA + IA), for both networks."""
+    lines = {}
+    for model, name in MODEL_NAMES.items():
+        lines[f"{name} AIO"] = Run(model, captions="aio")
+        lines[f"{name} TA"] = Run(model)
+        lines[f"{name} TA + IA"] = Run(model, setting="all")
+    return lines
+
+
+def table_4():
+    """The settings of CutMix."""
+    lines = {}
+    for setting in ("1/2", "1/4", "1/9", "1/16", "all"):
+        lines[f"CM {setting}"] = Run(setting=setting)
+    return lines
+
+
+def table_5():
+    """The share p of composites where t > tau, with CM 1/4."""
+    lines = {"p = 0": Run()}
+    for p in (0.25, 0.5, 0.75, 1.0):
+        lines[f"p = {p:g}"] = Run(setting="1/4", p=p)
+    return lines
+
+
+def table_tau():
+    """The time tau from which on composites are used; at 0 they are used at all times."""
+    lines = {}
+    for tau in TAUS:
+        lines[f"tau = {tau:g}"] = Run(setting="all", tau=tau)
+    return lines
+
+
+TAUS = (0.0, 0.2, 0.4, 0.6, 0.8)
+
+
+def figure_5():
+    """Little data: do composites delay overfitting?"""
+    return {"TA": Run(small=True), "TA + IA": Run(setting="all", small=True)}
+
+
+TABLES = {"1": table_2, "2": table_2, "4": table_4, "5": table_5, "tau": table_tau, "fig5": figure_5}
+
+
+def lines_of(table, seeds):
+    """Return the lines of a table, each with a run for every seed from 0 on."""
+    lines = []
+    for label, run in TABLES[table]().items():
+        lines.append(Line(label, [run._replace(seed=seed) for seed in range(seeds)]))
+    return lines
+
+
+def runs_of(tables, seeds):
+    """Return every run that the tables need, once, in the order of the tables; seed after seed."""
+    runs = []
+    for table in tables:
+        lines = lines_of(table, seeds)
+        for seed in range(seeds):
+            runs += [line.runs[seed] for line in lines]
+    return list(dict.fromkeys(runs))
+
+
+# --------------------------------------------------------------------------------------------
+# How a run is made
+
+def checkpoint_of(out, run):
+    return out / "runs" / name_of(run) / "checkpoint"
+
+
+def data_of(out, run):
+    """Return (encoded originals, encoded composites or None) of a run."""
+    world = out / "small" if run.small else out
+    originals = world / ("encoded-aio" if run.captions == "aio" else "encoded")
+    composites = world / f"encoded-{composites_of(run.setting)}" if run.setting else None
+    return originals, composites
+
+
+def job_of(out, run, steps, tables):
+    """Return the job that trains, samples and scores a run, with all that the tables want to know of it."""
+    folder = out / "runs" / name_of(run)
+    checkpoint = checkpoint_of(out, run)
+    originals, composites = data_of(out, run)
+    more = ""
+    if run.small:
+        every = kept_every(steps)
+        more = f"--val {quoted(out / 'val/encoded')} --val-every {every} --keep-every {every}"
+    options = train_command(run.model, quoted(checkpoint), quoted(originals),
+                            quoted(composites) if composites else None,
+                            run.p, run.tau, steps, run.seed, more)
+    commands = [Command("train", options)]
+    for kind in KINDS:
+        samples = folder / f"samples-{kind}"
+        prompts = quoted(out / f"prompts-{kind}.jsonl")
+        options = sample_command(quoted(checkpoint), prompts, quoted(samples), run.seed)
+        commands.append(Command("sample", options))
+        scores = quoted(folder / f"scores-{kind}.jsonl")
+        commands.append(Command("toy.score", f"--samples {quoted(samples)} --out {scores}"))
+    if "1" in tables and run in runs_of(["1"], run.seed + 1):
+        commands += distance_commands(out, run, checkpoint, folder / "distance.json")
+    if run.small and run.seed == 0:
+        for step in kept_steps(steps):
+            kept = checkpoint / f"step-{step:07d}"
+            commands += distance_commands(out, run, kept, folder / f"distance-{step:07d}.json")
+    return Job(name_of(run), folder, commands)
+
+
+def distance_commands(out, run, checkpoint, scores):
+    """Return the commands that measure how far a checkpoint's pictures are from validation pictures.
+
+    The prompts are the long captions of those pictures.
+    """
+    samples = scores.with_suffix("")
+    prompts = quoted(out / "val/captions.jsonl")
+    options = sample_command(quoted(checkpoint), prompts, quoted(samples), run.seed, more="")
+    real = quoted(out / "val/images")
+    return [Command("sample", options),
+            Command("toy.score",
+                    f"--samples {quoted(samples)} --real {real} --out {quoted(scores)}")]
+
+
+def kept_every(steps):
+    """Return how many steps lie between the checkpoints of a run of Fig. 5."""
+    return max(1, steps // KEPT)
+
+
+def kept_steps(steps):
+    """Return the steps at which a run of Fig. 5 is measured."""
+    every = kept_every(steps)
+    return list(range(every, steps + 1, every))
+
+
+def expected_seconds(job, seconds, steps, prompts, validation):
+    """Return how long a job's remaining commands take, from {"training", "sampling"} seconds."""
+    total = START_SECONDS
+    for command in remaining(job):
+        if command.stage == "train":
+            total += steps * seconds["training"]
+        if command.stage == "sample":
+            pictures = len(TASKS) * prompts if "geneval" in command.options else validation
+            total += pictures * seconds["sampling"]
+    return total
+
+
+START_SECONDS = 6           # until a process has loaded torch and transformers

@@ -1,0 +1,117 @@
+"""The toy's GenEval: prompts of the benchmark's six tasks, once short and once long; and the tiny T5."""
+
+import random
+from itertools import product
+
+import torch
+
+from common import write_jsonl
+from toy.world import (BACKGROUNDS, COLORS, CORNERS, GREYS, NUMBERS, SHAPES, corner_place,
+                       describe_background, describe_object, large_place, long_caption, make_object,
+                       plural, relations, seen_in_original)
+
+TASKS = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+
+
+def make_prompts(out, count, seed):
+    """Write OUT/prompts-short.jsonl and OUT/prompts-long.jsonl: `count` prompts for each task.
+
+    Each row has GenEval's metadata (`tag`, `include`, `exclude`), the `prompt`, and as `layout`
+    where the scene that it describes has its objects.
+    """
+    short = []
+    long = []
+    for task, n in product(TASKS, range(count)):
+        metadata, brief, detailed = make_prompt(task, random.Random(f"{seed} {task} {n}"))
+        short.append({**metadata, "prompt": f"a photo of {brief}"})
+        long.append({**metadata, "prompt": detailed})
+    write_jsonl(out / "prompts-short.jsonl", short)
+    write_jsonl(out / "prompts-long.jsonl", long)
+
+
+def scene_to_ask_for(task, rng):
+    """Return (scene, layout) that a prompt of a task describes.
+
+    Two objects stand in two corners, or a small one in a corner before a large one. No original
+    shows either: these are of one class.
+    """
+    one, two = rng.sample(SHAPES, 2)
+    if task in ("single_object", "colors"):
+        layout = rng.choice(["large", "corner"])
+        shapes = [one]
+    elif task == "counting":
+        layout = "corners"
+        shapes = [one] * rng.choice([2, 3])
+    elif task == "position":
+        layout = "corners"
+        shapes = [one, two]
+    else:
+        layout = rng.choice(["corners", "1/4"])
+        shapes = [one, two]
+    places = [corner_place(rng, corner) for corner in rng.sample(CORNERS, len(shapes))]
+    if layout in ("large", "1/4"):
+        places[0] = large_place(rng)
+    colors = rng.sample(list(COLORS), len(shapes))
+    things = [make_object(*thing) for thing in zip(shapes, colors, places)]
+    scene = {"objects": things, "grey": rng.choice(list(GREYS)), "background": rng.choice(BACKGROUNDS)}
+    return scene, layout
+
+
+def make_prompt(task, rng):
+    """Return (metadata, short text, long text) of a random prompt for one task."""
+    scene, layout = scene_to_ask_for(task, rng)
+    things = seen_in_original(scene)
+    detailed = long_caption(things, scene, rng)
+    names = [f"a {thing['shape']}" for thing in things]
+    include = [{"class": thing["shape"], "count": 1} for thing in things]
+    metadata = {"tag": task, "include": include, "layout": layout}
+
+    if task in ("colors", "color_attr"):
+        names = [f"a {thing['color']} {thing['shape']}" for thing in things]
+        for clause, thing in zip(include, things):
+            clause["color"] = thing["color"]
+    if task == "counting":
+        shape = things[0]["shape"]
+        many = len(things)
+        names = [f"{NUMBERS[many]} {plural(shape)}"]
+        metadata["include"] = [{"class": shape, "count": many}]
+        metadata["exclude"] = [{"class": shape, "count": many + 1}]
+    brief = " and ".join(names)
+    if task == "position":
+        # GenEval names the object that the other's place is seen from first.
+        first, second = things
+        words = rng.choice(relations(first, second))
+        metadata["include"] = [include[1], {**include[0], "position": [words, 0]}]
+        brief = f"{names[0]} {words} {names[1]}"
+        detailed = (f"{describe_object(first)} , {words} {describe_object(second)} "
+                    f"{describe_background(scene, rng)}")
+    return metadata, brief, detailed
+
+
+def make_text_encoder(folder, texts, seed, dim=128):
+    """Save a tiny random T5, and a tokenizer of the words in `texts`, as any T5 on the hub is saved."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+    known = {word for text in texts for word in text.split()}
+    words = ["<pad>", "</s>", "<unk>", *sorted(known)]
+    numbers = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+
+    torch.manual_seed(seed)
+    config = T5Config(vocab_size=len(words), d_model=dim, d_kv=32, d_ff=2 * dim, num_layers=2,
+                      num_heads=4, decoder_start_token_id=0)
+    t5 = T5EncoderModel(config)
+    # Trained heads look at neighbours, random ones everywhere: a caption would be a bag of words.
+    # T5 has a bias for each distance: 1 and 2 are one and two words back, 17 and 18 ahead. Each
+    # of the four heads gets one of them.
+    attention = t5.encoder.block[0].layer[0].SelfAttention
+    bias = attention.relative_attention_bias.weight.data                            # (32, heads)
+    bias.zero_()
+    bias[[1, 2, 17, 18], range(4)] = 6.0
+    t5.save_pretrained(folder)

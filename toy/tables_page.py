@@ -1,0 +1,205 @@
+"""The page of the experiments: tables, curves, and the pictures that each score stands for."""
+
+import html
+import math
+import statistics
+
+from common import line_chart, read_json, read_jsonl
+from toy.experiments import KINDS, checkpoint_of, kept_steps, lines_of, name_of
+from toy.prompts import TASKS
+from toy.recipe import TAU
+from toy.report import card, number, picture, spoken, table, verdicts, write_page
+from toy.score import one_background, task_scores
+
+TITLES = {
+    "1": "Table 1: distance to validation pictures",
+    "2": "Table 2: captions, composites and networks",
+    "4": "Table 4: CutMix settings, DiT-I, p = 0.5",
+    "5": "Table 5: the share p of composites, DiT-I, CM 1/4",
+    "tau": "tau: from which noise on composites are used, DiT-I",
+    "fig5": "Fig. 5: a small training set, DiT-I",
+}
+INTRODUCTION = """
+<p>GenEval in miniature: the share of pictures that are as asked, mean &plusmn; standard deviation between
+seeds. A score leads to its pictures. <i>One background</i>: the share of pictures with no seam, among the
+two-object pictures (of three tasks) that are right.</p>
+"""
+
+
+# --------------------------------------------------------------------------------------------
+# Scores of the runs that have ended so far
+
+def read_scores(out, run, kind):
+    """Return the verdicts on a run's samples for short or long prompts, or None: not yet there."""
+    path = out / "runs" / name_of(run) / f"scores-{kind}.jsonl"
+    return read_jsonl(path) if path.exists() else None
+
+
+def columns_of(rows):
+    """Return {column: value} of a run's verdicts: the tasks, "overall" and "one background"."""
+    return {**task_scores(rows), "one background": one_background(rows)}
+
+
+def line_columns(out, line, kind):
+    """Return {column: [a value for each seed]} of a table's line; empty if no run has ended."""
+    values = {}
+    for run in line.runs:
+        rows = read_scores(out, run, kind)
+        if rows:
+            for column, value in columns_of(rows).items():
+                values.setdefault(column, []).append(value)
+    return values
+
+
+def mean_and_spread(values):
+    """Return values of several seeds as text: "0.52 &plusmn; 0.03"."""
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return "-"
+    text = number(statistics.mean(values))
+    if len(values) > 1:
+        text += f" &plusmn; {statistics.stdev(values):.2f}"
+    return text
+
+
+# --------------------------------------------------------------------------------------------
+# Pieces
+
+def score_table(out, lines):
+    """Return the lines' scores for long and short prompts; every score is a link to its pictures."""
+    rows = [["", "prompts", *map(spoken, TASKS), "overall", "one background"]]
+    for kind in reversed(KINDS):
+        for line in lines:
+            columns = line_columns(out, line, kind)
+            cells = []
+            for column, values in columns.items():
+                link = f"runs/{name_of(line.runs[0])}/pictures-{kind}.html#{column}"
+                cells.append(f'<a href="{link}">{mean_and_spread(values)}</a>')
+            rows.append([line.label, kind, *(cells or ["not yet"])])
+    return table(rows)
+
+
+def score_chart(out, lines):
+    """Return curves over the number in the lines' labels ("tau = 0.4"): scores and one background."""
+    curves = {"overall": [], "two object": [], "color attr": [], "one background": []}
+    name = lines[0].label.split(" = ")[0]
+    for line in lines:
+        x = float(line.label.split(" = ")[1])
+        columns = line_columns(out, line, "long")
+        for curve, points in curves.items():
+            values = columns.get(curve.replace(" ", "_"), columns.get(curve, []))
+            values = [value for value in values if not math.isnan(value)]
+            if values:
+                points.append((x, statistics.mean(values)))
+    return line_chart(curves, name, "long prompts: share of pictures")
+
+
+def same_prompts(out, lines, kind="long", of_each_task=2):
+    """Return pictures of the same prompts by the models of all lines, side by side, seed 0."""
+    shown = []
+    for line in lines:
+        rows = read_scores(out, line.runs[0], kind)
+        if rows:
+            shown.append((line, rows))
+    if not shown:
+        return ""
+    rows = [["prompt", *(line.label for line, _ in shown)]]
+    for task in TASKS:
+        numbers = [n for n, row in enumerate(shown[0][1]) if row["tag"] == task]
+        for n in numbers[:of_each_task]:
+            cells = [html.escape(shown[0][1][n]["prompt"])]
+            for line, verdicts_of_line in shown:
+                row = verdicts_of_line[n]
+                samples = out / "runs" / name_of(line.runs[0]) / f"samples-{kind}"
+                mark = "right" if row["right"] else "wrong"
+                cells.append(card(samples / row["file"], f'<span class="{mark}">{mark}</span>',
+                                  row["reason"]))
+            rows.append(cells)
+    return table(rows)
+
+
+def distance_table(out, lines):
+    """Return Table 1: the Frechet distance and P/R/D/C of each line, mean and spread."""
+    names = ["distance", "precision", "recall", "density", "coverage"]
+    rows = [["", *names]]
+    for line in lines:
+        found = []
+        for run in line.runs:
+            path = out / "runs" / name_of(run) / "distance.json"
+            if path.exists():
+                found.append(read_json(path, "the scores of a run"))
+        cells = [mean_and_spread([scores[name] for scores in found]) for name in names]
+        rows.append([line.label, *(cells if found else ["not yet"])])
+    return table(rows)
+
+
+def overfitting_charts(out, lines, steps):
+    """Return Fig. 5: the validation loss, and the distance to validation pictures, against steps."""
+    losses = {}
+    distances = {}
+    for line in lines:
+        run = line.runs[0]
+        log = checkpoint_of(out, run) / "log.jsonl"
+        if not log.exists():
+            continue
+        rows = read_jsonl(log)
+        losses[f"{line.label}, validation"] = points_of(rows, "val_loss")
+        losses[f"{line.label}, training"] = points_of(rows, "loss")
+        distances[line.label] = []
+        for step in kept_steps(steps):
+            path = out / "runs" / name_of(run) / f"distance-{step:07d}.json"
+            if path.exists():
+                scores = read_json(path, "the scores of a checkpoint")
+                distances[line.label].append((step, scores["distance"]))
+    return (line_chart(losses, "step", "loss", log=True)
+            + line_chart(distances, "step", "distance to validation pictures", log=True))
+
+
+def points_of(rows, key):
+    return [(row["step"], row[key]) for row in rows if key in row]
+
+
+# --------------------------------------------------------------------------------------------
+# The page
+
+def section(out, name, seeds, steps):
+    """Return one table's part of the page."""
+    lines = lines_of(name, seeds)
+    parts = [f"<h2>{TITLES[name]}</h2>"]
+    if name == "1":
+        parts.append("<p>Of samples for the long captions of validation pictures, on the toy "
+                     "autoencoder's latents, averaged over each quarter of a picture.</p>")
+        parts.append(distance_table(out, lines))
+        return "\n".join(parts)
+    if name == "fig5":
+        parts.append(overfitting_charts(out, lines, steps))
+    if name in ("5", "tau"):
+        parts.append(score_chart(out, lines))
+    parts.append(score_table(out, lines))
+    parts.append("<h3>The same prompts, drawn by all models</h3>")
+    parts.append(same_prompts(out, lines))
+    return "\n".join(parts)
+
+
+def write_tables(out, names, seeds, steps):
+    """Write OUT/tables.html, and for each run that has ended the pages of its pictures."""
+    parts = [INTRODUCTION]
+    for name in names:
+        parts.append(section(out, name, seeds, steps))
+        for line in lines_of(name, seeds):
+            for run in line.runs:
+                write_pictures(out, run)
+    parts.append(f"<h2>Fig. 7: what noise hides</h2><p>The line is at the toy's tau = {TAU}.</p>")
+    parts.append(picture(out / "cutmix-look/noise.png"))
+    write_page(out / "tables.html", "The paper's experiments in miniature", "\n".join(parts))
+
+
+def write_pictures(out, run):
+    """Write the pages with all pictures of a run and their verdicts, once its scores are there."""
+    folder = out / "runs" / name_of(run)
+    for kind in KINDS:
+        rows = read_scores(out, run, kind)
+        page = folder / f"pictures-{kind}.html"
+        if rows and not page.exists():
+            body = verdicts(folder / f"samples-{kind}", rows, most=len(rows))
+            write_page(page, f"{name_of(run)}, {kind} prompts", body)
