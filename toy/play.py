@@ -1,12 +1,13 @@
-"""A page to watch a checkpoint think: type a prompt, see the picture appear out of the noise, step by step.
+"""A page to watch a checkpoint think: type a prompt, see the picture appear step by step.
 
     python -m toy play
     python -m toy play --checkpoint "TA=out/ta" --checkpoint "TA + IA=out/toy/dit"
 
-Opens a small web server for this computer only (127.0.0.1) and prints the page's address. Beside the noisy
-picture x_t stands the network's estimate of the clean one, x_0. Several checkpoints draw the same prompt from
-the same noise side by side. On toy pictures the page shows what the detector sees and GenEval's verdict. Any
-checkpoint that sample.py can read works, the real ones too, only slower and without a detector.
+Starts a small web server for this computer only (127.0.0.1) and prints the page's address.
+Beside the noisy picture x_t stands the network's estimate of the clean one, x_0. Several
+checkpoints draw the same prompt from the same noise side by side. On toy pictures the page
+shows what the detector sees, and GenEval's verdict. Any checkpoint that sample.py can read
+works, the real ones too, only slower and without a detector.
 """
 
 import argparse
@@ -29,68 +30,69 @@ from PIL import Image
 
 from common import (HelpFormatter, UserError, between, command_line, local_device, one_line,
                     read_json, to_images)
-from encode import encode_text, load_text_encoder, load_vae
 from evaluate import geneval_verdict
-from sample import MODELS, TEXT_ENCODER, VAE, batch_texts, gamma, load_model
+from sample import MODELS, encoder_names, generate, load_model, load_pipeline
 from toy.detector import detect
 from toy.world import BACKGROUNDS, COLORS, GREYS, PLACES, SHAPES, SIZE
 
 PAGE = Path(__file__).with_suffix(".html")
 MAX_BODY = 8192             # bytes of a request
-MAX_DISCARDED = 2 ** 20     # bytes of a refused request that are read away before it is answered
+MAX_DISCARDED = 2 ** 20     # bytes of a refused request that are read before the answer
 MAX_PROMPT = 500            # characters
 MAX_STEPS = 250
 MAX_GUIDANCE = 30
 MAX_MODELS = 4              # checkpoints that draw side by side
 MAX_WAITING = 8             # requests that may wait while one is being drawn
-CLAMP = 1.2                 # bound of |x_0|, as sample.py's
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # What a prompt asks for, as GenEval's metadata
 
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = ("left of", "right of", "above", "below")
-# The phrases that say where a thing stands -> column and row of a 3 x 3 grid.
-WHERE = {phrase: place for place, phrase in PLACES.items()}
-WHERE |= {"on the left": (0, 1), "on the right": (2, 1), "on the top": (1, 0), "on the bottom": (1, 2)}
 
 
 def asked_for(prompt):
-    """Return what a prompt in the toy's words asks for, as one line of GenEval's metadata, or None.
+    """Return what a prompt in the toy's words asks for, as GenEval's metadata, or None.
 
-    "a red circle above two stars" -> {"include": [{"class": "star", "count": 2},
-    {"class": "circle", "count": 1, "color": "red", "position": ["above", 0]}], "exclude": [...]}.
-    None: no shape is named, or one is named twice, which GenEval's rules cannot tell apart.
+    "a red circle above a star" becomes {"include": [{"class": "star", "count": 1}, {"class":
+    "circle", "count": 1, "color": "red", "position": ["above", 0]}], "exclude": []}. None: no
+    shape is named.
     """
-    things = mentioned(prompt.split())
-    shapes = [thing["class"] for thing in things]
-    if not shapes or len(set(shapes)) < len(shapes):
+    words = prompt.split()
+    things = mentioned(words)
+    if not things:
         return None
 
-    clauses = [{key: thing[key] for key in ("class", "count", "color") if key in thing} for thing in things]
+    # "two stars , a red star left and a red star right": one clause for all of a class.
+    include = []
     exclude = []
-    for clause in clauses:
+    for shape in dict.fromkeys(thing["class"] for thing in things):
+        clause = clause_for([thing for thing in things if thing["class"] == shape])
+        include.append(clause)
+        # Whoever asks for two does not want three.
         if clause["count"] > 1:
-            exclude.append({"class": clause["class"], "count": clause["count"] + 1})
-    metadata = {"include": clauses, "exclude": exclude}
+            exclude.append({"class": shape, "count": clause["count"] + 1})
 
-    # A place relates two things. GenEval wants the one that is placed behind the one it is related to.
-    if len(things) == 2:
-        placed, relations = relation_between(prompt, *things)
+    # GenEval's list names the thing that another one's place is seen from before that one. Who
+    # stands above and to the left of it has two clauses.
+    if len(things) == len(include) == 2:
+        first, second = include
+        relations = relations_of(*things, words)
         if relations:
-            include = [clauses[1 - placed]]
+            include = [second]
             for relation in relations:
-                include.append({**clauses[placed], "position": [relation, 0]})
-            metadata["include"] = include
-    return metadata
+                include.append({**first, "position": [relation, 0]})
+    return {"include": include, "exclude": exclude}
 
 
 def mentioned(words):
-    """Return the things that words name, in order: dicts with `class`, `count`, perhaps `color`, `word`.
+    """Return the things that words name, in their order, as dicts.
 
-    `word` is the index of the shape's own word.
+    Each has `class`, `count`, `word` (the index of the shape's own word), `color` (before it) and
+    `place` (behind it, a key of PLACES); these two are None if they are not said.
     """
+    # A shape's word, singular or plural -> the shape.
     singular = {}
     for shape in SHAPES:
         singular |= {shape: shape, shape + "s": shape, shape + "es": shape}
@@ -103,48 +105,72 @@ def mentioned(words):
         elif word in NUMBERS:
             count = NUMBERS[word]
         elif word in singular:
-            thing = {"class": singular[word], "count": count, "word": index}
-            if color:
-                thing["color"] = color
-            things.append(thing)
+            things.append({"class": singular[word], "count": count, "color": color,
+                           "place": place_after(words[index + 1:]), "word": index})
             # The next thing has a colour and a number of its own.
             color = None
             count = 1
     return things
 
 
-def relation_between(prompt, first, second):
-    """Return which of two things is placed (0 or 1), and its relations to the other: (0, ["left of"])."""
-    words = prompt.split()
-    before = " ".join(words[:first["word"]])
-    between_them = " ".join(words[first["word"] + 1:second["word"]])
-    after = " ".join(words[second["word"] + 1:])
+def place_after(words):
+    """Return the place that words begin with, a key of PLACES, or None.
 
+    "top left" is one place, not "top" and another word; "left of" is none.
+    """
+    longest_first = sorted(PLACES.items(), key=lambda item: -len(item[1]))
+    for place, phrase in longest_first:
+        length = len(phrase.split())
+        if words[:length] == phrase.split() and words[length:length + 1] != ["of"]:
+            return place
+    return None
+
+
+def clause_for(things):
+    """Return GenEval's clause for all mentions of a class: how many, of which colour if of one."""
+    many = max(thing["count"] for thing in things)
+    alone = [thing for thing in things if thing["count"] == 1]
+    clause = {"class": things[0]["class"], "count": max(many, len(alone))}
+    colors = {thing["color"] for thing in alone or things}
+    if len(colors) == 1 and None not in colors:
+        clause["color"] = colors.pop()
+    return clause
+
+
+def relations_of(first, second, words):
+    """Return where the first of two things is, seen from the second: a list of RELATIONS."""
+    between_them = " ".join(words[first["word"] + 1:second["word"]])
     for relation in RELATIONS:
-        if between_them.startswith(relation):
-            return 0, [relation]
-    # A phrase belongs to the thing it follows, or to the first one if the prompt begins with it.
-    for placed, text in ((0, before), (0, between_them), (1, after)):
-        for phrase, (column, row) in WHERE.items():
-            if text.startswith(phrase):
-                sideways = {0: ["left of"], 2: ["right of"]}.get(column, [])
-                upwards = {0: ["above"], 2: ["below"]}.get(row, [])
-                return placed, sideways + upwards
-    return 0, []
+        if f" {relation} " in f" {between_them} ":
+            return [relation]
+
+    # Both have a place of their own: a thing without one fills the frame, and is everywhere.
+    relations = []
+    if first["place"] and second["place"]:
+        column, row = first["place"]
+        other_column, other_row = second["place"]
+        if column != other_column:
+            relations.append("left of" if column < other_column else "right of")
+        if row != other_row:
+            relations.append("above" if row < other_row else "below")
+    return relations
 
 
 def what_the_detector_sees(image, prompt):
-    """Return the objects found in a toy picture and GenEval's verdict on it, ready to be sent as JSON.
+    """Return the objects found in a toy picture and GenEval's verdict, ready to be sent as JSON.
 
     `verdict` is None where the prompt asks for nothing that GenEval's rules can check.
     """
     found = detect(image)
+
+    # Plain numbers instead of numpy's.
     objects = []
     for shape, things in found.items():
         for thing in things:
             box = [int(edge) for edge in thing["box"]]
             objects.append({"shape": shape, "color": thing["color"], "box": box,
                             "score": round(float(thing["score"]), 2)})
+
     verdict = None
     metadata = asked_for(prompt)
     if metadata:
@@ -155,119 +181,98 @@ def what_the_detector_sees(image, prompt):
     return {"objects": objects, "verdict": verdict}
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # Checkpoints
 
 class Painter:
-    """A checkpoint with its autoencoder and its text encoder: draws one picture, showing each step."""
+    """A checkpoint with its autoencoder and text encoder: draws a picture, showing each step."""
 
-    def __init__(self, name, folder, device):
-        """Load a checkpoint that sample.py can read, from a folder or the hub. Raises UserError."""
+    def __init__(self, name, folder, pipeline):
+        """Remember what the page calls a checkpoint, where it is from, and its networks."""
         self.name = name
         self.folder = str(folder)
-        self.model = load_model(folder, device)
-        source = self.model.checkpoint
-        self.vae = shared_vae(source.get("vae") or VAE, device)
-        self.tokenizer, self.t5 = shared_text_encoder(source.get("text_encoder") or TEXT_ENCODER, device)
-        self.pixels = self.model.config["size"] * self.vae.downscale
-        # The toy's detector knows the toy's pictures only. Its checkpoints are known by their words.
-        words = self.tokenizer.get_vocab()
+        self.pipeline = pipeline
+        self.pixels = pipeline.model.config["size"] * pipeline.vae.downscale
+        # The toy's detector knows the toy's pictures only. The toy's checkpoints are known by
+        # their pictures' size and by their text encoder's words.
+        words = pipeline.tokenizer.get_vocab()
         of_the_toy = all(word in words for word in [*SHAPES, *COLORS])
         self.is_toy = of_the_toy and self.pixels == SIZE
 
     def about(self):
         """Return what the page shows of a checkpoint."""
-        training = self.model.checkpoint.get("training") or {}
-        kind = "TA" if training.get("TA") else ""
-        if training.get("IA"):
-            kind = f"{kind} + IA".removeprefix(" + ")
-        return {"name": self.name, "kind": kind, "folder": self.folder, "toy": self.is_toy,
-                "pixels": self.pixels}
+        training = self.pipeline.model.checkpoint.get("training") or {}
+        augmentations = [key for key in ("TA", "IA") if training.get(key)]
+        return {"name": self.name, "kind": " + ".join(augmentations), "folder": self.folder,
+                "toy": self.is_toy, "pixels": self.pixels}
 
     def unknown_words(self, prompt):
         """Return the words of a prompt that the tokenizer has no token for, each once."""
+        tokenizer = self.pipeline.tokenizer
         unknown = []
         for word in prompt.split():
-            tokens = self.tokenizer(word, add_special_tokens=False).input_ids
-            if self.tokenizer.unk_token_id in tokens and word not in unknown:
+            tokens = tokenizer(word, add_special_tokens=False).input_ids
+            if tokenizer.unk_token_id in tokens and word not in unknown:
                 unknown.append(word)
         return unknown
 
-    @torch.no_grad()
     def draw(self, prompt, steps, guidance, seed, show):
         """Draw one picture and return it (PIL).
 
-        After each step `show(step, t, noisy, clean)` gets the pictures (PIL) of x_t and of the estimate of
-        x_0; for large pictures, which take long to decode, only after some of the steps.
+        After a step `show(step, t, noisy, clean)` gets the pictures (PIL) of x_t and of the
+        estimate of x_0. Large pictures take long to decode: they are shown ten times only.
         """
-        # Two checkpoints on a thread each are faster than one after the other on two threads.
-        device = self.vae.quant_conv.weight.device
-        cond = encode_text(self.tokenizer, self.t5, [prompt])
-        null = encode_text(self.tokenizer, self.t5, [""])
-        shape = (1, self.model.config["channels"], self.model.config["size"], self.model.config["size"])
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-        every = 1 if self.pixels <= 64 else math.ceil(steps / 10)
-        image = None
-        for step, t, x_t, x_0 in denoise(self.model, noise, cond, null, steps, guidance, CLAMP):
+        vae = self.pipeline.vae
+        every = 1 if self.pixels <= SIZE else math.ceil(steps / 10)
+
+        @torch.no_grad()
+        def after_step(i, x_t, x_0):
+            step = i + 1
             if step % every == 0 or step == steps:
-                both = torch.cat([x_t, x_0]).float()
-                noisy, image = to_images(self.vae.decode(both / self.vae.scaling_factor))
-                show(step, t, noisy, image)
-        return image
+                latents = torch.cat([x_t, x_0]).float()                      # (2, C, h, w)
+                noisy, clean = to_images(vae.decode(latents / vae.scaling_factor))
+                show(step, 1 - step / steps, noisy, clean)
+
+        images = generate(self.pipeline, [prompt], [seed], steps, guidance, on_step=after_step)
+        return images[0]
 
 
-@functools.cache
-def shared_vae(path_or_repo, device):
-    """Return an autoencoder, which several checkpoints may share."""
-    return load_vae(path_or_repo, device)
+def load_painters(named):
+    """Return {name: Painter} for {name: folder}. Raises UserError.
 
-
-@functools.cache
-def shared_text_encoder(path_or_repo, device):
-    """Return a tokenizer and its T5 encoder, which several checkpoints may share."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return load_text_encoder(path_or_repo, device, dtype)
-
-
-def denoise(model, noise, cond, null, steps, guidance, clamp):
-    """Yield (step, t, x_t, x_0) after each step of sample.ddim, for one picture."""
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    x = noise.double()
-    one = torch.ones(1, device=noise.device)
-    caption = model.condition(*cond, one)
-    both = model.condition(*batch_texts(cond, null, 1), torch.cat([one, 0 * one]))
-    state = None
-    for i in range(steps):
-        g = gamma(t[i])
-        g_next = gamma(t[i + 1])
-        if guidance and i > 0:
-            eps, state = model.denoise(torch.cat([x, x]).float(), g.float().expand(2), both, state)
-            eps_cond, eps_null = eps.double().chunk(2)
-            eps = eps_cond + guidance * (eps_cond - eps_null)
+    Checkpoints with the same autoencoder and text encoder share them: a real T5 has gigabytes.
+    """
+    pipelines = {}
+    painters = {}
+    for name, folder in named.items():
+        model = load_model(folder, local_device())
+        encoders = encoder_names(folder, model.checkpoint)
+        if encoders in pipelines:
+            pipeline = pipelines[encoders]._replace(model=model)
         else:
-            eps, state = model.denoise(x.float(), g.float().expand(1), caption, state)
-            eps = eps.double()
-            if guidance and state is not None:
-                state = torch.cat([state, state])
-        x_0 = (x - (1 - g).sqrt() * eps) / g.sqrt()
-        x_0 = x_0.clamp(-clamp, clamp)
-        eps = (x - g.sqrt() * x_0) / (1 - g).sqrt()
-        x = g_next.sqrt() * x_0 + (1 - g_next).sqrt() * eps
-        yield i + 1, float(t[i + 1]), x, x_0
+            pipeline = load_pipeline(folder)
+            pipelines[encoders] = pipeline
+        painters[name] = Painter(name, folder, pipeline)
+    return painters
 
 
 def named_checkpoints(words):
-    """Return {name: folder} for the values of --checkpoint, each FOLDER or NAME=FOLDER. Raises UserError."""
+    """Return {name: folder} for the values of --checkpoint, FOLDER or NAME=FOLDER each.
+
+    Raises UserError.
+    """
     named = {}
     for word in words:
         name, equals, folder = word.partition("=")
+        # A folder may have a "=" in its own name.
         if not equals or "/" in name or Path(word).exists():
             folder = word
             name = Path(word).name or word
         if not name.strip() or not folder:
             raise UserError(f"--checkpoint {word}: neither FOLDER nor NAME=FOLDER")
         if name in named:
-            raise UserError(f"--checkpoint {word}: two are called {name}: give names, NAME=FOLDER")
+            raise UserError(f"--checkpoint {word}: two are called {name}: "
+                            "give names, NAME=FOLDER")
         named[name] = folder
     return named
 
@@ -287,16 +292,20 @@ def found_checkpoints(out):
         if read_json(file, "a config.json").get("model") in MODELS:
             named[folder.relative_to(out).as_posix()] = folder
     if not named:
-        raise UserError(f"{out}: no checkpoint there: `python -m toy --out {out}` trains one in minutes "
-                        "(or give --checkpoint)")
-    return dict(sorted(named.items(), key=lambda item: item[0] != "dit"))
+        raise UserError(f"{out}: no checkpoint there: `python -m toy --out {out}` trains one in "
+                        "minutes (or give --checkpoint)")
+
+    # The page chooses the first one by itself: the toy's main run.
+    if "dit" in named:
+        named = {"dit": named["dit"]} | named
+    return named
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # Requests: checked first, then drawn one after the other
 
 class BadRequest(Exception):
-    """A request that is refused, with the HTTP status that says so and one line for its sender."""
+    """A request that is refused: an HTTP status, and one line for its sender."""
 
     def __init__(self, status, line):
         super().__init__(line)
@@ -321,7 +330,8 @@ def parse_request(body, painters):
     if not prompt.strip():
         raise BadRequest(400, "the prompt is empty: type one, or click one together")
     if len(prompt) > MAX_PROMPT:
-        raise BadRequest(400, f"the prompt has {len(prompt)} characters: at most {MAX_PROMPT} are read")
+        raise BadRequest(400, f"the prompt has {len(prompt)} characters: at most {MAX_PROMPT} "
+                              "are read")
     if not all(character.isprintable() or character.isspace() for character in prompt):
         raise BadRequest(400, "the prompt has characters that cannot be printed")
 
@@ -341,7 +351,7 @@ def parse_request(body, painters):
 
 
 def number(request, name, kind, low, high):
-    """Return a number of a request. Raises BadRequest if it is none, of another kind, or out of bounds."""
+    """Return a number of a request. Raises BadRequest: of another kind, or out of bounds."""
     value = request.get(name)
     # True is an int to Python, and NaN fails both comparisons.
     valid = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
@@ -351,10 +361,10 @@ def number(request, name, kind, low, high):
 
 
 def as_read(prompt, painter):
-    """Return a prompt as its text encoder should read it, and which of its words it does not know.
+    """Return a prompt as its text encoder should read it, and the words that it does not know.
 
-    The toy's words are lower case with spaces around commas and full stops. Raises BadRequest if no word
-    is known.
+    The toy's words are in lower case, with spaces around commas and full stops. Raises
+    BadRequest if no word is known.
     """
     prompt = " ".join(prompt.split())
     if painter.is_toy:
@@ -393,7 +403,8 @@ class Studio:
         try:
             self.jobs.put_nowait(job)
         except queue.Full:
-            raise BadRequest(503, f"{MAX_WAITING} requests wait already: try again in a moment") from None
+            raise BadRequest(503, f"{MAX_WAITING} requests wait already: try again in a "
+                                  "moment") from None
 
     def work(self):
         """Draw the jobs for ever. The event None ends each."""
@@ -405,19 +416,25 @@ class Studio:
 
 
 def draw_all(job):
-    """Let all checkpoints of a job draw at the same time, each in a thread, and wait for them."""
+    """Let all checkpoints of a job draw at the same time, each in a thread, and wait for them.
+
+    Two small networks on a core each are faster than one after the other on two cores.
+    """
     threads = []
     cores = max(1, (os.cpu_count() or 1) // len(job.painters))
     for index in range(len(job.painters)):
-        threads.append(threading.Thread(target=draw_one, args=(job, index, cores), daemon=True))
-    for thread in threads:
+        thread = threading.Thread(target=draw_one, args=(job, index, cores), daemon=True)
+        threads.append(thread)
         thread.start()
     for thread in threads:
         thread.join()
 
 
 def draw_one(job, index, cores):
-    """Let checkpoint number `index` of a job draw; put each step and the result into the job's events."""
+    """Let checkpoint number `index` of a job draw on `cores` cores.
+
+    Each step and the result become events of the job.
+    """
     painter = job.painters[index]
     settings = job.settings
     torch.set_num_threads(cores)
@@ -425,20 +442,23 @@ def draw_one(job, index, cores):
     def show(step, t, noisy, clean):
         if job.abandoned.is_set():
             raise Abandoned
-        job.events.put({"event": "step", "model": index, "step": step, "of": settings["steps"],
-                        "t": round(t, 4), "x_t": as_data_url(noisy), "x_0": as_data_url(clean)})
+        job.events.put({"event": "step", "model": index, "step": step,
+                        "of": settings["steps"], "t": round(t, 4),
+                        "x_t": as_data_url(noisy), "x_0": as_data_url(clean)})
 
     try:
         began = time.perf_counter()
         prompt, unknown = as_read(settings["prompt"], painter)
-        job.events.put({"event": "begin", "model": index, "prompt": prompt, "unknown": unknown})
-        image = painter.draw(prompt, settings["steps"], settings["guidance"], settings["seed"], show)
+        job.events.put({"event": "begin", "model": index, "prompt": prompt,
+                        "unknown": unknown})
+        image = painter.draw(prompt, settings["steps"], settings["guidance"],
+                             settings["seed"], show)
         seconds = time.perf_counter() - began
         seen = what_the_detector_sees(image, prompt) if painter.is_toy else {}
         job.events.put({"event": "done", "model": index, "seconds": round(seconds, 2), **seen})
     except Abandoned:
         pass
-    # The page must hear of any failure, and the next request must find a server that still runs.
+    # Whatever fails, the page must hear of it, and the next request must find a studio.
     except Exception as error:  # noqa: BLE001
         job.events.put({"event": "error", "model": index, "error": one_line(error)})
 
@@ -450,12 +470,13 @@ def as_data_url(image):
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # The server
 
 # The page may run its own script and talk to this server; nothing from elsewhere is loaded.
-POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
-          "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+          "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+          "frame-ancestors 'none'")
 
 
 class Server(ThreadingHTTPServer):
@@ -470,7 +491,8 @@ class Server(ThreadingHTTPServer):
             super().__init__(("127.0.0.1", port), Handler)
         except OSError as error:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                raise UserError(f"--port {port}: {error.strerror.lower()}: choose another one") from None
+                reason = error.strerror.lower()
+                raise UserError(f"--port {port}: {reason}: choose another one") from None
             raise
         self.port = self.server_address[1]
         self.studio = Studio()
@@ -480,7 +502,10 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET / (the page), GET /world (its words and checkpoints) and POST /draw (events, NDJSON)."""
+    """Answers GET / (the page), GET /world (its words, the checkpoints) and POST /draw (events).
+
+    Nothing else exists here: no path is ever turned into the name of a file.
+    """
 
     protocol_version = "HTTP/1.1"
     server_version = "toy"
@@ -524,8 +549,8 @@ class Handler(BaseHTTPRequestHandler):
     def check_origin(self):
         """Refuse requests that do not come from this server's own page. Raises BadRequest.
 
-        A page elsewhere can make a browser send requests here, under another host's name (DNS rebinding)
-        or with an Origin of its own.
+        A page elsewhere can make a browser send requests here: under another host's name (DNS
+        rebinding), or with an Origin of its own.
         """
         hosts = [f"127.0.0.1:{self.server.port}", f"localhost:{self.server.port}"]
         if self.server.port == 80:
@@ -546,7 +571,8 @@ class Handler(BaseHTTPRequestHandler):
         if not (length.isascii() and length.isdigit()):
             raise BadRequest(411, "the request has no length")
         if len(length) > 9 or int(length) > MAX_BODY:
-            raise BadRequest(413, f"the request is too large: at most {MAX_BODY} bytes are read")
+            raise BadRequest(413, f"the request is too large: at most {MAX_BODY} bytes are "
+                                  "read")
         self.body_was_read = True
         return self.rfile.read(int(length))
 
@@ -564,7 +590,10 @@ class Handler(BaseHTTPRequestHandler):
             job.abandoned.set()
 
     def next_event(self, job):
-        """Return a job's next event (None: it was the last), or a sign of life after a second without."""
+        """Return a job's next event, or a sign of life after a second without one.
+
+        None: there will be no more.
+        """
         try:
             return job.events.get(timeout=1)
         except queue.Empty:
@@ -576,7 +605,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def begin(self, status, kind, headers):
-        """Send a status and the headers of every answer. The connection is closed after the answer."""
+        """Send a status and the headers of every answer, after which the connection is closed."""
         self.close_connection = True
         self.send_response(status)
         self.send_header("Content-Type", kind)
@@ -600,9 +629,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, error):
         """Send one line that says why a request is refused."""
-        # A body that nobody reads would reset the connection before its sender has read the answer.
+        # A body that nobody reads resets the connection before its sender reads the answer.
         length = self.headers.get("Content-Length", "")
-        if self.command == "POST" and length.isascii() and length.isdigit() and not self.body_was_read:
+        if length.isascii() and length.isdigit() and not self.body_was_read:
             self.rfile.read(min(int(length[:9]), MAX_DISCARDED))
         self.reply_json(getattr(error, "status", 400), {"error": one_line(error)})
 
@@ -612,17 +641,24 @@ class Handler(BaseHTTPRequestHandler):
 
 def about(painters):
     """Return what the page needs to know: the toy's words, the checkpoints, the limits."""
-    places = [{"phrase": phrase, "column": column, "row": row} for (column, row), phrase in PLACES.items()]
-    toy = next((painter for painter in painters.values() if painter.is_toy), None)
-    words = sorted(toy.tokenizer.get_vocab()) if toy else []
+    places = []
+    for (column, row), phrase in PLACES.items():
+        places.append({"phrase": phrase, "column": column, "row": row})
+
+    # The words of the toy's text encoder; without a toy's checkpoint nothing is clicked together.
+    words = []
+    toys = [painter for painter in painters.values() if painter.is_toy]
+    if toys:
+        words = sorted(toys[0].pipeline.tokenizer.get_vocab())
+
     return {"models": [painter.about() for painter in painters.values()],
             "words": [word for word in words if not word.startswith("<")],
             "shapes": SHAPES, "colors": COLORS, "greys": GREYS, "backgrounds": BACKGROUNDS,
             "places": places, "max_prompt": MAX_PROMPT, "size": SIZE,
-            "steps": 25 if toy else 50, "guidance": 3 if toy else 8}
+            "steps": 25 if toys else 50, "guidance": 3 if toys else 8}
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # The command
 
 def main(argv=None):
@@ -637,13 +673,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     between(args, 0, 65535, "port")
 
-    named = named_checkpoints(args.checkpoint) or found_checkpoints(args.out)
-    device = local_device()
-    painters = {}
-    for name, folder in named.items():
-        painters[name] = Painter(name, folder, device)
+    painters = load_painters(named_checkpoints(args.checkpoint) or found_checkpoints(args.out))
     if any(painter.is_toy for painter in painters.values()):
-        # The detector draws its templates when it is first used: now, not while somebody waits.
+        # The detector draws its templates when it is first used: not while somebody waits.
         detect(Image.new("RGB", (SIZE, SIZE), next(iter(COLORS.values()))))
     server = Server(args.port, painters)
     print(f"{', '.join(painters)}: http://127.0.0.1:{server.port}/ (Ctrl-C ends it)", flush=True)
