@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import re
+import shutil
 import socket
 import threading
 
@@ -319,7 +320,11 @@ def test_only_this_computer_is_served(server):
 def test_checkpoints_are_found_and_named(toy_paper, tmp_path):
     """The toy's text encoder lies beside its checkpoint and is none."""
     out, _ = toy_paper
-    assert play.found_checkpoints(out) == {"dit": out / "dit"}
+    assert play.found_checkpoints([out, tmp_path]) == {"dit": out / "dit"}
+    run = tmp_path / "runs/dit-long-seed0/checkpoint"
+    shutil.copytree(out / "dit", run)
+    shutil.copytree(out / "dit", run / "step-0000008")
+    assert play.found_checkpoints([out, tmp_path]) == {"dit": out / "dit", "dit-long-seed0": run}
     named = play.named_checkpoints([f"TA + IA={out}/dit", str(out / "dit"), "Someone/CAD-I"])
     assert named == {"TA + IA": f"{out}/dit", "dit": str(out / "dit"), "CAD-I": "Someone/CAD-I"}
 

@@ -277,23 +277,27 @@ def named_checkpoints(words):
     return named
 
 
-def found_checkpoints(out):
-    """Return {name: folder} for the checkpoints in the toy's folder, its own run `dit` first.
+def found_checkpoints(folders):
+    """Return {name: folder} for the checkpoints in folders of the toy, its own run `dit` first.
 
     Raises UserError if there are none.
     """
     named = {}
-    for file in sorted(Path(out).glob("**/config.json")):
-        folder = file.parent
-        # step-0050000 and the like are earlier states of a run that is in the list itself.
-        if folder.name.startswith("step-") or not (folder / "model.safetensors").exists():
-            continue
-        # A text encoder has the same two files, but no `model` of ours in its config.json.
-        if read_json(file, "a config.json").get("model") in MODELS:
-            named[folder.relative_to(out).as_posix()] = folder
+    for out in map(Path, folders):
+        for file in sorted(out.glob("**/config.json")):
+            folder = file.parent
+            # step-0050000 and the like are earlier states of a run that is in the list itself.
+            if folder.name.startswith("step-") or not (folder / "model.safetensors").exists():
+                continue
+            # A text encoder has the same two files, but no `model` of ours in its config.json.
+            if read_json(file, "a config.json").get("model") in MODELS:
+                parts = folder.relative_to(out).parts
+                # The tables' runs lie in runs/NAME/checkpoint.
+                name = "/".join(part for part in parts if part not in ("runs", "checkpoint"))
+                named.setdefault(name or out.name, folder)
     if not named:
-        raise UserError(f"{out}: no checkpoint there: `python -m toy --out {out}` trains one in "
-                        "minutes (or give --checkpoint)")
+        raise UserError(f"{folders[0]}: no checkpoint there: `python -m toy --out {folders[0]}` "
+                        "trains one in minutes (or give --checkpoint)")
 
     # The page chooses the first one by itself: the toy's main run.
     if "dit" in named:
@@ -668,7 +672,8 @@ def main(argv=None):
     add = functools.partial(parser.add_argument, metavar="X")
     add("--checkpoint", action="append", default=[],
         help="FOLDER or NAME=FOLDER, may be given again (default: all in --out)")
-    add("--out", default="out/toy", help="the toy's folder, where checkpoints are looked for")
+    add("--out", nargs="+", default=["out/toy", "out/toy-tables"],
+        help="the toy's folders, where checkpoints are looked for")
     add("--port", type=int, default=8000, help="of http://127.0.0.1:PORT; 0: any free one")
     args = parser.parse_args(argv)
     between(args, 0, 65535, "port")
