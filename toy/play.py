@@ -33,6 +33,7 @@ from common import (HelpFormatter, UserError, between, command_line, local_devic
 from evaluate import geneval_verdict
 from sample import MODELS, encoder_names, generate, load_model, load_pipeline
 from toy.detector import detect
+from toy.recipe import GUIDANCE
 from toy.world import BACKGROUNDS, COLORS, GREYS, PLACES, SHAPES, SIZE
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -659,7 +660,7 @@ def about(painters):
             "words": [word for word in words if not word.startswith("<")],
             "shapes": SHAPES, "colors": COLORS, "greys": GREYS, "backgrounds": BACKGROUNDS,
             "places": places, "max_prompt": MAX_PROMPT, "size": SIZE,
-            "steps": 25 if toys else 50, "guidance": 3 if toys else 8}
+            "steps": 25 if toys else 50, "guidance": GUIDANCE if toys else 8}
 
 
 # ------------------------------------------------------------------------------------------
