@@ -95,7 +95,7 @@ class Batches(torch.utils.data.Dataset):
             i = int(epoch_order(args.seed, which, epoch, len(data))[position])
             picks.append((data, i))
 
-        mine = slice(self.mine.start, self.mine.stop)
+        mine = self.mine
         return as_batch(picks, t[mine], dropped[mine], coin[mine], noise_seed[mine])
 
 
@@ -283,7 +283,7 @@ class Lamb(torch.optim.Optimizer):
         self.rule = lamb_update
 
     def compile(self):
-        """Let torch.compile fuse the rule. It sees flat tensors, so that one code fits all."""
+        """Let torch.compile fuse the rule, once for flat tensors of any length."""
         self.rule = torch.compile(lamb_update, dynamic=True)
 
     @torch.no_grad()
@@ -333,13 +333,11 @@ class Lamb(torch.optim.Optimizer):
 def make_optimizer(model, args):
     """Return the optimiser of a model whose weights are those it starts with.
 
-    As in the released configuration, biases and norms have no weight decay, and what has
-    none has no trust ratio.
-
+    As in the released configuration, biases and norms have no weight decay and no trust ratio.
     A matrix that starts at zero gets no trust ratio either: its norm would keep its steps
     tiny, they its norm, and nothing that it multiplies would learn for thousands of steps.
     """
-    norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+    norms = (nn.LayerNorm, nn.RMSNorm)
     plain, zeros, decayed = [], [], []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -349,10 +347,9 @@ def make_optimizer(model, args):
                 zeros.append(parameter)
             else:
                 decayed.append(parameter)
-    decay = args.weight_decay
     lamb = args.optimizer == "lamb"
-    groups = [{"params": decayed, "weight_decay": decay, "trust_ratio": lamb},
-              {"params": zeros, "weight_decay": decay, "trust_ratio": False},
+    groups = [{"params": decayed, "weight_decay": args.weight_decay, "trust_ratio": lamb},
+              {"params": zeros, "weight_decay": args.weight_decay, "trust_ratio": False},
               {"params": plain, "weight_decay": 0.0, "trust_ratio": False}]
     groups = [group for group in groups if group["params"]]
     return Lamb(groups, args.lr, tuple(args.betas))
@@ -361,7 +358,7 @@ def make_optimizer(model, args):
 def lr_at(step, lr, warmup, total, rate):
     """Return the learning rate of a step, 1 to total.
 
-    It rises linearly for `warmup` steps, then falls along the part `rate` of a half cosine.
+    It rises linearly, then falls along the part `rate` of a half cosine.
     """
     if step < warmup:
         return lr * step / warmup
@@ -473,7 +470,7 @@ def arguments(argv):
 
 
 def check(args):
-    """Refuse settings that mean nothing. Raises UserError."""
+    """Raise UserError for settings that mean nothing."""
     between(args, 0, 1, "p", "tau", "drop", "ema", "rate")
     between(args, 0, 2 ** 63 - 1, "seed")
     at_least(args, batch_size=1, micro_batch=1, steps=1, schedule_steps=1, warmup=0, workers=0,
@@ -577,7 +574,7 @@ def checkpoint_config(args, meta, original, augmented, model, step):
     """Return config.json: what sample.py needs, and how the weights were trained."""
     training = {"TA": meta.get("captions", "long") == "long",
                 "IA": None, "p": args.p, "tau": args.tau, "images": len(original),
-                "composites": len(augmented) if augmented else 0,
+                "composites": len(augmented or ()),
                 "batch_size": args.batch_size, "steps": step,
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "vae_fingerprint": meta.get("autoencoder"), "T5": meta.get("T5")}
@@ -620,27 +617,26 @@ def load_state(path, args, device):
 
     Raises UserError if it is damaged or that of another run.
     """
-    if not Path(path).exists():
-        if args.resume:
-            raise UserError(f"--resume {path}: no such file")
+    if not Path(path).exists() and not args.resume:
         return None
     needed = ("model", "ema", "optimizer", "step", "sums", "settings")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         state = {key: state[key] for key in needed}
         before = dict(state["settings"])
+    except FileNotFoundError:
+        raise UserError(f"--resume {path}: no such file") from None
     # Empty, cut off, text, a picture: torch raises almost anything.
     except Exception as error:  # noqa: BLE001
         raise UserError(f"{path}: not a training state ({one_line(error, 100)})") from None
 
-    kept = [key for key in before if key not in FREE and hasattr(args, key)]
-    refuse_other_settings(path, {key: before[key] for key in kept},
-                          {key: getattr(args, key) for key in kept})
+    now = {key: getattr(args, key) for key in before if key not in FREE and hasattr(args, key)}
+    refuse_other_settings(path, {key: before[key] for key in now}, now)
     return state
 
 
 def restore(state, path, model, ema, optimizer):
-    """Put a training state into a network, its average and optimiser. Raises UserError."""
+    """Put a training state into the network, its average and optimiser. Raises UserError."""
     try:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
@@ -718,10 +714,9 @@ def train(args, rank, world, device, stack):
         stack.enter_context(only_command(out))
         begin_log(out / "log.jsonl", state, args)
         count = sum(p.numel() for p in model.parameters())
-        composites = len(augmented) if augmented else 0
         print(f"{args.model} {args.preset}: {count / 1e6:.1f} M parameters, {len(original)} "
-              f"originals, {composites} composites, steps {first} to {args.steps} on {world} x "
-              f"{device.type}")
+              f"originals, {len(augmented or ())} composites, steps {first} to {args.steps} on "
+              f"{world} x {device.type}")
     del state
 
     # Ranks, compilation, and the loader, which reads ahead in its workers.
@@ -836,7 +831,7 @@ def refuse_divergence(done, steps, mean_loss, in_a_row):
 def validation_losses(ema, val, args, rank, world, device):
     """Return the mean loss of the averaged weights in each of ten bins of t: 10 floats.
 
-    The pictures, times and noise are the same at every call: what changes is the network.
+    Pictures, times and noise are the same at every call.
     """
     count = min(args.val_images, len(val))
     mine = np.arange(rank, count, world)
@@ -873,12 +868,11 @@ def save_grid(path, ema, vae, data, args, device):
     lengths = torch.tensor([len(text) for text in texts])
     text, mask = pad_text(torch.cat(texts), lengths, padded_length(lengths))
     cond = (text.to(device), mask.to(device))
-    null = sets[0].null[None].to(device)                                 # (1, 1, D_text)
-    null_mask = torch.ones(null.shape[:2], dtype=torch.bool, device=device)
+    null = pad_text(sets[0].null.to(device), torch.ones(1, dtype=torch.int64, device=device), 1)
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(len(picks), *sets[0].meta["latent_shape"], generator=generator)
     with autocast(device, args.precision):
-        x_0 = ddim(ema, noise.to(device), cond, (null, null_mask), args.sample_steps,
+        x_0 = ddim(ema, noise.to(device), cond, null, args.sample_steps,
                    args.guidance, args.clamp or None)
     images = to_images(vae.decode(x_0 / vae.scaling_factor))
     with complete(path) as temporary:
@@ -896,8 +890,8 @@ def draw_progress(out):
         losses["validation"] = [(row["step"], row["val_loss"]) for row in measured]
         bins = {}
         for k in range(10):
-            name = f"t from {k / 10} to {(k + 1) / 10:.1f}"
-            bins[name] = [(row["step"], row["val_bins"][k]) for row in measured]
+            points = [(row["step"], row["val_bins"][k]) for row in measured]
+            bins[f"t from {k / 10} to {(k + 1) / 10:.1f}"] = points
         charts["Validation loss by time"] = line_chart(bins, "step", "loss", log=True)
     charts["Loss"] = line_chart(losses, "step", "mean squared error of the noise", log=True)
     rates = {"learning rate": [(row["step"], row["lr"]) for row in trained]}
@@ -985,13 +979,11 @@ def benchmark(args, device):
         times.append(np.diff(ticks))
     data, network, update = np.mean(times[warmup:], axis=0).tolist()
     seconds = data + network + update
-
     peak, peak_is = peak_flops(device, args.precision)
     share = flops * B / seconds / peak
     # Of a CPU process, Linux reports kilobytes.
     memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if cuda:
-        memory = torch.cuda.max_memory_allocated()
+    memory = torch.cuda.max_memory_allocated() if cuda else memory
     print(f"{args.model} {args.preset}, batch {B} on {device.type}: {B / seconds:.1f} images/s; "
           f"{1e3 * seconds:.0f} ms a step: {1e3 * data:.0f} data, {1e3 * network:.0f} forward + "
           f"backward, {1e3 * update:.0f} optimiser + clipping + EMA; {flops / 1e9:.1f} GFLOP an "
