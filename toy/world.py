@@ -124,7 +124,7 @@ def pasted_place(rng, setting, radius):
     x0, y0, x1, y1 = cutmix.paste_box(setting, SIZE, rng)
     x = (x0 + x1) / 2 + rng.uniform(-1, 1)
     y = (y0 + y1) / 2 + rng.uniform(-1, 1)
-    return radius / cutmix.SIDE[setting], x, y
+    return radius / cutmix.CUTS[setting].scale, x, y
 
 
 def random_scene(rng, shape=None, kind=None):
@@ -193,7 +193,7 @@ def seen_in_composite(base, paste, box, setting):
     seen = [look_at(thing, ~inside) for thing in base["objects"]]
     for thing in paste["objects"]:
         if setting != "1/2":
-            thing = shrink(thing, x0, y0, cutmix.SIDE[setting])
+            thing = shrink(thing, x0, y0, cutmix.CUTS[setting].scale)
         seen.append(look_at(thing, inside))
     seen = [thing for thing in seen if thing["visible"] > 0.2 and thing["radius"] >= 4]
     seen.sort(key=lambda thing: -thing["visible"] * thing["radius"])
