@@ -17,6 +17,7 @@ import html
 import json
 import math
 import os
+import platform
 import signal
 import sys
 from pathlib import Path
@@ -411,7 +412,7 @@ def only_command(folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".lock.{os.environ.get('RANK', '0')}"
-    with open(path, "w") as lock:
+    with open(path, "a+", encoding="utf-8") as lock:
         busy = False
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -421,9 +422,15 @@ def only_command(folder):
             busy = True
         except OSError:
             pass        # A file system without locks: there is nothing to ask.
+        lock.seek(0)
+        holder = lock.read()
         if busy:
-            raise UserError(f"{folder}: another command is writing to it; wait until it has "
-                            f"ended, or choose another --out")
+            raise UserError(f"{folder}: another command is writing to it ({holder}); wait until it "
+                            f"has ended, or choose another --out")
+        # What a killed command left here is overwritten.
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
         try:
             yield
         finally:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -22,14 +23,17 @@ OVERHEAD = 1.15
 
 
 def seconds_of(function, least=1.0):
-    """Return the seconds that one call takes: the mean of calls for `least` seconds, the first left out."""
+    """Return the seconds that one call takes, of calls for `least` seconds, the first left out.
+
+    It is the median: a machine that is busy for a moment does not spoil it.
+    """
     function()
-    calls = 0
-    start = time.perf_counter()
-    while time.perf_counter() - start < least or calls < 2:
+    times = []
+    while sum(times) < least or len(times) < 3:
+        start = time.perf_counter()
         function()
-        calls += 1
-    return (time.perf_counter() - start) / calls
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def data_seconds():
