@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -34,15 +35,13 @@ from tqdm import tqdm
 import model_cad
 from common import (HelpFormatter, StopRequest, UserError, at_least, autocast, between,
                     command_line, complete, contact_sheet, ignore_signals, line_chart,
-                    local_device, on_any_rank, one_line, only_command,
-                    peak_flops, rank_and_world, read_jsonl, refuse_other_settings, report_lost_rank,
-                    to_images, write_jsonl)
+                    local_device, on_any_rank, one_line, only_command, peak_flops, rank_and_world,
+                    read_jsonl, refuse_other_settings, report_lost_rank, to_images, write_jsonl)
 from encode import Encoded, load_vae, refuse_other_encoders
 from sample import MODELS, ddim, gamma, load_model
 
 # --------------------------------------------------------------------------------------
 # Algorithm 1: what a step is trained on
-
 
 def choose(t, rng, tau, p):
     """Return which samples come from the augmented set (eq. 3). t (B,) in [0, 1] -> bool (B,).
@@ -761,7 +760,6 @@ def train(args, rank, world, device, stack):
         sampling = vae and due(done, args.sample_every)
 
         rows = []
-
         # Look at the GPU's numbers now and then only, because the CPU waits for them.
         if done % 10 == 0 or logging or saving or keeping:
             total_loss, total_norm, made, skipped, in_a_row = sums.tolist()
@@ -810,6 +808,8 @@ def train(args, rank, world, device, stack):
         print(f"train.py: stopped by {stop.name or 'a signal'}, {saved}; the same command goes on")
     if world > 1:
         dist.destroy_process_group()
+    if stopping:
+        sys.exit(0)         # also of a program that called `main`, as the toy does
 
 
 def refuse_divergence(done, steps, mean_loss, in_a_row):
