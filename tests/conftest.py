@@ -9,11 +9,15 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
-import pytest
-from PIL import Image
+# Before torch is imported: the networks here are tiny, and a second thread would only make a
+# busy machine much slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from common import command_line
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from common import command_line  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
