@@ -421,13 +421,12 @@ class Studio:
 
 
 def draw_all(job):
-    """Let all checkpoints of a job draw at the same time, each in a thread, and wait for them.
-
-    Two small networks on a core each are faster than one after the other on two cores.
-    """
+    """Let all checkpoints of a job draw at the same time, each in a thread, and wait for them."""
     threads = []
-    cores = max(1, (os.cpu_count() or 1) // len(job.painters))
-    for index in range(len(job.painters)):
+    share = max(1, (os.cpu_count() or 1) // len(job.painters))
+    for index, painter in enumerate(job.painters):
+        # The toy's network is so small that several cores would only wait for each other.
+        cores = 1 if painter.is_toy else share
         thread = threading.Thread(target=draw_one, args=(job, index, cores), daemon=True)
         threads.append(thread)
         thread.start()
