@@ -558,6 +558,16 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_workers(iterator):
+    """End the workers of a DataLoader's iterator, also where an error's traceback still holds it.
+
+    Otherwise they would only be ended when Python exits, by the signal that they ignore.
+    """
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down:
+        shut_down()
+
+
 def on_any_rank(flag, world):
     """Tell whether `flag` is true on any rank. The ranks' CPUs talk; no GPU is waited for."""
     if world == 1:

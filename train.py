@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import model_cad
 from common import (HelpFormatter, StopRequest, UserError, at_least, autocast, between,
-                    command_line, complete, contact_sheet, ignore_signals, line_chart,
+                    command_line, complete, contact_sheet, end_workers, ignore_signals, line_chart,
                     local_device, on_any_rank, one_line, only_command, peak_flops, rank_and_world,
                     read_jsonl, refuse_other_settings, report_lost_rank, to_images, write_jsonl)
 from encode import Encoded, load_vae, refuse_other_encoders
@@ -689,7 +689,6 @@ def train(args, rank, world, device, stack):
     cuda = device.type == "cuda"
     out = Path(args.out)
     state_path = out / "state.pt"
-
     # The data, the network and its optimiser, and the state of a run that is resumed.
     original, augmented, val = open_data(args)
     meta = original.meta
@@ -730,6 +729,8 @@ def train(args, rank, world, device, stack):
         Batches(original, augmented, args, rank, world), batch_size=None,
         sampler=range(first, args.steps), num_workers=args.workers, pin_memory=cuda,
         worker_init_fn=ignore_signals)
+    reader = iter(batches)
+    stack.callback(end_workers, reader)
 
     def due(done, every):
         return every and (done % every == 0 or done == args.steps)
@@ -737,9 +738,8 @@ def train(args, rank, world, device, stack):
     bar = tqdm(total=args.steps, initial=first, desc="training", unit="step", disable=rank > 0)
     stop = stack.enter_context(StopRequest())
     stopping = False
-    clock = time.perf_counter()
-    since = first
-    for step, batch in enumerate(batches, first):
+    clock, since = time.perf_counter(), first
+    for step, batch in enumerate(reader, first):
         # The step: Algorithm 1, equations 1 and 2, the optimiser.
         inputs = draw_inputs(batch, meta["scaling_factor"], device)
         loss = add_gradient(network, inputs, args)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -611,6 +612,8 @@ def test_damaged_data_is_one_line_from_a_worker_too(toy_paper, tmp_path, monkeyp
         line = refused("train.py", *data(toy_paper), *SMALL, "--out", tmp_path / workers,
                        "--workers", workers)
         assert line == "train.py: 00000.safetensors: damaged, delete it"
+        # A worker that was left alone would keep the command from ending.
+        assert not multiprocessing.active_children()
 
 
 def test_a_rank_that_dies_ends_the_others_with_one_line_each(toy_paper, tmp_path):
