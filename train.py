@@ -273,7 +273,7 @@ def lamb_update_on_cpu(w, average, g, m, v, numbers, beta1, beta2, eps, decay, t
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB or, without `trust_ratio`, AdamW; clipping and the moving average are built in."""
+    """LAMB; a group without `trust_ratio` or weight decay gets AdamW, as in the release."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
                  trust_ratio=True):
@@ -324,9 +324,10 @@ class Lamb(torch.optim.Optimizer):
                     state["v"] = torch.zeros_like(w)
                 average = averages[w].view(-1) if averages else None
                 rule = lamb_update_on_cpu if on_cpu else self.rule
+                trust = group["trust_ratio"] and group["weight_decay"] > 0
                 rule(w.detach().view(-1), average, w.grad.view(-1), state["m"].view(-1),
                      state["v"].view(-1), numbers, beta1, beta2, group["eps"],
-                     group["weight_decay"], group["trust_ratio"])
+                     group["weight_decay"], trust)
 
 
 def make_optimizer(model, args):
@@ -350,8 +351,7 @@ def make_optimizer(model, args):
     groups = [{"params": decayed, "weight_decay": args.weight_decay, "trust_ratio": lamb},
               {"params": zeros, "weight_decay": args.weight_decay, "trust_ratio": False},
               {"params": plain, "weight_decay": 0.0, "trust_ratio": False}]
-    groups = [group for group in groups if group["params"]]
-    return Lamb(groups, args.lr, tuple(args.betas))
+    return Lamb([group for group in groups if group["params"]], args.lr, tuple(args.betas))
 
 
 def lr_at(step, lr, warmup, total, rate):

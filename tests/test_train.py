@@ -239,6 +239,20 @@ def test_without_trust_ratio_the_optimiser_is_torchs_adamw():
     assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
+def test_lamb_takes_adams_steps_where_there_is_no_weight_decay():
+    torch.manual_seed(0)
+    ours = torch.randn(7, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    lamb = train.Lamb([{"params": [ours], "weight_decay": 0.0}], lr=0.02)
+    adam = torch.optim.Adam([theirs], lr=0.02)
+    for _ in range(5):
+        ours.grad = torch.randn(7)
+        theirs.grad = ours.grad.clone()
+        lamb.step()
+        adam.step()
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_a_skipped_step_changes_nothing_even_if_it_is_the_first():
     w, average = torch.randn(6), torch.randn(6)
     m, v = torch.zeros(6), torch.zeros(6)
