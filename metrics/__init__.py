@@ -1,1 +1,1 @@
-"""What evaluate.py measures with: distances of features, FID's network, the paper's tables."""
+"""What evaluate.py measures with: distances, the network of FID, tables."""

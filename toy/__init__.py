@@ -1,1 +1,1 @@
-"""The paper in miniature: a toy ImageNet that is drawn, and the whole method run on it."""
+"""The paper in miniature: a drawn ImageNet, and the whole method run on it."""
