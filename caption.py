@@ -49,10 +49,13 @@ def aio(args):
     Raises UserError if a photo is in none, or if it is unknown what a folder means.
     """
     files = list_images(args.images)
+
+    # Without this check, such a photo would be captioned 'An image of ' and no more.
     for file in files:
         if not class_of(file):
             raise UserError(f"{args.images}: {file} is in no class folder, so its class "
                             "is unknown")
+
     classes = sorted({class_of(file) for file in files})
     names = class_names(classes, args.class_names)
 
@@ -60,6 +63,8 @@ def aio(args):
     rank, _ = rank_and_world()
     if rank > 0:
         return
+
+    # json.dumps writes ASCII, so even a file name that is not UTF-8 survives.
     with complete(args.out) as temporary, open(temporary, "w") as lines:
         for file in tqdm(files, desc="aio", unit="captions"):
             caption = aio_caption(names[class_of(file)])
@@ -84,9 +89,12 @@ def class_names(folders, table=None):
     for folder in folders:
         if table and folder not in meanings:
             raise UserError(f"{table}: has no class {folder!r}")
+        # A caption 'An image of n01440764' would teach a model nothing.
         if not table and re.fullmatch(r"n\d{8}", folder):
             raise UserError(f"class folder {folder} is a WordNet id: say what it means "
                             "with --class-names LOC_synset_mapping.txt")
+
+        # imagenet_class_index.json writes "great_white_shark", and so do many folders.
         name = meanings.get(folder, folder)
         names[folder] = name.replace("_", " ").strip()
     return names
@@ -102,10 +110,13 @@ def read_class_table(path):
     try:
         text = Path(path).read_text(encoding="utf-8")
         meanings = {}
+
+        # The first character tells the formats apart: an id begins with n.
         if text.startswith("{"):
             for wordnet_id, name in json.loads(text).values():
                 meanings[wordnet_id] = str(name)
             return meanings
+
         for line in text.splitlines():
             if line.strip():
                 wordnet_id, synonyms = line.split(None, 1)
@@ -139,14 +150,20 @@ def kept_patches(setting, box, size):
     """
     if setting in (None, "1/2"):
         return [0]
+
     # In half pixels, because that is where the middle of an odd size lies.
     x0, y0, x1, y1 = (2 * v for v in box)
+
+    # A quadrant is then `size` wide. Its share is the area that it has in common with the
+    # box; a negative width or height says that they do not meet.
     shares = []
     for top in (0, size):
         for left in (0, size):
             width = min(x1, left + size) - max(x0, left)
             height = min(y1, top + size) - max(y0, top)
             shares.append(max(0, width) * max(0, height))
+
+    # Shares are whole numbers, so those of a photo in the middle compare as equal.
     return [0] + [1 + k for k in range(4) if shares[k] == max(shares)]
 
 
@@ -162,6 +179,8 @@ def image_tokens(features, kept, newline):
     features: (views, P * P, D), the kept views in order; newline: (D,).
     """
     view = dict(zip(kept, features))                                    # each (P * P, D)
+
+    # transformers gives a picture of one view a single newline, not one for each row.
     if kept == [0]:
         return torch.cat([view[0], newline[None]])
 
@@ -173,6 +192,7 @@ def image_tokens(features, kept, newline):
         for quadrant in (left, right):
             if quadrant in view:
                 row.append(view[quadrant].unflatten(0, (side, side)))         # (P, P, D)
+        # Where no quadrant of a row is kept, its newlines are left out too.
         if row:
             row.append(newline.expand(side, 1, -1))
             tokens.append(torch.cat(row, dim=1).flatten(0, 1))
@@ -186,10 +206,13 @@ def view_features(model, views):
     """
     layers = model.config.vision_feature_layer
     hidden = model.model.vision_tower(views, output_hidden_states=True).hidden_states
+
+    # A configuration names one layer of the tower, or several to put side by side.
     if isinstance(layers, int):
         features = hidden[layers]
     else:
         features = torch.cat([hidden[k] for k in layers], dim=-1)
+
     if model.config.vision_feature_select_strategy == "default":
         # Without the class token.
         features = features[:, 1:]
@@ -208,6 +231,8 @@ def embed_question(model, pixels, kept, prompt):
     device = model.device
     views = torch.cat(pixels).to(device, model.dtype)
     features = view_features(model, views).split([len(views) for views in pixels])
+
+    # All pictures are asked the same, so the words are embedded once for the batch.
     text = model.get_input_embeddings()(torch.tensor(prompt, device=device))     # (T, D)
     place = prompt.index(model.config.image_token_id)
 
@@ -217,6 +242,7 @@ def embed_question(model, pixels, kept, prompt):
         image = image_tokens(picture, numbers, model.model.image_newline)
         rows.append(torch.cat([text[:place], image.to(text.dtype), text[place + 1:]]))
 
+    # The answer continues a row at its right end, so the padding goes to the left.
     longest = max(len(row) for row in rows)
     embeddings = text.new_zeros(len(rows), longest, text.shape[1])            # (B, L, D)
     mask = torch.zeros(len(rows), longest, dtype=torch.long, device=device)      # (B, L)
@@ -251,13 +277,20 @@ def load_pictures(pictures, folder, processor, side, prune):
     loaded = []
     for file, setting, box in pictures:
         try:
+            # Decoding may shrink a large JPEG, but not below twice the size that is needed,
+            # so the resampling below still has pixels to average.
             image = open_image(f"{folder}/{file}", 2 * side)
         except OSError as error:
+            # One broken file must not end the whole run. Its row names the file, so the
+            # reason need not do so again.
             reason = str(error).removeprefix(f"{folder}/{file}: ")
             loaded.append(LoadedPicture(file, error=reason))
             continue
+
         square = resize_and_crop(image, side)
         views = processor(images=square, return_tensors="pt")["pixel_values"][0]
+
+        # Only a composite has a box, and composites are square.
         kept = kept_patches(setting, box, min(image.size)) if prune else ALL_VIEWS
         # The other views never reach the model.
         loaded.append(LoadedPicture(file, views[kept], kept))
@@ -270,9 +303,13 @@ def describe(batches, prune, model, tokenizer, prompt, load, workers, max_new_to
     prompt: token ids; load: load_pictures with all arguments but the batch and `prune`.
     Pictures are loaded by `workers` processes, ahead of the model.
     """
+    # Each element is a whole batch, so the DataLoader shall not form any (batch_size=None).
+    # Its workers call `load` as the collate function, and the order of the batches is kept.
     loader = DataLoader(batches, batch_size=None, collate_fn=partial(load, prune=prune),
                         num_workers=min(workers, len(batches)))
+
     for loaded in loader:
+        # The model gets the pictures that could be read, and that may be none.
         shown = [picture for picture in loaded if picture.error is None]
         captions = {}
         if shown:
@@ -304,6 +341,8 @@ def llava(args):
     # A view has the size of the vision tower's input.
     side = 2 * model.config.vision_config.image_size
     grids = [list(grid) for grid in model.config.image_grid_pinpoints]
+    # Without this grid, the processor would cut the square in another way, and views 1 to
+    # 4 would not be its quadrants.
     if [side, side] not in grids:
         raise UserError(f"--model {args.model}: no 2 x 2 grid, {side} x {side}, in its "
                         "image_grid_pinpoints")
@@ -319,10 +358,14 @@ def llava(args):
     if args.benchmark:
         time_captions(pictures, args.batch_size, args.benchmark, describe_pictures)
         return
+
     produce = partial(describe_pictures, prune=not args.no_prune)
+
+    # Captions depend on these, so a run can only be resumed with the same ones.
     settings = {"model": args.model, "batch_size": args.batch_size,
                 "max_new_tokens": args.max_new_tokens, "no_prune": args.no_prune}
     out = SharedFile(args.out, "file", pictures, attrgetter("file"), args.batch_size)
+
     if out.write(produce, settings, "captions"):
         skipped = len(read_jsonl(out.skipped))
         print(f"{len(pictures) - skipped} captions in {args.out}, {skipped} skipped "
@@ -336,8 +379,10 @@ def pictures_to_caption(args):
     """
     if not (args.images or args.cutmix):
         raise UserError("needs --images, or --cutmix")
+
     pictures = []
     if args.cutmix:
+        # cutmix.py names its composites relative to the folder of cutmix.jsonl.
         folder = args.images or str(Path(args.cutmix).parent)
         for row in read_jsonl(args.cutmix):
             try:
@@ -349,6 +394,8 @@ def pictures_to_caption(args):
         folder = args.images
         for file in list_images(folder):
             pictures.append(Picture(file))
+
+    # Captioning is the slow stage: what others have captioned need not be done again.
     if args.captioned:
         pictures = without_caption(pictures, args.captioned)
     return pictures, folder
@@ -364,6 +411,8 @@ def without_caption(pictures, caption_files):
     captions = {}
     for path in caption_files:
         captions.update(read_captions(path))
+
+    # A bare name that two pictures share does not tell which of them it describes.
     names = Counter(os.path.basename(picture.file) for picture in pictures)
     missing = []
     for picture in pictures:
@@ -371,6 +420,7 @@ def without_caption(pictures, caption_files):
         named_alone = name in captions and names[name] == 1
         if picture.file not in captions and not named_alone:
             missing.append(picture)
+
     if not missing:
         raise UserError(f"--captioned: all {len(pictures)} pictures have captions")
     captioned = len(pictures) - len(missing)
@@ -383,6 +433,7 @@ def prompt_tokens(processor, question):
     content = [{"type": "image"}, {"type": "text", "text": question}]
     chat = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
+
     # Most templates write the token that begins a text, and it must not be there twice.
     begins = processor.tokenizer.bos_token
     has_begin = begins is not None and text.startswith(begins)
@@ -398,8 +449,11 @@ def time_captions(pictures, batch_size, count, describe_pictures):
     if len(batches) <= count:
         raise UserError(f"--benchmark {count}: there are only {len(pictures)} pictures")
     for prune in (True, False):
+        # The first batch is not timed, because it also waits for the workers to start.
         work = describe_pictures(batches, prune)
         next(work)
+
+        # The rows are text, so the GPU has finished with them when the clock is read.
         start = time.perf_counter()
         made = sum(len(rows) for rows in work)
         speed = made / (time.perf_counter() - start)
@@ -428,6 +482,7 @@ def extend(args):
     """Make short prompts long with a chat model. Raises UserError."""
     rows = read_short_prompts(args.prompts, args.limit, args.seed)
     model, tokenizer = load_chat_model("AutoModelForCausalLM", args.model)
+
     produce = partial(lengthen, model=model, tokenizer=tokenizer,
                       attempts=args.attempts, max_new_tokens=args.max_new_tokens)
     out = SharedFile(args.out, "short_prompt", rows, itemgetter("prompt"),
@@ -435,6 +490,7 @@ def extend(args):
     settings = {"model": args.model, "batch_size": args.batch_size,
                 "max_new_tokens": args.max_new_tokens, "attempts": args.attempts}
     if out.write(produce, settings, "prompts"):
+        # A user should see which prompts the model did not make longer.
         short = []
         for row in read_jsonl(args.out):
             if row["prompt"] == row["short_prompt"]:
@@ -465,10 +521,13 @@ def read_short_prompts(path, limit=None, seed=0):
             text = Path(path).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
             raise UserError(f"{path}: not UTF-8")
+        # splitlines() would also cut a prompt at U+2028 and other rare separators.
         rows = [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
 
     if not rows:
         raise UserError(f"{path}: empty")
+
+    # All prompts are checked now, and not when their turn comes, maybe hours later.
     for number, row in enumerate(rows, 1):
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt:
@@ -488,19 +547,24 @@ def lengthen(batches, model, tokenizer, attempts, max_new_tokens):
     loses some of its words again and again, `attempts` times.
     """
     for batch in batches:
+        # A prompt that occurs twice in a batch is asked once.
         short = list(dict.fromkeys(row["prompt"] for row in batch))
         long = {}
         # What to say beside a prompt when it is asked again.
         notes = dict.fromkeys(short, "")
+
+        # Each attempt asks only about prompts that have no good answer yet.
         for _ in range(attempts):
             asked = [prompt for prompt in short if prompt not in long]
             if not asked:
                 break
+
             questions = []
             for prompt in asked:
                 questions.append(f"{INSTRUCTION}\n\n{prompt}{notes[prompt]}")
             answers = ask(model, tokenizer, questions, max_new_tokens)
             for prompt, answer in zip(asked, answers):
+                # Some models put the caption in quotation marks.
                 caption = whole_sentences(answer).strip("\"'“”")
                 lost = missing_words(prompt, caption)
                 if caption and not lost:
@@ -508,6 +572,8 @@ def lengthen(batches, model, tokenizer, attempts, max_new_tokens):
                 else:
                     # Without a note a greedy model would repeat itself.
                     notes[prompt] = f"\n\nThe caption must say: {', '.join(lost)}"
+
+        # What else a row holds is kept: GenEval's evaluation needs its metadata.
         rows = []
         for row in batch:
             prompt = row["prompt"]
@@ -531,6 +597,8 @@ def missing_words(prompt, caption):
 
     Words are objects, counts, colours and positions: all but FILLER_WORDS.
     """
+    # Words are runs of letters and digits in any script, so "well-lit" is two of them.
+    # Both texts are compared by all forms: "dog" is found in "dogs" and "dogs" in "dog".
     there = set()
     for word in re.findall(r"[^\W_]+", caption.lower()):
         there |= word_forms(word)
@@ -548,6 +616,8 @@ def word_forms(word):
     """
     if word in NUMBERS:
         word = str(NUMBERS.index(word))
+
+    # A form that is no word does little harm, as it is found in no other text either.
     forms = {word}
     for plural, singular in PLURALS:
         if word.endswith(plural):
@@ -564,12 +634,15 @@ def load_chat_model(model_class, name):
     The processor of a model for text only is its tokenizer. model_class: a class of
     transformers; name: a folder, or a hub id. Raises UserError.
     """
+    # It takes seconds to import, and neither `--help` nor aio needs it.
     import transformers
+
     device = local_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sees = model_class.startswith("Llava")
     try:
         if sees:
+            # A wrong model is refused by its small configuration, before gigabytes are read.
             config = transformers.AutoConfig.from_pretrained(name)
             if config.model_type != "llava_next":
                 raise UserError(f"--model {name}: not LLaVA-NeXT")
@@ -585,6 +658,8 @@ def load_chat_model(model_class, name):
         raise UserError(f"--model {name}: has no chat template, so it cannot be asked")
 
     # Batches are padded on the left, so that all answers begin at the same place.
+    # Some tokenizers, Llama's among them, have no token for padding. Any token will do,
+    # because the padding is masked.
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
     return model.to(device).eval(), processor
@@ -603,6 +678,7 @@ def greedy_answers(model, tokenizer, mask, max_new_tokens, **inputs):
         temperature=None, top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id)
     if "input_ids" in inputs:
         # Then the answer comes behind the question.
+        # Given embeddings instead, generate() returns the answer alone.
         tokens = tokens[:, inputs["input_ids"].shape[1]:]
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
@@ -613,6 +689,9 @@ def whole_sentences(text):
     If no sentence is complete, all of it is returned.
     """
     text = " ".join(text.split())
+
+    # An answer that reached --max-new-tokens stops in the middle of a sentence. A full
+    # stop counts only at the end of a word, so "2.5" ends no sentence.
     ends = [match.end() for match in re.finditer(r"[.!?][\"'”’)\]]*(?=\s|$)", text)]
     return text[:ends[-1]] if ends else text
 
@@ -635,8 +714,10 @@ class SharedFile:
         self.out = out
         self.skipped = out.with_suffix(".skipped.jsonl")
         self.settings = Path(f"{out}.settings")
+        # The number of ranks is in the name because it decides which rows a part has.
         self.parts = [out.with_name(f"{out.name}.{rank}of{self.world}")
                       for rank in range(self.world)]
+
         self.key = key
         self.items = items
         self.name_of = name_of
@@ -649,10 +730,12 @@ class SharedFile:
         of each batch of items; `settings` are what rows depend on. Raises UserError if
         `out` or its parts belong to other items, settings or ranks.
         """
+        # Started once more, a finished command only makes sure that it means the same items.
         if self.out.exists():
             self.refuse_other_items()
             self.remove_parts()
             return True
+
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.refuse_other_ranks()
         begin_or_resume(self.settings, self.out, settings)
@@ -666,6 +749,8 @@ class SharedFile:
             with open(path, "rb") as lines:
                 for line in lines:
                     names.add(self.name_in(line, path))
+
+        # Sets, because skipped pictures stand in a file of their own, out of order.
         if names != {self.name_of(item) for item in self.items}:
             raise self.other_items_error()
 
@@ -684,6 +769,7 @@ class SharedFile:
 
     def refuse_other_ranks(self):
         """Raise UserError if there are parts of another number of ranks."""
+        # Another number of ranks deals the batches out differently: its parts do not fit.
         for part in self.out.parent.glob(f"{self.out.name}.*of*"):
             if not part.name.endswith(f"of{self.world}"):
                 raise UserError(f"{part}: begun with another number of ranks: go on with "
@@ -692,19 +778,24 @@ class SharedFile:
     def append_my_share(self, produce, unit):
         """Append the missing rows of this rank's batches to its part."""
         mine = self.batches[self.rank::self.world]
+
+        # This mode creates the part if it is missing, lets it be read, and appends.
         with open(self.parts[self.rank], "ab+") as part:
             done, size = self.whole_batches(part, mine)
             # A torn line, or half a batch, is cut off.
             part.truncate(size)
             if done == len(mine):
                 return
+
             total = sum(len(batch) for batch in mine)
             there = sum(len(batch) for batch in mine[:done])
+
             with tqdm(total=total, initial=there, desc=self.out.stem, unit=unit,
                       disable=self.rank > 0) as bar:
                 for rows in produce(mine[done:]):
                     lines = [json.dumps(row) + "\n" for row in rows]
                     part.write("".join(lines).encode())
+                    # A kill then costs no more than the batch in hand.
                     part.flush()
                     bar.update(len(rows))
 
@@ -723,30 +814,39 @@ class SharedFile:
             is_torn = len(lines) < len(batch) or not lines[-1].endswith(b"\n")
             if is_torn:
                 break
+
+            # Otherwise rows of another list would end in `out`, and some items have none.
             for line, item in zip(lines, batch):
                 if self.name_in(line, self.parts[self.rank]) != self.name_of(item):
                     raise self.other_items_error()
+
             done += 1
             size += sum(len(line) for line in lines)
         return done, size
 
     def join_parts(self):
         """Write `out` from the parts if all are whole; return whether it is there."""
+        # Two ranks that end together may both join the parts. They write the same bytes, and
+        # what one of them has opened it can read even when the other has removed it.
         with contextlib.ExitStack() as stack:
             try:
                 streams = [stack.enter_context(open(part, "rb")) for part in self.parts]
             except FileNotFoundError:
                 # A rank has not begun, or another one has joined the parts already.
                 return self.out.exists()
+
+            # A rank that is still at work has fewer rows in its part than its share.
             rows = sum(count_whole_lines(stream) for stream in streams)
             if rows < len(self.items):
                 print(f"rank {self.rank}: its share is done; the last rank to end "
                       f"writes {self.out}")
                 return False
+
             # `out` is the sign that all is done, so it is the last to get its name.
             with (complete(self.out) as out, complete(self.skipped) as skipped,
                   open(out, "wb") as good, open(skipped, "wb") as bad):
                 for k, batch in enumerate(self.batches):
+                    # Batch k was made by rank k % world: taking turns restores the order.
                     for line in itertools.islice(streams[k % self.world], len(batch)):
                         has_reason = "reason" in json.loads(line)
                         (bad if has_reason else good).write(line)
@@ -786,6 +886,7 @@ def parse_arguments(argv):
     commands = parser.add_subparsers(dest="stage", required=True,
                                      metavar="{aio,llava,extend}")
 
+    # `add = sub_command(...)` begins a sub-command, and `add(...)` gives it an option.
     def sub_command(name, function):
         sub = commands.add_parser(name, description=__doc__,
                                   formatter_class=HelpFormatter)

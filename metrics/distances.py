@@ -15,9 +15,12 @@ def mean_and_factor(x):
     if len(x) < 2:
         raise UserError(f"a Fréchet distance needs at least 2 images on each side, here is "
                         f"{len(x)}")
+
+    # One value that is not finite spoils the mean, so only the mean needs a look.
     mean = x.mean(0, dtype=torch.float64)
     if not mean.isfinite().all():
         raise UserError("a Fréchet distance needs finite features, here are NaN or infinite ones")
+
     scale = (len(x) - 1) ** 0.5
 
     # Few samples: they are themselves the factor.
@@ -29,6 +32,7 @@ def mean_and_factor(x):
     for part in x.split(8192):
         centred = (part.double() - mean) / scale
         covariance += centred.T @ centred
+
     lower, failed = torch.linalg.cholesky_ex(covariance)
     if not failed:
         return mean, lower.T
@@ -51,10 +55,15 @@ def frechet_distance(a, b):
     mean_a, factor_a = mean_and_factor(torch.as_tensor(a))
     mean_b, factor_b = mean_and_factor(torch.as_tensor(b))
     P = factor_a @ factor_b.T                                          # (K_a, K_b)
+
+    # P P^T and P^T P have the same nonzero eigenvalues, so the smaller one will do.
     smaller = P @ P.T if P.shape[0] <= P.shape[1] else P.T @ P
     trace_of_root = torch.linalg.eigvalsh(smaller).clamp(min=0).sqrt().sum()
+
+    # The trace of F^T F is the sum of the squares in F.
     trace = factor_a.square().sum() + factor_b.square().sum() - 2 * trace_of_root
     distance = (mean_a - mean_b).square().sum() + trace
+
     # Rounding alone can make it negative.
     return max(float(distance), 0.0)
 
@@ -63,6 +72,8 @@ def squared_distances(a, b):
     """Yield (rows, |a_i - b_j|^2) for a (N, D) and b (M, D), 128 rows of a at a time."""
     norms_a = a.square().sum(1)
     norms_b = b.square().sum(1)
+
+    # Expanding the square leaves one matrix product: differences would be D times as large.
     for rows in torch.arange(len(a), device=a.device).split(128):
         products = a[rows] @ b.T
         yield rows, norms_a[rows, None] + norms_b - 2 * products
@@ -98,12 +109,15 @@ def prdc(real, fake, k=3):
     if not 1 <= k < min(len(real), len(fake)):
         raise UserError(f"k = {k} neighbours need more than k images: real {len(real)}, "
                         f"fake {len(fake)}")
+
     # Distances are finest near the origin.
     centre = real.mean(0)
     real = real - centre
     fake = fake - centre
+
     real_radius = squared_radii(real, k)                               # (N,)
     fake_radius = squared_radii(fake, k)                               # (M,)
+
     # Distances that differ by less than their rounding are equal, and equal is outside.
     rounding = 1e-12 * (real.square().sum(1).max() + fake.square().sum(1).max())
 
@@ -111,6 +125,8 @@ def prdc(real, fake, k=3):
     recalled = torch.zeros_like(covered)
     precise = torch.zeros(len(fake), dtype=torch.bool, device=real.device)
     pairs = 0
+
+    # One pass over all pairs gives the four figures; no N x M matrix is ever in memory.
     for rows, distance in squared_distances(real, fake):               # (128, M)
         in_real_ball = distance < real_radius[rows, None] - rounding
         in_fake_ball = distance < fake_radius - rounding
@@ -118,6 +134,7 @@ def prdc(real, fake, k=3):
         recalled[rows] = in_fake_ball.any(1)
         precise |= in_real_ball.any(0)
         pairs += int(in_real_ball.sum())
+
     return {"precision": float(precise.double().mean()),
             "recall": float(recalled.double().mean()),
             "density": pairs / (k * len(fake)),
@@ -133,11 +150,15 @@ def mean_prdc(real, fake, k, chunk, seed):
     """
     chunk = chunk or max(len(real), len(fake))
     count = max(1, min(len(real), len(fake)) // chunk)
+
+    # The chunks depend on nothing but the sizes and the seed, so figures can be repeated.
     generator = torch.Generator().manual_seed(seed)
     real_parts = torch.randperm(len(real), generator=generator).split(chunk)
     fake_parts = torch.randperm(len(fake), generator=generator).split(chunk)
+
     found = []
     for i in range(count):
         found.append(prdc(real[real_parts[i]], fake[fake_parts[i]], k))
+
     means = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
     return means, count, (len(real_parts[0]), len(fake_parts[0]))

@@ -14,7 +14,11 @@ class Conv(nn.Module):
 
     def __init__(self, width, out, kernel=1, stride=1, padding="same"):
         super().__init__()
+
+        # The strided layers of this network are not padded: 299 pixels become 149.
         padding = padding if stride == 1 else 0
+
+        # The shift of the normalisation stands for the bias; eps is TensorFlow's.
         self.conv = nn.Conv2d(width, out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out, eps=0.001)
 
@@ -27,6 +31,8 @@ class Block(nn.Module):
 
     def __init__(self, **convolutions):
         super().__init__()
+
+        # The file of weights is loaded by these names, so they must not change.
         for name, arguments in convolutions.items():
             self.add_module(name, Conv(*arguments))
 
@@ -49,6 +55,8 @@ class BlockA(Block):
     def forward(self, x):
         once = self.branch5x5_2(self.branch5x5_1(x))
         twice = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+
+        # The next block's weights expect the branches in just this order.
         return torch.cat([self.branch1x1(x), once, twice, self.branch_pool(average(x))], 1)
 
 
@@ -62,6 +70,8 @@ class BlockB(Block):
 
     def forward(self, x):
         twice = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+
+        # Pooling keeps its 288 channels: 384 + 96 + 288 = 768.
         return torch.cat([self.branch3x3(x), twice, F.max_pool2d(x, 3, 2)], 1)
 
 
@@ -69,6 +79,7 @@ class BlockC(Block):
     """(B, 768, 17, 17) -> the same: 7 x 7 as 1 x 7 and 7 x 1, `c` channels between."""
 
     def __init__(self, c):
+        # A row of 7 and a column of 7 see 7 x 7 pixels with 14 weights instead of 49.
         across, down = (1, 7), (7, 1)
         super().__init__(
             branch1x1=(768, 192),
@@ -96,6 +107,8 @@ class BlockD(Block):
     def forward(self, x):
         once = self.branch3x3_2(self.branch3x3_1(x))
         long = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
+
+        # Pooling keeps its 768 channels: 320 + 192 + 768 = 1280.
         return torch.cat([once, self.branch7x7x3_4(long), F.max_pool2d(x, 3, 2)], 1)
 
 
@@ -110,11 +123,15 @@ class BlockE(Block):
             branch3x3dbl_1=(width, 448), branch3x3dbl_2=(448, 384, 3),
             branch3x3dbl_3a=(384, 384, (1, 3)), branch3x3dbl_3b=(384, 384, (3, 1)),
             branch_pool=(width, 192))
+
+        # The two blocks of this kind pool in different ways, see Inception.
         self.pool = pool
 
     def forward(self, x):
         once = self.branch3x3_1(x)
         twice = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+
+        # The halves of a fork stand side by side: 320 + 4 x 384 + 192 = 2048 channels.
         return torch.cat([self.branch1x1(x), self.branch3x3_2a(once), self.branch3x3_2b(once),
                           self.branch3x3dbl_3a(twice), self.branch3x3dbl_3b(twice),
                           self.branch_pool(self.pool(x))], 1)
@@ -126,11 +143,16 @@ def resize_tf1(x, size=299):
     Bilinear: pixel i is taken at i x scale, with no shift by half a pixel and no
     antialias.
     """
+    # Bilinear means linear in one direction after the other.
     for dim in (2, 3):
         length = x.shape[dim]
         source = torch.arange(size, device=x.device, dtype=torch.float32) * (length / size)
+
+        # At the border there may be no next pixel, and then the last one counts twice.
         low = source.long()
         high = (low + 1).clamp(max=length - 1)
+
+        # The weights vary along `dim` and are broadcast over the rest of (B, C, H, W).
         weight = (source - low).view([-1, 1] if dim == 2 else [-1])
         x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), weight)
     return x
@@ -146,6 +168,8 @@ class Inception(nn.Sequential):
 
     def __init__(self, weights=None):
         super().__init__()                                             # (B, 3, 299, 299)
+
+        # nn.Sequential runs its parts in the order in which they are set here.
         self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)
         self.Conv2d_2b_3x3 = Conv(32, 64, 3)
@@ -153,18 +177,22 @@ class Inception(nn.Sequential):
         self.Conv2d_3b_1x1 = Conv(64, 80)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)
         self.maxpool2 = nn.MaxPool2d(3, 2)                             # (B, 192, 35, 35)
+
         self.Mixed_5b = BlockA(192, pooled=32)
         self.Mixed_5c = BlockA(256, pooled=64)
         self.Mixed_5d = BlockA(288, pooled=64)                         # (B, 288, 35, 35)
+
         self.Mixed_6a = BlockB()
         self.Mixed_6b = BlockC(128)
         self.Mixed_6c = BlockC(160)
         self.Mixed_6d = BlockC(160)
         self.Mixed_6e = BlockC(192)                                    # (B, 768, 17, 17)
+
         self.Mixed_7a = BlockD()
         self.Mixed_7b = BlockE(1280, average)
         # The maximum is a slip in the graph of 2015 that every FID since has kept.
         self.Mixed_7c = BlockE(2048, nn.MaxPool2d(3, 1, 1))            # (B, 2048, 8, 8)
+
         self.eval().requires_grad_(False)
         if weights is not None:
             # A wrong file fails in any of a dozen ways.
@@ -175,6 +203,7 @@ class Inception(nn.Sequential):
                 raise UserError(f"{weights}: {reason} ({INCEPTION} or torch-fidelity's)") from None
 
     def load_state_dict(self, state, *options, **more):
+        # The features are taken before the classifiers, so their weights have no place here.
         classifier = ("fc.", "AuxLogits.")
         kept = {name: x for name, x in state.items() if not name.startswith(classifier)}
         return super().load_state_dict(kept, *options, **more)
@@ -183,5 +212,6 @@ class Inception(nn.Sequential):
     @torch.no_grad()
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def forward(self, images):
+        # The network was trained on values between -1 and 1.
         x = (resize_tf1(images.float()) - 128) / 128                   # (B, 3, 299, 299)
         return super().forward(x).mean((2, 3))

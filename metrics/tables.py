@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from common import UserError, complete, read_json
 
+# {name of a score in results.json: heading of its column}. print_tables reads the arrow
+# too: ↓ means that the lowest score of a column is the best.
 TASKS = {"single_object": "One obj. ↑", "two_object": "Two obj. ↑", "counting": "Count. ↑",
          "colors": "Col. ↑", "position": "Pos. ↑", "color_attr": "Col. attr. ↑"}
 QUALITY = {"fid": "FID Inc. ↓", "fid_dino": "FID DINOv2 ↓", "precision": "P ↑", "recall": "R ↑",
@@ -15,6 +17,7 @@ COCO_QUALITY = {f"COCO {name}": f"COCO {heading}" for name, heading in QUALITY.i
 GENEVAL = {"overall": "Overall ↑", **TASKS}
 DPG = {name: f"{name.capitalize()} ↑"
        for name in ("global", "entity", "attribute", "relation", "other", "overall")}
+# Tables 4 and 5 take a few columns of each of the first three.
 ABLATION = {"fid": "FID Inc. ↓", "fid_dino": "FID DINOv2 ↓", "clip": "CLIPScore ↑",
             "original overall": "GenEval ◇ ↑", "extended overall": "GenEval ★ ↑",
             "dpg overall": "DPG ↑"}
@@ -68,23 +71,35 @@ class Row(NamedTuple):
 def scores_of(path, command, section):
     """Return a section of results.json as {name of the score: Score}. Raises UserError."""
     found = section["scores"]
+
+    # A prefix keeps apart what has the same name in two tables: FID on COCO and on
+    # ImageNet, for instance.
     prefix = "dpg " if command == "dpg" else "COCO " if section.get("data") == "COCO" else ""
+
+    # GenEval has scores of two kinds of prompts, one level deeper than the others.
     if command == "geneval":
         found = {f"{prompts} {task}": value for prompts in found
                  for task, value in found[prompts].items()}
+
+    # JSON in Python may hold NaN, and True counts as an int: neither belongs in a table.
     for name, value in found.items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value):
             raise UserError(f"{path}: {command}: {name} is {value!r}, which is not a number")
+
     settings = section.get("settings", {})
     counts = section.get("counts", {})
     others = DEPENDS_ON[command]
+
+    # A standard error belongs to its score and is none itself.
     scores = {}
     for name in [name for name in found if not name.endswith("_error")]:
         made_with = {}
         for key in DEPENDS_ON.get(name, others):
             # A model is known by the hash of its weights, whatever its folder is called.
             made_with[key] = section.get("weights", {}).get(settings.get(key), settings.get(key))
+
+        # Two digits, so that a few unreadable images do not make it another measurement.
         if command == "quality":
             sizes = (counts.get("fake", 0), counts.get("real", 0))
             made_with["images"] = "{:.2g} against {:.2g}".format(*sizes)
@@ -99,14 +114,21 @@ def read_row(path):
     try:
         for command, section in results.items():
             row.scores.update(scores_of(path, command, section))
+
+            # Sections come from commands that ran on their own. One that does not know the
+            # checkpoint must not erase what another one knew.
             training = (section.get("checkpoint") or {}).get("training") or {}
             weights = (section.get("sampling") or {}).get("weights")
             row = row._replace(weights=weights or row.weights)
+
             if training.get("steps") is not None:
                 row = row._replace(steps=int(training["steps"]))
+
             for fact, key in (("Params", "parameters"), ("Images", "images")):
                 if training.get(key):
                     row.facts[fact] = f"{training[key] / 1e6:.3g}M"
+
+            # IA is the setting of CutMix; it is empty where a model saw photos only.
             if training:
                 row.facts["TA"] = "yes" if training.get("TA") else "no"
                 row.facts["IA"] = "yes" if training.get("IA") else "no"
@@ -122,6 +144,8 @@ def results_files(place):
     place = Path(place)
     if not place.is_dir():
         return [place]
+
+    # A folder's own results come first; the folders in it are searched without them.
     found = list(place.glob("results.json")) or sorted(place.glob("*/results.json"))
     if not found:
         raise UserError(f"{place}: no results.json in it")
@@ -134,11 +158,13 @@ def joined(rows):
     for row in rows:
         for i, model in enumerate(models):
             same = row.weights is not None and row.weights == model.weights
+            # Two measurements of one score stay apart, or one would hide the other.
             if same and not row.scores.keys() & model.scores.keys():
                 models[i] = model._replace(name=f"{model.name} + {row.name}",
                                            scores={**model.scores, **row.scores})
                 break
         else:
+            # No earlier row is of this checkpoint, or all share a score with this one.
             models.append(row)
     return models
 
@@ -146,7 +172,9 @@ def joined(rows):
 def disagreement(scores):
     """Return in what Scores of a column were measured differently, "" if in nothing."""
     reasons = []
+    # A dict and not a set, because it keeps the order of the keys.
     for key in {key: None for score in scores for key in score.made_with}:
+        # Hashes are told apart, and printed, by their first twelve characters.
         values = sorted({str(score.made_with.get(key))[:12] for score in scores})
         if len(values) > 1:
             reasons.append(f"{key} ({', '.join(values)})")
@@ -158,12 +186,15 @@ def cell_texts(scores, rivals, lowest, digits):
 
     None is an empty cell.
     """
+    # Scores that look the same in print take the same place.
     places = sorted({round(score.value, digits) for score in rivals}, reverse=not lowest)
+
     texts = []
     for score in scores:
         text = f"{score.value:.{digits}f}" if score else ""
         if score and score.error is not None:
             text += f" ± {score.error:.2f}"
+
         if score in rivals and len(rivals) > 1:
             place = places.index(round(score.value, digits))
             text = f"**{text}**" if place == 0 else f"<u>{text}</u>" if place == 1 else text
@@ -175,12 +206,15 @@ def rows_of_table(table, rows, paper):
     """Return the rows that have a score of a table; none if the table is not to be printed."""
     columns = [prefix + column for prefix in table.prefixes for column in table.columns]
     chosen = [row for row in rows if row.scores.keys() & set(columns)]
+
     if table.columns is ABLATION:
         # Only a study of what varies: two settings of CutMix, or two probabilities.
         [fact] = table.facts
         chosen = [row for row in chosen if fact in row.facts]
         if not paper or len({row.facts[fact] for row in chosen}) < 2:
             return []
+
+    # Published rows are there to be compared with; alone they make no table.
     only_published = all(row.published for row in chosen)
     return [] if only_published else chosen
 
@@ -199,9 +233,12 @@ def print_tables(rows, paper=False):
         facts = []
         if paper:
             facts = [fact for fact in table.facts if any(fact in row.facts for row in chosen)]
+
+        # A ranking looks down a column, so the cells are made by column and printed by row.
         names = []
         texts = {heading: [] for heading in table.columns.values()}
         unranked = {}
+
         for prefix, mark in table.prefixes.items():
             group = []
             for row in chosen:
@@ -236,6 +273,7 @@ def print_tables(rows, paper=False):
 def write_csv(path, rows):
     """Write rows as CSV: model, facts of the checkpoint, every score by its name."""
     names = {name: None for row in rows for name in row.scores}
+
     with complete(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["model", *FACTS, *names])
         writer.writeheader()
@@ -250,14 +288,17 @@ def read_csv(path):
     Raises UserError.
     """
     rows = []
+    # Spreadsheets put an invisible mark (BOM) first, which this encoding removes.
     with open(path, encoding="utf-8-sig", newline="") as file:
         for cells in csv.DictReader(file):
             try:
                 name = cells.pop("model")
+                # An empty cell is a score that a model does not have, and not a zero.
                 filled = {key: text for key, text in cells.items() if text}
                 facts = {fact: filled.pop(fact) for fact in FACTS if fact in filled}
                 scores = {key: Score(float(text)) for key, text in filled.items()}
             except (KeyError, ValueError, TypeError) as error:
                 raise UserError(f"{path}: not a table as compare --csv writes it ({error})") from None
+
             rows.append(Row(name, scores, facts, published=True))
     return rows
