@@ -43,12 +43,12 @@ def composites_of(setting):
 
 def draw_world(world, count, seed, settings=("all",)):
     """Draw `count` originals, and as many composites for each setting, all with captions."""
-    # Originals come first: composites are cut from them.
     print(f"A toy ImageNet of {count} pictures in {world}, drawn", flush=True)
     images = quoted(world / "images")
+    # Originals come first: composites are mixed from them.
     make_world(world, count, seed)
 
-    # Each setting gets a folder of its own, since Table 4 trains on one of them at a time.
+    # Each setting gets a folder of its own, since Table 4 trains a model on each.
     for setting in settings:
         name = composites_of(setting)
         run(cutmix, f"--images {images} --size {SIZE} --seed {seed} --setting {setting} "
@@ -74,7 +74,7 @@ def make_prompts_and_encoder(out, prompts, seed):
     """Write short and long prompts, `prompts` of each task, and the tiny T5 that knows all words."""
     make_prompts(out, prompts, seed)
 
-    # The latents' tokens were encoded with this T5: a new one would not fit them.
+    # Encoded captions rest on this T5, so one that exists is kept.
     if (out / "t5").exists():
         return
 
@@ -92,7 +92,7 @@ def make_prompts_and_encoder(out, prompts, seed):
 
 def encode_world(world, images, captions, encoded, text_encoder):
     """Encode a folder of pictures of a world, with its captions."""
-    # No worker processes: pictures this small are read faster than a process starts.
+    # The pictures are so small that worker processes would cost more than they save.
     run(encode, f"--images {quoted(world / images)} --captions {quoted(world / captions)} "
                 f"--out {quoted(world / encoded)} --vae {quoted(VAE)} "
                 f"--text-encoder {quoted(text_encoder)} --size {SIZE} --workers 0")

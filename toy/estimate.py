@@ -27,6 +27,7 @@ def seconds_of(function, least=1.0):
 
     It is the median: a machine that is busy for a moment does not spoil it.
     """
+    # The first call is slower than the others: memory is reserved, and kernels are chosen.
     function()
 
     times = []
@@ -43,7 +44,8 @@ def data_seconds():
     rng = random.Random(0)
 
     vae = encode.load_vae(VAE)
-    # Pictures are encoded in batches, which is faster than one by one.
+    # One call encodes a batch, as in the real stage; its time is divided by the pictures in
+    # it.
     pixels = to_tensor([draw(random_scene(rng)) for _ in range(64)])
     with torch.no_grad():
         encoding = seconds_of(lambda: vae.encode(pixels)) / 64
@@ -77,7 +79,7 @@ def training_seconds(name):
     text, mask = random_text(model, BATCH)
     t = torch.rand(BATCH)
 
-    # One step as train.py does it, without what `OVERHEAD` stands for.
+    # These are the costly parts of a training step; `OVERHEAD` stands for the rest.
     def step():
         loss = (model(x, 1 - t, text, mask, torch.ones(BATCH)) - x).square().mean()
         optimizer.zero_grad()

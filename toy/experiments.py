@@ -42,6 +42,7 @@ def name_of(run):
     if run.setting:
         setting = composites_of(run.setting)
         parts.append(f"{setting}-p{run.p:g}-tau{run.tau:g}")
+
     if run.small:
         parts.append("small")
 

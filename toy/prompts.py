@@ -111,7 +111,7 @@ def make_text_encoder(folder, texts, seed, dim=128):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-    # Every word that a caption or a prompt has becomes a token, so none is unknown.
+    # Every word of the texts becomes a token, so that none of them is unknown.
     known = {word for text in texts for word in text.split()}
     words = ["<pad>", "</s>", "<unk>", *sorted(known)]
     numbers = {word: i for i, word in enumerate(words)}

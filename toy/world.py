@@ -282,8 +282,8 @@ def relations(one, two):
     """Return the words for where the first object is, seen from the second: none, one or two."""
     words = []
 
-    # Cells are compared, not pixels: objects in the same row or column of the grid stand
-    # neither above nor left of each other.
+    # Cells are compared, not pixels: a slight difference within a row or a column is no
+    # relation.
     column, row = one["cell"]
     other_column, other_row = two["cell"]
     if column < other_column:
@@ -335,8 +335,8 @@ def long_caption(things, scene, rng):
     # The order is random, so that it tells nothing of which object is larger or in front.
     things = rng.sample(things, len(things))
 
-    # A relation is said only of two whole objects. One that fills the frame is nowhere in
-    # particular, and half of one lies where the other half is missing.
+    # A relation is said only of two whole objects, neither of which fills the frame: one that
+    # does is nowhere in particular.
     whole = all(thing["visible"] > HALF for thing in things)
     none_large = all(thing["radius"] < LARGE for thing in things)
     one_class = len({thing["shape"] for thing in things}) == 1
