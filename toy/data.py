@@ -78,14 +78,15 @@ def make_prompts_and_encoder(out, prompts, seed):
     if (out / "t5").exists():
         return
 
-    # A word missing from these texts would be unknown to the tokenizer, so the prompts are
-    # among them. Captions and prompts have other keys.
+    # A word missing from these texts would be unknown to the tokenizer, so the prompts
+    # are among them. Captions and prompts have other keys.
     texts = []
     for name in ("captions", "captions-cutmix", "captions-aio", "prompts-short", "prompts-long"):
         for row in read_jsonl(out / f"{name}.jsonl"):
             texts.append(row.get("caption") or row["prompt"])
 
-    # A folder that bears its final name is whole, which is what the check above relies on.
+    # A folder that bears its final name is whole, which is what the check above relies
+    # on.
     with complete(out / "t5") as folder:
         make_text_encoder(folder, texts, seed)
 

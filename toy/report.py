@@ -9,7 +9,8 @@ from common import complete, line_chart, read_jsonl
 from toy.recipe import TAU
 from toy.score import TASKS, one_background, task_scores
 
-# The style is part of every page, so that a page is one file that can be sent to someone.
+# The style is part of every page, so that a page is one file that can be sent to
+# someone.
 STYLE = """
 body { font: 14px sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em }
 h2 { margin-top: 2em }
@@ -31,8 +32,7 @@ td:first-child { text-align: left }
 
 def write_page(path, title, body):
     """Write an HTML page. `body` is HTML, `title` plain text."""
-    # Titles may hold a run's name or a path, so they are escaped here. The body is HTML
-    # already.
+    # The title is plain text and may hold any character. The body is HTML already.
     title = html.escape(title)
     page = (f'<!doctype html><meta charset="utf-8"><title>{title}</title>\n'
             f"<style>{STYLE}</style>\n<h1>{title}</h1>\n{body}\n")
@@ -44,7 +44,8 @@ def write_page(path, title, body):
 
 def picture(path, note=""):
     """Return an <img> with the bytes of a file in it; the note appears when one points at it."""
-    # The bytes stand in the page itself, so it shows its pictures wherever it is moved to.
+    # The bytes stand in the page itself, so it shows its pictures wherever it is moved
+    # to.
     kind = mimetypes.guess_type(path)[0]
     data = base64.b64encode(path.read_bytes()).decode()
 
@@ -63,8 +64,8 @@ def cards(items):
 
 def table(rows):
     """Return rows of HTML cells as a table; the first row is its head."""
-    # Cells are not escaped: some hold links or pictures. Whoever makes one from plain text
-    # escapes it.
+    # Cells are not escaped: some hold links or pictures. Whoever makes one from plain
+    # text escapes it.
     lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
     return "<table>" + "\n".join(lines) + "</table>"
 
@@ -93,7 +94,8 @@ def verdicts(folder, rows, most=12):
     """Return the scored pictures of a folder, at most `most` of each task, under a heading each."""
     parts = []
     for task in TASKS:
-        # The first ones are shown, not the best ones: a page must not flatter the model.
+        # The first ones are shown, not the best ones: a page must not flatter the
+        # model.
         chosen = [row for row in rows if row["tag"] == task][:most]
 
         # The heading's id is what the cells of the tables' page link to.
@@ -106,7 +108,7 @@ def verdicts(folder, rows, most=12):
 def examples(folder, captions, count=8):
     """Return some pictures of a folder, spread over the data, with their captions."""
     rows = read_jsonl(captions)
-    # The captions may be in the order of classes, so the first ones alone could all be alike.
+    # Neighbours in a data set may be alike, so the rows in between are passed over.
     step = max(1, len(rows) // count)
     return cards([card(folder / row["file"], html.escape(row["caption"]), row["file"])
                   for row in rows[::step][:count]])

@@ -52,20 +52,18 @@ def main(argv=None):
         help="only train the autoencoder in toy/weights again")
     args = parser.parse_args(argv)
 
-    # The autoencoder's weights come with the project. Training them again is another task,
-    # which needs none of the checks below.
+    # The autoencoder's weights come with the project. Training them again is another
+    # task, which needs none of the checks below.
     if args.train_vae:
         train_vae(VAE, args.train_vae)
         return
 
-    # Two pictures of every class at least, so that each class can be mixed with itself and
-    # others.
+    # With a handful of pictures there is little to be mixed, and nothing to be learned.
     at_least(args, images=2 * len(SHAPES), steps=1, prompts=1, seed=0)
 
     out = Path(args.out)
 
-    # The number of steps is not among these, since it changes none of the data: train.py
-    # checks it for itself.
+    # The number of steps is not among these, since it changes none of the data.
     settings = {"images": args.images, "prompts": args.prompts, "seed": args.seed}
     begin_or_resume(out / "toy.json", out, settings)
     # Timing the parts takes a while. After a complete run it would be of no use.
@@ -92,7 +90,8 @@ def main(argv=None):
         samples = out / f"samples-{kind}"
         prompts = quoted(out / f"prompts-{kind}.jsonl")
         run(sample, sample_command(checkpoint, prompts, quoted(samples), args.seed))
-        # Scores are kept as files, too, so that a verdict can be looked up without the page.
+        # Scores are kept as files, too, so that a verdict can be looked up without the
+        # page.
         scores[kind] = score(samples)
         write_jsonl(out / f"scores-{kind}.jsonl", scores[kind])
 

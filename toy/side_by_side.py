@@ -46,7 +46,8 @@ class Job(NamedTuple):
 
 def remaining(job):
     """Return the commands of a job that have not ended well before, with just these options."""
-    # Whole command lines are compared: a command with another option counts as another one.
+    # Whole command lines are compared: a command with another option counts as another
+    # one.
     done = read_done(job.folder)
 
     return [command for command in job.commands if command.as_typed() not in done]
@@ -72,6 +73,9 @@ def run_side_by_side(jobs, processes, after_job):
             while waiting and len(running) < processes:
                 job = waiting.pop(0)
                 running.append((job, start(job)))
+
+            # Looking now and then costs nothing beside jobs of minutes, and needs no
+            # thread for each.
             time.sleep(POLL_SECONDS)
             ended = [(job, process) for job, process in running if process.poll() is not None]
 
@@ -137,7 +141,8 @@ def run_job(folder):
         sys.argv[0] = f"{command.stage}.py"
         importlib.import_module(command.stage).main(shlex.split(command.options))
 
-        # Written after each command, so that a kill costs at most the one that is running.
+        # Written after each command, so that a kill costs at most the one that is
+        # running.
         done = [*read_done(folder), command.as_typed()]
         with complete(folder / "done.json") as path:
             path.write_text(json.dumps(done, indent=1))

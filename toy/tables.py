@@ -49,7 +49,8 @@ def arguments(argv):
     least = 2 * len(SHAPES)
     at_least(args, images=least, small=least, val=8, steps=1, prompts=1, seeds=1, jobs=1)
 
-    # An option that is repeated cannot have a default: what is given would be added to it.
+    # An option that is repeated cannot have a default: what is given would be added to
+    # it.
     args.tables = args.table or list(TABLES)
     return args
 
@@ -58,7 +59,8 @@ def make_data(args, runs):
     """Draw, mix, caption and encode what the runs are trained and measured on, each thing once."""
     out = args.out
     text_encoder = out / "t5"
-    # The composites of all settings are always made: the T5's words come from their captions.
+    # The folder of the setting "all" is always made: the T5's words come from their
+    # captions.
     settings = sorted({run.setting for run in runs if run.setting} | {"all"})
 
     draw_world(out, args.images, 0, settings)
@@ -89,31 +91,35 @@ def make_data(args, runs):
 def say_how_long(args, runs, jobs):
     """Print how long the jobs that have something left to do will take on this machine."""
     total = 0.0
-    # Each network is timed only if it has something to do: timing takes a while by itself.
+    # Each network is timed only if it has something to do: timing takes a while by
+    # itself.
     for name in MODEL_NAMES:
         todo = [job for job, run in zip(jobs, runs) if run.model == name and remaining(job)]
         if not todo:
             continue
 
-        # Timed with as many neighbours as the real runs have, since they slow each other down.
+        # Timed with as many neighbours as the real runs have, since they slow each
+        # other down.
         seconds = seconds_side_by_side(name, args.jobs)
         for job in todo:
             total += expected_seconds(job, seconds, args.steps, args.prompts, args.val)
+
     todo = [job for job in jobs if remaining(job)]
+    # There may be fewer jobs than places for them.
     at_once = min(args.jobs, len(todo)) or 1
     print(f"\n{len(todo)} models to train, sample and score, {at_once} at a time: "
           f"{spoken_time(OVERHEAD * total / at_once)} here.", flush=True)
 
 
 def main(argv=None):
-    # What shapes the data and the training must stay the same when the command is repeated.
-    # Tables, seeds and jobs may change: they only choose what is made, and how many at a time.
     args = arguments(argv)
     out = args.out
+    # What shapes the data and the training must stay the same when the command is
+    # repeated. Tables, seeds and jobs may change: they only choose what is made, and
+    # how many at a time.
     settings = {name: getattr(args, name) for name in ("images", "small", "val", "steps", "prompts")}
     begin_or_resume(out / "tables.json", out, settings)
 
-    # Jobs are made before the data, since a wrong one should fail at once.
     runs = runs_of(args.tables, args.seeds)
     jobs = [job_of(out, run, args.steps, args.tables) for run in runs]
 
@@ -122,7 +128,6 @@ def main(argv=None):
 
     begin = time.time()
 
-    # Fewer jobs than places leave some places empty.
     todo = [job for job in jobs if remaining(job)]
     ended = []
 
@@ -130,10 +135,11 @@ def main(argv=None):
         ended.append(job)
         used = time.time() - begin
 
-        # Jobs take about equally long, so those that are left will take what the others took.
+        # The jobs that are left are assumed to take as long as those before.
         left = used / len(ended) * (len(todo) - len(ended))
         print(f"{len(ended)} of {len(todo)}: {job.name}; {spoken_time(used)} used, "
               f"{spoken_time(left)} left", flush=True)
+
         write_tables(out, args.tables, args.seeds, args.steps)
 
     run_side_by_side(jobs, args.jobs, after_job)

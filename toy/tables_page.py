@@ -31,7 +31,8 @@ two-object pictures (of three tasks) that are right.</p>
 
 def read_scores(out, run, kind):
     """Return the verdicts on a run's samples for short or long prompts, or None: not yet there."""
-    # A run writes its scores at its end. The page is also made while others are missing.
+    # A run writes its scores at its end. The page is also made while others are
+    # missing.
     path = out / "runs" / name_of(run) / f"scores-{kind}.jsonl"
     return read_jsonl(path) if path.exists() else None
 
@@ -56,6 +57,7 @@ def line_columns(out, line, kind):
 
 def mean_and_spread(values):
     """Return values of several seeds as text: "0.52 &plusmn; 0.03"."""
+    # A seed with no right two-object picture has no share of one background.
     values = [value for value in values if not math.isnan(value)]
     if not values:
         return "-"
@@ -79,8 +81,8 @@ def score_table(out, lines):
         for line in lines:
             columns = line_columns(out, line, kind)
 
-            # A mean leads to the pictures of the first seed. The column's name is the id of a
-            # heading on that page, if it is a task.
+            # A mean leads to the pictures of the first seed. The column's name is the
+            # id of a heading on that page, if it is a task.
             cells = []
             for column, values in columns.items():
                 link = f"runs/{name_of(line.runs[0])}/pictures-{kind}.html#{column}"
@@ -120,9 +122,11 @@ def same_prompts(out, lines, kind="long", of_each_task=2):
 
     if not shown:
         return ""
+
     rows = [["prompt", *(line.label for line, _ in shown)]]
     for task in TASKS:
-        # All models got the same prompts in the same order, so a number stands for one prompt.
+        # All models got the same prompts in the same order, so a number stands for one
+        # prompt.
         numbers = [n for n, row in enumerate(shown[0][1]) if row["tag"] == task]
 
         for n in numbers[:of_each_task]:
@@ -197,7 +201,7 @@ def section(out, name, seeds, steps):
     lines = lines_of(name, seeds)
     parts = [f"<h2>{TITLES[name]}</h2>"]
 
-    # Distances have a table of their own and no prompts, hence none of the pieces below.
+    # Distances have a table of their own, and no verdicts for the pieces below.
     if name == "1":
         parts.append("<p>Of samples for the long captions of validation pictures, on the toy "
                      "autoencoder's latents, averaged over each quarter of a picture.</p>")
@@ -214,6 +218,7 @@ def section(out, name, seeds, steps):
     parts.append(score_table(out, lines))
     parts.append("<h3>The same prompts, drawn by all models</h3>")
     parts.append(same_prompts(out, lines))
+
     return "\n".join(parts)
 
 
@@ -238,7 +243,8 @@ def write_pictures(out, run):
     folder = out / "runs" / name_of(run)
     for kind in KINDS:
         rows = read_scores(out, run, kind)
-        # A run's verdicts never change once they are there, so its pages are written once.
+        # A run's verdicts never change once they are there, so its pages are written
+        # once.
         page = folder / f"pictures-{kind}.html"
         if rows and not page.exists():
             body = verdicts(folder / f"samples-{kind}", rows, most=len(rows))
