@@ -45,15 +45,15 @@ def train_vae(folder, minutes, seed=0):
 
     if (folder / "config.json").exists():
         vae.load_state_dict(encode.load_vae(folder).state_dict())
-    # The average over many steps is what is saved in the end: it is smoother than the
-    # weights of any one step.
+    # The average over many steps is what is saved in the
+    # end: it is smoother than the weights of any one step.
     average = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99))
 
     bar = tqdm(desc="autoencoder", unit="step")
     start = time.time()
-    # Progress is measured in time, not in steps, so that it takes as long as was asked
-    # for.
+    # Progress is measured in time, not in steps,
+    # so that it takes as long as was asked for.
     done = 0.0
     while done < 1:
         whole = done < 2 / 3
@@ -81,15 +81,15 @@ def train_vae(folder, minutes, seed=0):
     bar.close()
 
     vae.load_state_dict(average)
-    # The variance of a latent is that of the means plus what the encoder leaves open. A
-    # scaling factor brings its root to SCALE.
+    # The variance of a latent is that of the means plus what the
+    # encoder leaves open. A scaling factor brings its root to SCALE.
     with torch.no_grad():
         mean, std = vae.encode(to_tensor(pictures[SIZE][:1000]))
     deviation = (mean.var() + (std ** 2).mean()).sqrt().item()
     vae.config["scaling_factor"] = round(SCALE / deviation, 4)
 
-    # Saved as diffusers does it, so that encode.py reads this one like Stable
-    # Diffusion's.
+    # Saved as diffusers does it, so that encode.py
+    # reads this one like Stable Diffusion's.
     folder.mkdir(parents=True, exist_ok=True)
     save_file(vae.half().state_dict(), folder / "diffusion_pytorch_model.safetensors")
     config = {"_class_name": "AutoencoderKL", **vae.config}
@@ -98,8 +98,7 @@ def train_vae(folder, minutes, seed=0):
 
 def make_pictures(rng):
     """Return {side: list of arrays (side, side, 3)}: pictures of the world in CutMix's sizes."""
-    # Large objects only: the small ones come from shrinking whole pictures, as in
-    # CutMix.
+    # Large objects only: the small ones come from shrinking whole pictures, as in CutMix.
     images = [draw(random_scene(rng, kind="large")) for _ in range(PICTURES)]
 
     pictures = {}
@@ -112,8 +111,8 @@ def make_pictures(rng):
 def littered(pictures, rng):
     """Return a picture (64, 64, 3), mostly with shrunken ones on it, so that small objects survive."""
     image = rng.choice(pictures[SIZE]).copy()
-    # Many pastes give practice with small objects, one is what CutMix does, and some
-    # pictures stay whole.
+    # Many pastes give practice with small objects, one
+    # is what CutMix does, and some pictures stay whole.
     kind = rng.random()
     if kind < 0.4:
         pastes = 8
@@ -153,8 +152,8 @@ def autoencoder_loss(vae, x, whole):
         mean = mean.float()
         std = std.float()
         deviation = std
-        # The additional noise is of another strength in each picture, as errors of a
-        # diffusion model are.
+        # The additional noise is of another strength in
+        # each picture, as errors of a diffusion model are.
         if not whole:
             deviation = (std ** 2 + (0.4 * torch.rand(len(x), 1, 1, 1)) ** 2).sqrt()
 

@@ -20,7 +20,6 @@ def run(stage, command):
     """Print a stage's command as a user would type it, and run it."""
     # The stage gets the very words that are printed, so that a user can run them alone.
     words = shlex.split(command)
-
     print(f"\n$ python {stage.__name__}.py {shlex.join(words)}", flush=True)
     stage.main(words)
 
@@ -78,15 +77,15 @@ def make_prompts_and_encoder(out, prompts, seed):
     if (out / "t5").exists():
         return
 
-    # A word missing from these texts would be unknown to the tokenizer, so the prompts
-    # are among them. Captions and prompts have other keys.
+    # A word missing from these texts would be unknown to the tokenizer,
+    # so the prompts are among them. Captions and prompts have other keys.
     texts = []
     for name in ("captions", "captions-cutmix", "captions-aio", "prompts-short", "prompts-long"):
         for row in read_jsonl(out / f"{name}.jsonl"):
             texts.append(row.get("caption") or row["prompt"])
 
-    # A folder that bears its final name is whole, which is what the check above relies
-    # on.
+    # A folder that bears its final name is whole,
+    # which is what the check above relies on.
     with complete(out / "t5") as folder:
         make_text_encoder(folder, texts, seed)
 

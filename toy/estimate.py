@@ -27,13 +27,13 @@ def seconds_of(function, least=1.0):
 
     It is the median: a machine that is busy for a moment does not spoil it.
     """
-    # The first call is slower than the others: memory is reserved, and kernels are
-    # chosen.
+    # The first call is slower than the others:
+    # memory is reserved, and kernels are chosen.
     function()
 
     times = []
-    # Three calls at least, so that a median means something even where one takes very
-    # long.
+    # Three calls at least, so that a median means
+    # something even where one takes very long.
     while sum(times) < least or len(times) < 3:
         start = time.perf_counter()
         function()
@@ -46,8 +46,8 @@ def data_seconds():
     rng = random.Random(0)
 
     vae = encode.load_vae(VAE)
-    # One call encodes a batch, as in the real stage; its time is divided by the
-    # pictures in it.
+    # One call encodes a batch, as in the real stage;
+    # its time is divided by the pictures in it.
     pixels = to_tensor([draw(random_scene(rng)) for _ in range(64)])
     with torch.no_grad():
         encoding = seconds_of(lambda: vae.encode(pixels)) / 64
@@ -102,8 +102,8 @@ def sampling_seconds(name):
     context = model.condition(*random_text(model, 2 * batch), torch.ones(2 * batch))
     gamma = torch.full((2 * batch,), 0.5)
 
-    # The first call has no state yet. Of the steps of a picture all others do, so these
-    # are timed.
+    # The first call has no state yet. Of the steps
+    # of a picture all others do, so these are timed.
     _, state = model.denoise(x, gamma, context, None)
     denoising = seconds_of(lambda: model.denoise(x, gamma, context, state)) / batch
 
@@ -111,8 +111,8 @@ def sampling_seconds(name):
     vae = encode.load_vae(VAE)
     decoding = seconds_of(lambda: vae.decode(x[:batch]), 0.5) / batch
 
-    # The detector looks at one picture at a time. Its first call, which draws its
-    # templates, is left out by `seconds_of`.
+    # The detector looks at one picture at a time. Its first call,
+    # which draws its templates, is left out by `seconds_of`.
     image = draw(random_scene(random.Random(0)))
     detecting = seconds_of(lambda: detect(image), 0.3)
 
@@ -121,8 +121,7 @@ def sampling_seconds(name):
 
 def spoken_time(seconds):
     """Return a time in words: "about 3 minutes"."""
-    # The limits lie above a minute and an hour, since "about 1 minutes" says too
-    # little.
+    # The limits lie above a minute and an hour, since "about 1 minutes" says too little.
     if seconds < 90:
         return f"about {seconds:.0f} seconds"
     if seconds < 5400:
@@ -142,8 +141,8 @@ def main(argv=None):
 def seconds_side_by_side(name, processes):
     """Return {"training", "sampling"}, in seconds, when `processes` models run at once, a thread each."""
     command = [sys.executable, "-m", "toy.estimate", name]
-    # One thread for each model, as `side_by_side` runs them. All are started before any
-    # is waited for: they are to be timed while they compete for the machine.
+    # One thread for each model, as `side_by_side` runs them. All are started before
+    # any is waited for: they are to be timed while they compete for the machine.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
                for _ in range(processes)]

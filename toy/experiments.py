@@ -37,8 +37,8 @@ class Line(NamedTuple):
 def name_of(run):
     """Return a run's name, which is also that of its folder."""
     parts = [run.model, run.captions]
-    # Without composites p and tau have no effect. They are left out, so that such runs
-    # are one.
+    # Without composites p and tau have no effect.
+    # They are left out, so that such runs are one.
     if run.setting:
         setting = composites_of(run.setting)
         parts.append(f"{setting}-p{run.p:g}-tau{run.tau:g}")
@@ -77,8 +77,8 @@ def table_4():
 
 def table_5():
     """The share p of composites where t > tau, with CM 1/4."""
-    # At p = 0 no composite is used, which is the run with text augmentation alone. It
-    # is shared with Table 2.
+    # At p = 0 no composite is used, which is the run with
+    # text augmentation alone. It is shared with Table 2.
     lines = {"p = 0": Run()}
     for p in (0.25, 0.5, 0.75, 1.0):
         lines[f"p = {p:g}"] = Run(setting="1/4", p=p)
@@ -107,8 +107,7 @@ TABLES = {"1": table_2, "2": table_2, "4": table_4, "5": table_5, "tau": table_t
 def lines_of(table, seeds):
     """Return the lines of a table, each with a run for every seed from 0 on."""
     lines = []
-    # The functions of the tables describe seed 0; the other seeds differ in nothing
-    # else.
+    # The functions of the tables describe seed 0; the other seeds differ in nothing else.
     for label, run in TABLES[table]().items():
         lines.append(Line(label, [run._replace(seed=seed) for seed in range(seeds)]))
     return lines
@@ -119,8 +118,8 @@ def runs_of(tables, seeds):
     runs = []
     for table in tables:
         lines = lines_of(table, seeds)
-        # All lines get their first seed before any gets its second: a table can be read
-        # early.
+        # All lines get their first seed before any
+        # gets its second: a table can be read early.
         for seed in range(seeds):
             runs += [line.runs[seed] for line in lines]
 
@@ -149,8 +148,8 @@ def job_of(out, run, steps, tables):
     folder = out / "runs" / name_of(run)
     checkpoint = checkpoint_of(out, run)
     originals, composites = data_of(out, run)
-    # Fig. 5 is about the course of training, so its runs measure the validation loss
-    # and keep their checkpoints on the way.
+    # Fig. 5 is about the course of training, so its runs measure
+    # the validation loss and keep their checkpoints on the way.
     more = ""
     if run.small:
         every = kept_every(steps)
@@ -222,8 +221,8 @@ def expected_seconds(job, seconds, steps, prompts, validation):
         if command.stage == "train":
             total += steps * seconds["training"]
         if command.stage == "sample":
-            # GenEval's layout means the prompts of the tasks, any other the validation
-            # captions.
+            # GenEval's layout means the prompts of the
+            # tasks, any other the validation captions.
             pictures = len(TASKS) * prompts if "geneval" in command.options else validation
             total += pictures * seconds["sampling"]
 

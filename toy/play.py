@@ -94,14 +94,14 @@ def mentioned(words):
     `place` (behind it, a key of PLACES); these two are None if they are not said.
     """
     # A shape's word, singular or plural -> the shape.
-    # Both plural endings are accepted for every shape, which is simpler than knowing
-    # which one is right.
+    # Both plural endings are accepted for every shape,
+    # which is simpler than knowing which one is right.
     singular = {}
     for shape in SHAPES:
         singular |= {shape: shape, shape + "s": shape, shape + "es": shape}
 
-    # A colour and a number wait in these variables until the shape that they belong to
-    # is named.
+    # A colour and a number wait in these variables
+    # until the shape that they belong to is named.
     things = []
     color = None
     count = 1
@@ -124,11 +124,11 @@ def place_after(words):
 
     "top left" is one place, not "top" and another word; "left of" is none.
     """
-    # In any other order "top" would be found where "top left" is meant.
+    # If "top" were tried first, it would be found where "top left" is meant.
     longest_first = sorted(PLACES.items(), key=lambda item: -len(item[1]))
 
-    # Behind "left of" another thing is named: that is a relation, which `relations_of`
-    # reads, and not a place of its own.
+    # Behind "left of" another thing is named: that is a relation,
+    # which `relations_of` reads, and not a place of its own.
     for place, phrase in longest_first:
         length = len(phrase.split())
         if words[:length] == phrase.split() and words[length:length + 1] != ["of"]:
@@ -138,14 +138,14 @@ def place_after(words):
 
 def clause_for(things):
     """Return GenEval's clause for all mentions of a class: how many, of which colour if of one."""
-    # Mentions may be of the same things: after "two stars" each of the two can be
-    # described once more. So their counts are compared, not added up.
+    # Mentions may be of the same things: after "two stars" each of the two
+    # can be described once more. So their counts are compared, not added up.
     many = max(thing["count"] for thing in things)
     alone = [thing for thing in things if thing["count"] == 1]
     clause = {"class": things[0]["class"], "count": max(many, len(alone))}
 
-    # A clause has one colour for all of its objects. Where the colours differ, or one
-    # is not said, the objects are only counted.
+    # A clause has one colour for all of its objects. Where the colours
+    # differ, or one is not said, the objects are only counted.
     colors = {thing["color"] for thing in alone or things}
     if len(colors) == 1 and None not in colors:
         clause["color"] = colors.pop()
@@ -154,8 +154,8 @@ def clause_for(things):
 
 def relations_of(first, second, words):
     """Return where the first of two things is, seen from the second: a list of RELATIONS."""
-    # A relation in words stands between the two things. The spaces around both texts
-    # keep it from matching inside a longer word.
+    # A relation in words stands between the two things. The spaces
+    # around both texts keep it from matching inside a longer word.
     between_them = " ".join(words[first["word"] + 1:second["word"]])
     for relation in RELATIONS:
         if f" {relation} " in f" {between_them} ":
@@ -164,8 +164,8 @@ def relations_of(first, second, words):
     # Both have a place of their own: a thing without one fills the frame, and is everywhere.
     relations = []
     if first["place"] and second["place"]:
-        # A corner differs from the opposite one in both directions, which makes two
-        # relations.
+        # A corner differs from the opposite one in
+        # both directions, which makes two relations.
         column, row = first["place"]
         other_column, other_row = second["place"]
         if column != other_column:
@@ -193,8 +193,8 @@ def what_the_detector_sees(image, prompt):
     verdict = None
     metadata = asked_for(prompt)
     if metadata:
-        # The toy's detector reports an object's colour itself, so no classifier has to
-        # look again.
+        # The toy's detector reports an object's colour
+        # itself, so no classifier has to look again.
         right, reason = geneval_verdict(found, metadata, lambda thing, shape: thing["color"])
         # A thing in a corner has two clauses, one for each direction, and may fail both alike.
         faults = dict.fromkeys(reason.split("; "))
@@ -231,7 +231,6 @@ class Painter:
 
     def unknown_words(self, prompt):
         """Return the words of a prompt that the tokenizer has no token for, each once."""
-
         tokenizer = self.pipeline.tokenizer
         unknown = []
         for word in prompt.split():
@@ -275,8 +274,8 @@ def load_painters(named):
         model = load_model(folder, local_device())
         encoders = encoder_names(folder, model.checkpoint)
         if encoders in pipelines:
-            # This is a copy of the tuple with another network: the autoencoder and the
-            # text encoder in it are the ones that are loaded already.
+            # This is a copy of the tuple with another network: the autoencoder
+            # and the text encoder in it are the ones that are loaded already.
             pipeline = pipelines[encoders]._replace(model=model)
         else:
             pipeline = load_pipeline(folder)
@@ -327,8 +326,8 @@ def found_checkpoints(folders):
                 parts = folder.relative_to(out).parts
                 # The tables' runs lie in runs/NAME/checkpoint.
                 name = "/".join(part for part in parts if part not in ("runs", "checkpoint"))
-                # A folder that is itself a checkpoint lends it its name. Where two
-                # would get the same name, the first one keeps it.
+                # A folder that is itself a checkpoint lends it its name.
+                # Where two would get the same name, the first one keeps it.
                 named.setdefault(name or out.name, folder)
     if not named:
         raise UserError(f"{folders[0]}: no checkpoint there: `python -m toy --out {folders[0]}` "
@@ -356,8 +355,8 @@ def parse_request(body, painters):
 
     They are `prompt`, `models` (names), `steps`, `guidance` and `seed`.
     """
-    # Any bytes can arrive here. RecursionError is for JSON nested too deep for the
-    # parser.
+    # Any bytes can arrive here. RecursionError is
+    # for JSON nested too deep for the parser.
     try:
         request = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -378,8 +377,7 @@ def parse_request(body, painters):
     if not all(character.isprintable() or character.isspace() for character in prompt):
         raise BadRequest(400, "the prompt has characters that cannot be printed")
 
-    # Names are looked up among the checkpoints that are loaded, and never used as
-    # paths.
+    # Names are looked up among the checkpoints that are loaded, and never used as paths.
     names = request.get("models")
     if not isinstance(names, list) or not 1 <= len(names) <= MAX_MODELS:
         raise BadRequest(400, f"checkpoints: choose one to {MAX_MODELS} of them")
@@ -418,8 +416,8 @@ def as_read(prompt, painter):
             prompt = prompt.replace(mark, f" {mark} ")
         prompt = " ".join(prompt.lower().split())
 
-    # Some unknown words do no harm, and the page is told of them. With nothing else in
-    # the prompt, the picture would have nothing to do with it.
+    # Some unknown words do no harm, and the page is told of them. With nothing
+    # else in the prompt, the picture would have nothing to do with it.
     unknown = painter.unknown_words(prompt)
     if all(word in unknown for word in prompt.split()):
         raise BadRequest(400, f"{painter.name} knows none of these words")
@@ -435,8 +433,8 @@ class Job:
 
         # The threads that draw put events in, the connection's thread takes them out.
         self.events = queue.Queue()
-        # The connection's thread sets this when the browser has gone. Those that draw
-        # look at it whenever they have a step to show.
+        # The connection's thread sets this when the browser has gone.
+        # Those that draw look at it whenever they have a step to show.
         self.abandoned = threading.Event()
 
 
@@ -499,8 +497,8 @@ def draw_one(job, index, cores):
 
     def show(step, t, noisy, clean):
         if job.abandoned.is_set():
-            # An exception is the only way out of the sampling loop, which knows nothing
-            # of this page.
+            # An exception is the only way out of the sampling
+            # loop, which knows nothing of this page.
             raise Abandoned
         job.events.put({"event": "step", "model": index, "step": step,
                         "of": settings["steps"], "t": round(t, 4),
@@ -554,8 +552,8 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__(("127.0.0.1", port), Handler)
         except OSError as error:
-            # Only these two can be solved by another port; the rest is not the user's
-            # mistake.
+            # Only these two can be solved by another
+            # port; the rest is not the user's mistake.
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
                 reason = error.strerror.lower()
                 raise UserError(f"--port {port}: {reason}: choose another one") from None
@@ -605,13 +603,13 @@ class Handler(BaseHTTPRequestHandler):
             if urlsplit(self.path).path != "/draw":
                 raise BadRequest(404, "no such page")
 
-            # All checks come before the first byte of the answer: after it, the status
-            # is sent.
+            # All checks come before the first byte of
+            # the answer: after it, the status is sent.
             settings = parse_request(self.read_body(), self.server.painters)
             painters = [self.server.painters[name] for name in settings["models"]]
             for painter in painters:
-                # Called only for its error, so that such a prompt need not wait in the
-                # queue first.
+                # Called only for its error, so that such a
+                # prompt need not wait in the queue first.
                 as_read(settings["prompt"], painter)
 
             job = Job(settings, painters)
@@ -636,8 +634,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get_all("Host", []) not in [[host] for host in hosts]:
             raise BadRequest(403, f"this page lives at http://{hosts[0]}/ only")
 
-        # A browser may leave out Origin where the page is its own, so none is no reason
-        # to refuse.
+        # A browser may leave out Origin where the page
+        # is its own, so none is no reason to refuse.
         origin = self.headers.get("Origin")
         if origin is not None and origin not in [f"http://{host}" for host in hosts]:
             raise BadRequest(403, "requests from other pages are refused")
@@ -653,8 +651,8 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
             raise BadRequest(411, "the request has no length")
-        # The number's own length comes first, so that `int` never reads thousands of
-        # digits.
+        # The number's own length comes first, so
+        # that `int` never reads thousands of digits.
         if len(length) > 9 or int(length) > MAX_BODY:
             raise BadRequest(413, f"the request is too large: at most {MAX_BODY} bytes are "
                                   "read")
@@ -667,8 +665,8 @@ class Handler(BaseHTTPRequestHandler):
         """Send a job's events as they come, one JSON object a line, in chunks."""
         self.begin(200, "application/x-ndjson", {"Transfer-Encoding": "chunked"})
         try:
-            # The first event is sent at once: the page learns that its request was
-            # accepted.
+            # The first event is sent at once: the page
+            # learns that its request was accepted.
             event = {"event": "queued"}
             while event is not None:
                 self.send_chunk(json.dumps(event).encode() + b"\n")
@@ -687,8 +685,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             return job.events.get(timeout=1)
         except queue.Empty:
-            # Only by sending something does the server notice that the browser has
-            # gone.
+            # Only by sending something does the server notice that the browser has gone.
             return {"event": "waiting"}
 
     def send_chunk(self, data):
@@ -703,8 +700,8 @@ class Handler(BaseHTTPRequestHandler):
 
         self.send_header("Content-Type", kind)
 
-        # These keep the page to itself: no foreign scripts, no guessing of types, no
-        # address handed on, nothing kept in a cache.
+        # These keep the page to itself: no foreign scripts, no guessing
+        # of types, no address handed on, nothing kept in a cache.
         self.send_header("Content-Security-Policy", POLICY)
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Referrer-Policy", "no-referrer")
@@ -748,8 +745,8 @@ def about(painters):
     if toys:
         words = sorted(toys[0].pipeline.tokenizer.get_vocab())
 
-    # Special tokens such as <pad> are no words to type. Steps and guidance are what the
-    # page begins with: real networks get more of both than the toy.
+    # Special tokens such as <pad> are no words to type. Steps and guidance are
+    # what the page begins with: real networks get more of both than the toy.
     return {"models": [painter.about() for painter in painters.values()],
             "words": [word for word in words if not word.startswith("<")],
             "shapes": SHAPES, "colors": COLORS, "greys": GREYS, "backgrounds": BACKGROUNDS,

@@ -22,8 +22,8 @@ def make_prompts(out, count, seed):
     short = []
     long = []
     for task, n in product(TASKS, range(count)):
-        # Each prompt has a generator of its own: asking for more of them does not
-        # change the first ones.
+        # Each prompt has a generator of its own: asking
+        # for more of them does not change the first ones.
         metadata, brief, detailed = make_prompt(task, random.Random(f"{seed} {task} {n}"))
         short.append({**metadata, "prompt": f"a photo of {brief}"})
         long.append({**metadata, "prompt": detailed})
@@ -38,8 +38,8 @@ def scene_to_ask_for(task, rng):
     shows either: these are of one class.
     """
     one, two = rng.sample(SHAPES, 2)
-    # Where one object is asked for, or several of one class, originals show the like.
-    # Two classes are what only composites show.
+    # Where one object is asked for, or several of one class, originals
+    # show the like. Two classes are what only composites show.
     if task in ("single_object", "colors"):
         layout = rng.choice(["large", "corner"])
         shapes = [one]
@@ -53,8 +53,8 @@ def scene_to_ask_for(task, rng):
         layout = rng.choice(["corners", "1/4"])
         shapes = [one, two]
 
-    # One place for each object, in different corners. A large object takes the first
-    # place, and being first in the scene it lies behind the small one.
+    # One place for each object, in different corners. A large object takes the
+    # first place, and being first in the scene it lies behind the small one.
     places = [corner_place(rng, corner) for corner in rng.sample(CORNERS, len(shapes))]
     if layout in ("large", "1/4"):
         places[0] = large_place(rng)
@@ -71,8 +71,8 @@ def make_prompt(task, rng):
     things = seen_in_original(scene)
     detailed = long_caption(things, scene, rng)
 
-    # The short prompts and the rules begin with shapes alone. The tasks below add what
-    # they ask for.
+    # The short prompts and the rules begin with shapes
+    # alone. The tasks below add what they ask for.
     names = [f"a {thing['shape']}" for thing in things]
     include = [{"class": thing["shape"], "count": 1} for thing in things]
     metadata = {"tag": task, "include": include, "layout": layout}
@@ -94,8 +94,8 @@ def make_prompt(task, rng):
     if task == "position":
         # GenEval names the object that the other's place is seen from first.
         first, second = things
-        # Objects in opposite corners have two relations, of which a prompt names one.
-        # The long prompt must name the same one, so it is written here again.
+        # Objects in opposite corners have two relations, of which a prompt names
+        # one. The long prompt must name the same one, so it is written here again.
         words = rng.choice(relations(first, second))
         metadata["include"] = [include[1], {**include[0], "position": [words, 0]}]
         brief = f"{names[0]} {words} {names[1]}"
@@ -106,8 +106,8 @@ def make_prompt(task, rng):
 
 def make_text_encoder(folder, texts, seed, dim=128):
     """Save a tiny random T5, and a tokenizer of the words in `texts`, as any T5 on the hub is saved."""
-    # Imported here, since they are slow to import and most users of this module need
-    # only the prompts.
+    # Imported here, since they are slow to import and
+    # most users of this module need only the prompts.
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 

@@ -9,8 +9,7 @@ from common import complete, line_chart, read_jsonl
 from toy.recipe import TAU
 from toy.score import TASKS, one_background, task_scores
 
-# The style is part of every page, so that a page is one file that can be sent to
-# someone.
+# The style is part of every page, so that a page is one file that can be sent to someone.
 STYLE = """
 body { font: 14px sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em }
 h2 { margin-top: 2em }
@@ -44,8 +43,8 @@ def write_page(path, title, body):
 
 def picture(path, note=""):
     """Return an <img> with the bytes of a file in it; the note appears when one points at it."""
-    # The bytes stand in the page itself, so it shows its pictures wherever it is moved
-    # to.
+    # The bytes stand in the page itself, so it
+    # shows its pictures wherever it is moved to.
     kind = mimetypes.guess_type(path)[0]
     data = base64.b64encode(path.read_bytes()).decode()
 
@@ -64,8 +63,8 @@ def cards(items):
 
 def table(rows):
     """Return rows of HTML cells as a table; the first row is its head."""
-    # Cells are not escaped: some hold links or pictures. Whoever makes one from plain
-    # text escapes it.
+    # Cells are not escaped: some hold links or pictures.
+    # Whoever makes one from plain text escapes it.
     lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
     return "<table>" + "\n".join(lines) + "</table>"
 
@@ -94,8 +93,7 @@ def verdicts(folder, rows, most=12):
     """Return the scored pictures of a folder, at most `most` of each task, under a heading each."""
     parts = []
     for task in TASKS:
-        # The first ones are shown, not the best ones: a page must not flatter the
-        # model.
+        # The first ones are shown, not the best ones: a page must not flatter the model.
         chosen = [row for row in rows if row["tag"] == task][:most]
 
         # The heading's id is what the cells of the tables' page link to.
@@ -166,5 +164,4 @@ latents have half the standard deviation of the paper's, so training sees more n
 <h2>Training loss</h2>
 {loss_curve(out / "dit/log.jsonl")}
 """
-
     write_page(out / "report.html", "How far can we go with a toy ImageNet?", body)

@@ -52,8 +52,8 @@ def main(argv=None):
         help="only train the autoencoder in toy/weights again")
     args = parser.parse_args(argv)
 
-    # The autoencoder's weights come with the project. Training them again is another
-    # task, which needs none of the checks below.
+    # The autoencoder's weights come with the project. Training them
+    # again is another task, which needs none of the checks below.
     if args.train_vae:
         train_vae(VAE, args.train_vae)
         return
@@ -86,12 +86,11 @@ def main(argv=None):
     # Stages 5 and 6: samples and scores.
     scores = {}
     for kind in ("short", "long"):
-
         samples = out / f"samples-{kind}"
         prompts = quoted(out / f"prompts-{kind}.jsonl")
         run(sample, sample_command(checkpoint, prompts, quoted(samples), args.seed))
-        # Scores are kept as files, too, so that a verdict can be looked up without the
-        # page.
+        # Scores are kept as files, too, so that a
+        # verdict can be looked up without the page.
         scores[kind] = score(samples)
         write_jsonl(out / f"scores-{kind}.jsonl", scores[kind])
 

@@ -36,8 +36,7 @@ def score(folder):
     for metadata_file in tqdm(prompts, desc="scoring", unit="img"):
         metadata = read_jsonl(metadata_file)[0]
         for file in sorted((metadata_file.parent / "samples").glob("*.png")):
-            # GenEval's own rules judge; only the detector and the colours are the
-            # toy's.
+            # GenEval's own rules judge; only the detector and the colours are the toy's.
             image = Image.open(file)
             right, reason = evaluate.geneval_verdict(detect(image), metadata, color_of)
             rows.append({"file": file.relative_to(folder).as_posix(),
@@ -94,8 +93,8 @@ def features(folder):
     # sample.py adds an overview of its pictures, which is not one of them.
     files = [file for file in files if file != "sheet.png"]
 
-    # Pictures go through the autoencoder in batches: a whole folder would fill the
-    # memory.
+    # Pictures go through the autoencoder in
+    # batches: a whole folder would fill the memory.
     parts = []
     for start in range(0, len(files), 64):
         images = [Image.open(Path(folder) / file).convert("RGB") for file in files[start:start + 64]]
@@ -129,8 +128,8 @@ def main(argv=None):
     add("--real", metavar="FOLDER", help="measure the distance to these pictures instead")
     add("--out", required=True, metavar="FILE", type=Path, help="where the scores go")
     args = parser.parse_args(argv)
-    # A distance is one result for a whole folder, GenEval's verdicts are a line for
-    # each picture.
+    # A distance is one result for a whole folder,
+    # GenEval's verdicts are a line for each picture.
     if args.real:
         scores = quality(args.real, args.samples)
         with complete(args.out) as path:

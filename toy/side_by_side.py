@@ -46,10 +46,9 @@ class Job(NamedTuple):
 
 def remaining(job):
     """Return the commands of a job that have not ended well before, with just these options."""
-    # Whole command lines are compared: a command with another option counts as another
-    # one.
+    # Whole command lines are compared: a command
+    # with another option counts as another one.
     done = read_done(job.folder)
-
     return [command for command in job.commands if command.as_typed() not in done]
 
 
@@ -74,8 +73,8 @@ def run_side_by_side(jobs, processes, after_job):
                 job = waiting.pop(0)
                 running.append((job, start(job)))
 
-            # Looking now and then costs nothing beside jobs of minutes, and needs no
-            # thread for each.
+            # Looking now and then costs nothing beside jobs
+            # of minutes, and needs no thread for each.
             time.sleep(POLL_SECONDS)
             ended = [(job, process) for job, process in running if process.poll() is not None]
 
@@ -97,9 +96,9 @@ def log_of(job):
 
 def last_line(path):
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    # A progress bar writes over its own line: only what stands behind the last "\r" was
-    # visible in the end.
     written = [line for line in lines if line.strip()]
+    # A progress bar writes over its own line: only what
+    # stands behind the last "\r" was visible in the end.
     return written[-1].split("\r")[-1]
 
 
@@ -111,8 +110,8 @@ def start(job):
     with complete(job.folder / "job.json") as path:
         path.write_text(json.dumps(remaining(job), indent=1))
 
-    # One thread each: with more, the models would take the cores from each other.
     words = [sys.executable, "-m", "toy.side_by_side", str(os.getpid()), str(job.folder)]
+    # One thread each: with more, the models would take the cores from each other.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with open(log_of(job), "a", encoding="utf-8") as log:
         # In a session of its own, Ctrl-C reaches the parent alone, which then ends its children.
@@ -141,8 +140,8 @@ def run_job(folder):
         sys.argv[0] = f"{command.stage}.py"
         importlib.import_module(command.stage).main(shlex.split(command.options))
 
-        # Written after each command, so that a kill costs at most the one that is
-        # running.
+        # Written after each command, so that a kill
+        # costs at most the one that is running.
         done = [*read_done(folder), command.as_typed()]
         with complete(folder / "done.json") as path:
             path.write_text(json.dumps(done, indent=1))

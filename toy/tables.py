@@ -49,8 +49,8 @@ def arguments(argv):
     least = 2 * len(SHAPES)
     at_least(args, images=least, small=least, val=8, steps=1, prompts=1, seeds=1, jobs=1)
 
-    # An option that is repeated cannot have a default: what is given would be added to
-    # it.
+    # An option that is repeated cannot have a
+    # default: what is given would be added to it.
     args.tables = args.table or list(TABLES)
     return args
 
@@ -59,8 +59,7 @@ def make_data(args, runs):
     """Draw, mix, caption and encode what the runs are trained and measured on, each thing once."""
     out = args.out
     text_encoder = out / "t5"
-    # The folder of the setting "all" is always made: the T5's words come from their
-    # captions.
+    # The setting "all" is always made: the T5's words come from its captions, too.
     settings = sorted({run.setting for run in runs if run.setting} | {"all"})
 
     draw_world(out, args.images, 0, settings)
@@ -91,15 +90,15 @@ def make_data(args, runs):
 def say_how_long(args, runs, jobs):
     """Print how long the jobs that have something left to do will take on this machine."""
     total = 0.0
-    # Each network is timed only if it has something to do: timing takes a while by
-    # itself.
+    # Each network is timed only if it has something
+    # to do: timing takes a while by itself.
     for name in MODEL_NAMES:
         todo = [job for job, run in zip(jobs, runs) if run.model == name and remaining(job)]
         if not todo:
             continue
 
-        # Timed with as many neighbours as the real runs have, since they slow each
-        # other down.
+        # Timed with as many neighbours as the real
+        # runs have, since they slow each other down.
         seconds = seconds_side_by_side(name, args.jobs)
         for job in todo:
             total += expected_seconds(job, seconds, args.steps, args.prompts, args.val)
@@ -114,9 +113,9 @@ def say_how_long(args, runs, jobs):
 def main(argv=None):
     args = arguments(argv)
     out = args.out
-    # What shapes the data and the training must stay the same when the command is
-    # repeated. Tables, seeds and jobs may change: they only choose what is made, and
-    # how many at a time.
+    # What shapes the data and the training must stay the same when
+    # the command is repeated. Tables, seeds and jobs may change:
+    # they only choose what is made, and how many at a time.
     settings = {name: getattr(args, name) for name in ("images", "small", "val", "steps", "prompts")}
     begin_or_resume(out / "tables.json", out, settings)
 
@@ -127,7 +126,6 @@ def main(argv=None):
     say_how_long(args, runs, jobs)
 
     begin = time.time()
-
     todo = [job for job in jobs if remaining(job)]
     ended = []
 

@@ -31,8 +31,7 @@ two-object pictures (of three tasks) that are right.</p>
 
 def read_scores(out, run, kind):
     """Return the verdicts on a run's samples for short or long prompts, or None: not yet there."""
-    # A run writes its scores at its end. The page is also made while others are
-    # missing.
+    # A run writes its scores at its end. The page is also made while others are missing.
     path = out / "runs" / name_of(run) / f"scores-{kind}.jsonl"
     return read_jsonl(path) if path.exists() else None
 
@@ -81,8 +80,8 @@ def score_table(out, lines):
         for line in lines:
             columns = line_columns(out, line, kind)
 
-            # A mean leads to the pictures of the first seed. The column's name is the
-            # id of a heading on that page, if it is a task.
+            # A mean leads to the pictures of the first seed. The column's
+            # name is the id of a heading on that page, if it is a task.
             cells = []
             for column, values in columns.items():
                 link = f"runs/{name_of(line.runs[0])}/pictures-{kind}.html#{column}"
@@ -125,14 +124,13 @@ def same_prompts(out, lines, kind="long", of_each_task=2):
 
     rows = [["prompt", *(line.label for line, _ in shown)]]
     for task in TASKS:
-        # All models got the same prompts in the same order, so a number stands for one
-        # prompt.
+        # All models got the same prompts in the same
+        # order, so a number stands for one prompt.
         numbers = [n for n, row in enumerate(shown[0][1]) if row["tag"] == task]
 
         for n in numbers[:of_each_task]:
             cells = [html.escape(shown[0][1][n]["prompt"])]
             for line, verdicts_of_line in shown:
-
                 row = verdicts_of_line[n]
                 samples = out / "runs" / name_of(line.runs[0]) / f"samples-{kind}"
                 mark = "right" if row["right"] else "wrong"
@@ -166,7 +164,6 @@ def overfitting_charts(out, lines, steps):
     losses = {}
     distances = {}
     for line in lines:
-
         # Only the first seed's checkpoints were measured on the way.
         run = line.runs[0]
         log = checkpoint_of(out, run) / "log.jsonl"
@@ -243,8 +240,8 @@ def write_pictures(out, run):
     folder = out / "runs" / name_of(run)
     for kind in KINDS:
         rows = read_scores(out, run, kind)
-        # A run's verdicts never change once they are there, so its pages are written
-        # once.
+        # A run's verdicts never change once they
+        # are there, so its pages are written once.
         page = folder / f"pictures-{kind}.html"
         if rows and not page.exists():
             body = verdicts(folder / f"samples-{kind}", rows, most=len(rows))

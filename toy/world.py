@@ -57,8 +57,8 @@ def draw(scene, scale=4):
 
     It is drawn `scale` times as large and shrunk, so that edges are smooth.
     """
-    # NEAREST keeps the background's cells sharp. Objects lie on it in their order, so
-    # that the last one covers the others.
+    # NEAREST keeps the background's cells sharp. Objects lie on
+    # it in their order, so that the last one covers the others.
     image = draw_background(scene["grey"], scene["background"])
     image = image.resize((SIZE * scale, SIZE * scale), Image.Resampling.NEAREST)
     for thing in scene["objects"]:
@@ -73,8 +73,8 @@ def draw_background(grey, pattern):
     """
     row, column = np.indices((8, 8))
     odd = {"plain": 0 * row, "striped": row % 2, "checkered": (row + column) % 2}[pattern]
-    # Dark greys get lighter cells and the others darker ones, so that all stay away
-    # from black and white.
+    # Dark greys get lighter cells and the others darker
+    # ones, so that all stay away from black and white.
     step = 14 if GREYS[grey] < 128 else -14
     cells = GREYS[grey] + step * odd
     return Image.fromarray(cells.astype(np.uint8)).convert("RGB")
@@ -142,9 +142,8 @@ def random_scene(rng, shape=None, kind=None):
     else:
         places = [large_place(rng)]
 
-    # The small object has the size that the large one would have after CutMix shrank
-    # its picture. The front one is last in a scene, so it is never hidden by the large
-    # one.
+    # The small object has the size that the large one would have after CutMix shrank its
+    # picture. The front one is last in a scene, so it is never hidden by the large one.
     if kind in cutmix.SETTINGS:
         radius = places[0][0]
         places.append(pasted_place(rng, kind, radius))
@@ -170,8 +169,8 @@ def make_world(out, count, seed):
         # Classes take turns, so all have the same number of pictures, up to one.
         shape = SHAPES[i % len(SHAPES)]
         file = f"{shape}/{shape}_{i:05d}.png"
-        # A generator for each picture: after a kill the same scenes come again,
-        # whichever files exist already.
+        # A generator for each picture: after a kill the same
+        # scenes come again, whichever files exist already.
         scene = random_scene(random.Random(f"{seed} {i}"), shape)
 
         path = out / "images" / file
@@ -207,16 +206,16 @@ def seen_in_composite(base, paste, box, setting):
     inside = np.zeros((SIZE, SIZE), bool)
     inside[y0:y1, x0:x1] = True
 
-    # What is pasted covers the base, so an object is seen only on its own side of the
-    # box. CM 1/2 pastes at full size, all other settings shrink.
+    # What is pasted covers the base, so an object is seen only on its own
+    # side of the box. CM 1/2 pastes at full size, all other settings shrink.
     seen = [look_at(thing, ~inside) for thing in base["objects"]]
     for thing in paste["objects"]:
         if setting != "1/2":
             thing = shrink(thing, x0, y0, cutmix.CUTS[setting].scale)
         seen.append(look_at(thing, inside))
 
-    # A captioner would not recognise slivers and specks. Three objects are enough:
-    # longer captions would be lists.
+    # A captioner would not recognise slivers and specks. Three
+    # objects are enough: longer captions would be lists.
     seen = [thing for thing in seen if thing["visible"] > 0.2 and thing["radius"] >= 4]
     seen.sort(key=lambda thing: -thing["visible"] * thing["radius"])
     return seen[:3]
@@ -283,8 +282,8 @@ def relations(one, two):
     """Return the words for where the first object is, seen from the second: none, one or two."""
     words = []
 
-    # Cells are compared, not pixels: a slight difference within a row or a column is no
-    # relation.
+    # Cells are compared, not pixels: a slight difference
+    # within a row or a column is no relation.
     column, row = one["cell"]
     other_column, other_row = two["cell"]
     if column < other_column:
@@ -309,8 +308,8 @@ def describe_object(thing):
         # It fills the frame: it is everywhere.
         place = ""
 
-    # These words are about the size in the picture: they stay the same where a part of
-    # the object is hidden.
+    # These words are about the size in the picture: they
+    # stay the same where a part of the object is hidden.
     if radius > LARGE:
         size = "large "
     elif radius > 10:
@@ -333,12 +332,11 @@ def long_caption(things, scene, rng):
 
     It speaks of one scene, as LLaVA is asked to, not of a composite.
     """
-    # The order is random, so that it tells nothing of which object is larger or in
-    # front.
+    # The order is random, so that it tells nothing of which object is larger or in front.
     things = rng.sample(things, len(things))
 
-    # A relation is said only of two whole objects, neither of which fills the frame:
-    # one that does is nowhere in particular.
+    # A relation is said only of two whole objects, neither of which
+    # fills the frame: one that does is nowhere in particular.
     whole = all(thing["visible"] > HALF for thing in things)
     none_large = all(thing["radius"] < LARGE for thing in things)
     one_class = len({thing["shape"] for thing in things}) == 1
@@ -350,8 +348,8 @@ def long_caption(things, scene, rng):
             first, second = [describe_object(thing) for thing in things]
             text = f"{first} , {rng.choice(words)} {second}"
 
-    # A number counts whole objects of one class: "two stars" would be wrong for two
-    # halves.
+    # A number counts whole objects of one class:
+    # "two stars" would be wrong for two halves.
     if len(things) > 1 and one_class and whole:
         text = f"{NUMBERS[len(things)]} {plural(things[0]['shape'])} , {text}"
     return f"{text} {describe_background(scene, rng)}"
@@ -361,8 +359,8 @@ def brief_caption(things, rng):
     """Return a short caption, as a user would write it: LLaVA's vary in length, too."""
     things = rng.sample(things, len(things))
 
-    # Half of the brief captions name colours. Those of three objects never do: they
-    # would no longer be brief.
+    # Half of the brief captions name colours. Those of
+    # three objects never do: they would no longer be brief.
     with_colors = rng.random() < 0.5
     if with_colors and len(things) < 3:
         names = [f"a {thing['color']} {thing['shape']}" for thing in things]
@@ -372,8 +370,8 @@ def brief_caption(things, rng):
     for thing in things:
         counts[thing["shape"]] = counts.get(thing["shape"], 0) + 1
 
-    # Between two objects of one shape a relation would say nothing: both have the same
-    # name.
+    # Between two objects of one shape a relation
+    # would say nothing: both have the same name.
     if len(things) == len(counts) == 2 and rng.random() < 0.5:
         words = relations(*things)
         if words:
