@@ -35,18 +35,25 @@ def train_vae(folder, minutes, seed=0):
     In the last third the encoder rests, and the decoder learns to draw clean shapes from latents
     that are a bit off, as those of a small diffusion model are.
     """
+    # One generator chooses scenes and pastes, torch's makes weights and noise.
     rng = random.Random(seed)
     pictures = make_pictures(rng)
+
     torch.manual_seed(seed)
     vae = encode.AutoencoderKL(latent_channels=8, block_out_channels=(32, 32, 64),
                                layers_per_block=1, norm_num_groups=8, patch_size=2)
+
     if (folder / "config.json").exists():
         vae.load_state_dict(encode.load_vae(folder).state_dict())
+    # The average over many steps is what is saved in the
+    # end: it is smoother than the weights of any one step.
     average = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99))
 
     bar = tqdm(desc="autoencoder", unit="step")
     start = time.time()
+    # Progress is measured in time, not in steps,
+    # so that it takes as long as was asked for.
     done = 0.0
     while done < 1:
         whole = done < 2 / 3
@@ -54,6 +61,7 @@ def train_vae(folder, minutes, seed=0):
         part = done * 1.5 if whole else done * 3 - 2
         peak = 2e-3 if whole else 1e-3
         optimizer.param_groups[0]["lr"] = lr_at(part, peak, 0.02, 1, 1)
+        # Latents must not move any more while the decoder gets its finish.
         vae.encoder.requires_grad_(whole)
         vae.quant_conv.requires_grad_(whole)
 
@@ -66,16 +74,22 @@ def train_vae(folder, minutes, seed=0):
         # The average of the weights forgets fast at first.
         for name, tensor in vae.state_dict().items():
             average[name].lerp_(tensor, max(0.002, 20 / (bar.n + 21)))
+
         bar.set_postfix(L1=f"{error:.4f}", refresh=False)
         bar.update()
         done = (time.time() - start) / 60 / minutes
     bar.close()
 
     vae.load_state_dict(average)
+    # The variance of a latent is that of the means plus what the
+    # encoder leaves open. A scaling factor brings its root to SCALE.
     with torch.no_grad():
         mean, std = vae.encode(to_tensor(pictures[SIZE][:1000]))
     deviation = (mean.var() + (std ** 2).mean()).sqrt().item()
     vae.config["scaling_factor"] = round(SCALE / deviation, 4)
+
+    # Saved as diffusers does it, so that encode.py
+    # reads this one like Stable Diffusion's.
     folder.mkdir(parents=True, exist_ok=True)
     save_file(vae.half().state_dict(), folder / "diffusion_pytorch_model.safetensors")
     config = {"_class_name": "AutoencoderKL", **vae.config}
@@ -84,7 +98,9 @@ def train_vae(folder, minutes, seed=0):
 
 def make_pictures(rng):
     """Return {side: list of arrays (side, side, 3)}: pictures of the world in CutMix's sizes."""
+    # Large objects only: the small ones come from shrinking whole pictures, as in CutMix.
     images = [draw(random_scene(rng, kind="large")) for _ in range(PICTURES)]
+
     pictures = {}
     for side in (SIZE, *SHRUNKEN_SIDES):
         shrunken = [image.resize((side, side), Image.Resampling.LANCZOS) for image in images]
@@ -95,6 +111,8 @@ def make_pictures(rng):
 def littered(pictures, rng):
     """Return a picture (64, 64, 3), mostly with shrunken ones on it, so that small objects survive."""
     image = rng.choice(pictures[SIZE]).copy()
+    # Many pastes give practice with small objects, one
+    # is what CutMix does, and some pictures stay whole.
     kind = rng.random()
     if kind < 0.4:
         pastes = 8
@@ -102,11 +120,14 @@ def littered(pictures, rng):
         pastes = 1
     else:
         pastes = 0
+
     for _ in range(pastes):
+        # Small sides come twice, since they are the hardest to draw.
         side = rng.choice([32, 21, 21, 16, 16])
         x = rng.randint(0, SIZE - side)
         y = rng.randint(0, SIZE - side)
         image[y:y + side, x:x + side] = rng.choice(pictures[side])
+
     if 0.7 < kind < 0.85:
         # CM 1/2: the right or the lower half of another picture.
         half = rng.choice([np.s_[:, 32:], np.s_[32:]])
@@ -131,8 +152,11 @@ def autoencoder_loss(vae, x, whole):
         mean = mean.float()
         std = std.float()
         deviation = std
+        # The additional noise is of another strength in
+        # each picture, as errors of a diffusion model are.
         if not whole:
             deviation = (std ** 2 + (0.4 * torch.rand(len(x), 1, 1, 1)) ** 2).sqrt()
+
         decoded = vae.decode(mean + deviation * torch.randn_like(mean))
     error = decoded.float() - x
 
@@ -140,9 +164,11 @@ def autoencoder_loss(vae, x, whole):
     blurred = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, 1)
     edges = (x - blurred).abs().mean(1, keepdim=True)                               # (B, 1, H, W)
     weight = 1 + 2 * edges / edges.mean()
+
     distance = error.abs()
     if whole:
         distance = distance + error ** 2
     reconstruction = (weight * distance).mean() / weight.mean()
+
     kl = 0.5 * (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean()
     return reconstruction + KL_WEIGHT * kl, error.abs().mean().item()

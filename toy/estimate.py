@@ -27,8 +27,13 @@ def seconds_of(function, least=1.0):
 
     It is the median: a machine that is busy for a moment does not spoil it.
     """
+    # The first call is slower than the others:
+    # memory is reserved, and kernels are chosen.
     function()
+
     times = []
+    # Three calls at least, so that a median means
+    # something even where one takes very long.
     while sum(times) < least or len(times) < 3:
         start = time.perf_counter()
         function()
@@ -39,10 +44,15 @@ def seconds_of(function, least=1.0):
 def data_seconds():
     """Return the seconds that one picture takes to be drawn, saved and encoded."""
     rng = random.Random(0)
+
     vae = encode.load_vae(VAE)
+    # One call encodes a batch, as in the real stage;
+    # its time is divided by the pictures in it.
     pixels = to_tensor([draw(random_scene(rng)) for _ in range(64)])
     with torch.no_grad():
         encoding = seconds_of(lambda: vae.encode(pixels)) / 64
+
+    # Drawing includes the choice of a scene, as in the real run.
     return encoding + seconds_of(lambda: draw(random_scene(rng)), 0.3)
 
 
@@ -52,6 +62,7 @@ def make_model(name):
 
 
 def random_text(model, batch):
+    # Values do not matter for the time, only shapes do, so noise stands in for texts.
     text = torch.randn(batch, CAPTION_TOKENS, model.config["text_dim"])
     return text, torch.ones(batch, CAPTION_TOKENS, dtype=torch.bool)
 
@@ -65,10 +76,12 @@ def training_seconds(name):
     """Return the seconds of one training step of a toy model."""
     model = make_model(name)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    # The batch is the recipe's: the time of a step depends on it.
     x = random_latents(model, BATCH)
     text, mask = random_text(model, BATCH)
     t = torch.rand(BATCH)
 
+    # These are the costly parts of a training step; `OVERHEAD` stands for the rest.
     def step():
         loss = (model(x, 1 - t, text, mask, torch.ones(BATCH)) - x).square().mean()
         optimizer.zero_grad()
@@ -82,22 +95,33 @@ def training_seconds(name):
 def sampling_seconds(name):
     """Return the seconds that one picture takes to be sampled, decoded and scored."""
     model = make_model(name).eval()
+
     batch = 64
     # Guidance: every picture twice, once with its caption and once without.
     x = random_latents(model, 2 * batch)
     context = model.condition(*random_text(model, 2 * batch), torch.ones(2 * batch))
     gamma = torch.full((2 * batch,), 0.5)
+
+    # The first call has no state yet. Of the steps
+    # of a picture all others do, so these are timed.
     _, state = model.denoise(x, gamma, context, None)
     denoising = seconds_of(lambda: model.denoise(x, gamma, context, state)) / batch
+
+    # What follows the last step is done once for each picture.
     vae = encode.load_vae(VAE)
     decoding = seconds_of(lambda: vae.decode(x[:batch]), 0.5) / batch
+
+    # The detector looks at one picture at a time. Its first call,
+    # which draws its templates, is left out by `seconds_of`.
     image = draw(random_scene(random.Random(0)))
     detecting = seconds_of(lambda: detect(image), 0.3)
+
     return SAMPLE_STEPS * denoising + decoding + detecting
 
 
 def spoken_time(seconds):
     """Return a time in words: "about 3 minutes"."""
+    # The limits lie above a minute and an hour, since "about 1 minutes" says too little.
     if seconds < 90:
         return f"about {seconds:.0f} seconds"
     if seconds < 5400:
@@ -117,10 +141,14 @@ def main(argv=None):
 def seconds_side_by_side(name, processes):
     """Return {"training", "sampling"}, in seconds, when `processes` models run at once, a thread each."""
     command = [sys.executable, "-m", "toy.estimate", name]
+    # One thread for each model, as `side_by_side` runs them. All are started before
+    # any is waited for: they are to be timed while they compete for the machine.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
                for _ in range(processes)]
+
     outputs = [json.loads(process.communicate()[0]) for process in running]
+
     seconds = {}
     for key in ("training", "sampling"):
         seconds[key] = sum(output[key] for output in outputs) / len(outputs)

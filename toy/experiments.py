@@ -37,11 +37,15 @@ class Line(NamedTuple):
 def name_of(run):
     """Return a run's name, which is also that of its folder."""
     parts = [run.model, run.captions]
+    # Without composites p and tau have no effect.
+    # They are left out, so that such runs are one.
     if run.setting:
         setting = composites_of(run.setting)
         parts.append(f"{setting}-p{run.p:g}-tau{run.tau:g}")
+
     if run.small:
         parts.append("small")
+
     parts.append(f"seed{run.seed}")
     return "-".join(parts)
 
@@ -65,6 +69,7 @@ def table_2():
 def table_4():
     """The settings of CutMix."""
     lines = {}
+    # Runs differ in one thing only, so that a table's lines can be compared.
     for setting in ("1/2", "1/4", "1/9", "1/16", "all"):
         lines[f"CM {setting}"] = Run(setting=setting)
     return lines
@@ -72,6 +77,8 @@ def table_4():
 
 def table_5():
     """The share p of composites where t > tau, with CM 1/4."""
+    # At p = 0 no composite is used, which is the run with
+    # text augmentation alone. It is shared with Table 2.
     lines = {"p = 0": Run()}
     for p in (0.25, 0.5, 0.75, 1.0):
         lines[f"p = {p:g}"] = Run(setting="1/4", p=p)
@@ -100,6 +107,7 @@ TABLES = {"1": table_2, "2": table_2, "4": table_4, "5": table_5, "tau": table_t
 def lines_of(table, seeds):
     """Return the lines of a table, each with a run for every seed from 0 on."""
     lines = []
+    # The functions of the tables describe seed 0; the other seeds differ in nothing else.
     for label, run in TABLES[table]().items():
         lines.append(Line(label, [run._replace(seed=seed) for seed in range(seeds)]))
     return lines
@@ -110,8 +118,12 @@ def runs_of(tables, seeds):
     runs = []
     for table in tables:
         lines = lines_of(table, seeds)
+        # All lines get their first seed before any
+        # gets its second: a table can be read early.
         for seed in range(seeds):
             runs += [line.runs[seed] for line in lines]
+
+    # Unlike a set, the keys of a dict keep their order.
     return list(dict.fromkeys(runs))
 
 
@@ -124,6 +136,7 @@ def checkpoint_of(out, run):
 
 def data_of(out, run):
     """Return (encoded originals, encoded composites or None) of a run."""
+    # The small set is a world of its own, with folders of the same names.
     world = out / "small" if run.small else out
     originals = world / ("encoded-aio" if run.captions == "aio" else "encoded")
     composites = world / f"encoded-{composites_of(run.setting)}" if run.setting else None
@@ -135,14 +148,20 @@ def job_of(out, run, steps, tables):
     folder = out / "runs" / name_of(run)
     checkpoint = checkpoint_of(out, run)
     originals, composites = data_of(out, run)
+    # Fig. 5 is about the course of training, so its runs measure
+    # the validation loss and keep their checkpoints on the way.
     more = ""
     if run.small:
         every = kept_every(steps)
         more = f"--val {quoted(out / 'val/encoded')} --val-every {every} --keep-every {every}"
+
     options = train_command(run.model, quoted(checkpoint), quoted(originals),
                             quoted(composites) if composites else None,
                             run.p, run.tau, steps, run.seed, more)
+
     commands = [Command("train", options)]
+
+    # Every run is scored on both kinds of prompts.
     for kind in KINDS:
         samples = folder / f"samples-{kind}"
         prompts = quoted(out / f"prompts-{kind}.jsonl")
@@ -150,12 +169,18 @@ def job_of(out, run, steps, tables):
         commands.append(Command("sample", options))
         scores = quoted(folder / f"scores-{kind}.jsonl")
         commands.append(Command("toy.score", f"--samples {quoted(samples)} --out {scores}"))
+
+    # Distances take many samples, so only the runs of Table 1 are measured. The same
+    # run may belong to other tables alone, hence the look at what was asked for.
     if "1" in tables and run in runs_of(["1"], run.seed + 1):
         commands += distance_commands(out, run, checkpoint, folder / "distance.json")
+
+    # The page draws Fig. 5 from the first seed only.
     if run.small and run.seed == 0:
         for step in kept_steps(steps):
             kept = checkpoint / f"step-{step:07d}"
             commands += distance_commands(out, run, kept, folder / f"distance-{step:07d}.json")
+
     return Job(name_of(run), folder, commands)
 
 
@@ -164,9 +189,13 @@ def distance_commands(out, run, checkpoint, scores):
 
     The prompts are the long captions of those pictures.
     """
+    # The samples lie beside their scores, in a folder of the same name.
     samples = scores.with_suffix("")
     prompts = quoted(out / "val/captions.jsonl")
+
+    # Captions are no GenEval prompts, so the plain layout is asked for instead.
     options = sample_command(quoted(checkpoint), prompts, quoted(samples), run.seed, more="")
+
     real = quoted(out / "val/images")
     return [Command("sample", options),
             Command("toy.score",
@@ -188,11 +217,15 @@ def expected_seconds(job, seconds, steps, prompts, validation):
     """Return how long a job's remaining commands take, from {"training", "sampling"} seconds."""
     total = START_SECONDS
     for command in remaining(job):
+        # Only these two stages take long.
         if command.stage == "train":
             total += steps * seconds["training"]
         if command.stage == "sample":
+            # GenEval's layout means the prompts of the
+            # tasks, any other the validation captions.
             pictures = len(TASKS) * prompts if "geneval" in command.options else validation
             total += pictures * seconds["sampling"]
+
     return total
 
 

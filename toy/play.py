@@ -94,9 +94,14 @@ def mentioned(words):
     `place` (behind it, a key of PLACES); these two are None if they are not said.
     """
     # A shape's word, singular or plural -> the shape.
+    # Both plural endings are accepted for every shape,
+    # which is simpler than knowing which one is right.
     singular = {}
     for shape in SHAPES:
         singular |= {shape: shape, shape + "s": shape, shape + "es": shape}
+
+    # A colour and a number wait in these variables
+    # until the shape that they belong to is named.
     things = []
     color = None
     count = 1
@@ -119,7 +124,11 @@ def place_after(words):
 
     "top left" is one place, not "top" and another word; "left of" is none.
     """
+    # If "top" were tried first, it would be found where "top left" is meant.
     longest_first = sorted(PLACES.items(), key=lambda item: -len(item[1]))
+
+    # Behind "left of" another thing is named: that is a relation,
+    # which `relations_of` reads, and not a place of its own.
     for place, phrase in longest_first:
         length = len(phrase.split())
         if words[:length] == phrase.split() and words[length:length + 1] != ["of"]:
@@ -129,9 +138,14 @@ def place_after(words):
 
 def clause_for(things):
     """Return GenEval's clause for all mentions of a class: how many, of which colour if of one."""
+    # Mentions may be of the same things: after "two stars" each of the two
+    # can be described once more. So their counts are compared, not added up.
     many = max(thing["count"] for thing in things)
     alone = [thing for thing in things if thing["count"] == 1]
     clause = {"class": things[0]["class"], "count": max(many, len(alone))}
+
+    # A clause has one colour for all of its objects. Where the colours
+    # differ, or one is not said, the objects are only counted.
     colors = {thing["color"] for thing in alone or things}
     if len(colors) == 1 and None not in colors:
         clause["color"] = colors.pop()
@@ -140,6 +154,8 @@ def clause_for(things):
 
 def relations_of(first, second, words):
     """Return where the first of two things is, seen from the second: a list of RELATIONS."""
+    # A relation in words stands between the two things. The spaces
+    # around both texts keep it from matching inside a longer word.
     between_them = " ".join(words[first["word"] + 1:second["word"]])
     for relation in RELATIONS:
         if f" {relation} " in f" {between_them} ":
@@ -148,6 +164,8 @@ def relations_of(first, second, words):
     # Both have a place of their own: a thing without one fills the frame, and is everywhere.
     relations = []
     if first["place"] and second["place"]:
+        # A corner differs from the opposite one in
+        # both directions, which makes two relations.
         column, row = first["place"]
         other_column, other_row = second["place"]
         if column != other_column:
@@ -175,6 +193,8 @@ def what_the_detector_sees(image, prompt):
     verdict = None
     metadata = asked_for(prompt)
     if metadata:
+        # The toy's detector reports an object's colour
+        # itself, so no classifier has to look again.
         right, reason = geneval_verdict(found, metadata, lambda thing, shape: thing["color"])
         # A thing in a corner has two clauses, one for each direction, and may fail both alike.
         faults = dict.fromkeys(reason.split("; "))
@@ -194,6 +214,7 @@ class Painter:
         self.folder = str(folder)
         self.pipeline = pipeline
         self.pixels = pipeline.model.config["size"] * pipeline.vae.downscale
+
         # The toy's detector knows the toy's pictures only. The toy's checkpoints are known by
         # their pictures' size and by their text encoder's words.
         words = pipeline.tokenizer.get_vocab()
@@ -202,6 +223,7 @@ class Painter:
 
     def about(self):
         """Return what the page shows of a checkpoint."""
+        # A checkpoint from elsewhere may not say how it was trained.
         training = self.pipeline.model.checkpoint.get("training") or {}
         augmentations = [key for key in ("TA", "IA") if training.get(key)]
         return {"name": self.name, "kind": " + ".join(augmentations), "folder": self.folder,
@@ -212,6 +234,7 @@ class Painter:
         tokenizer = self.pipeline.tokenizer
         unknown = []
         for word in prompt.split():
+            # A word may become several tokens; one unknown token among them is enough.
             tokens = tokenizer(word, add_special_tokens=False).input_ids
             if tokenizer.unk_token_id in tokens and word not in unknown:
                 unknown.append(word)
@@ -230,8 +253,10 @@ class Painter:
         def after_step(i, x_t, x_0):
             step = i + 1
             if step % every == 0 or step == steps:
+                # The decoder is called once for both pictures.
                 latents = torch.cat([x_t, x_0]).float()                      # (2, C, h, w)
                 noisy, clean = to_images(vae.decode(latents / vae.scaling_factor))
+                # The time t falls from 1, pure noise, to 0.
                 show(step, 1 - step / steps, noisy, clean)
 
         images = generate(self.pipeline, [prompt], [seed], steps, guidance, on_step=after_step)
@@ -249,10 +274,13 @@ def load_painters(named):
         model = load_model(folder, local_device())
         encoders = encoder_names(folder, model.checkpoint)
         if encoders in pipelines:
+            # This is a copy of the tuple with another network: the autoencoder
+            # and the text encoder in it are the ones that are loaded already.
             pipeline = pipelines[encoders]._replace(model=model)
         else:
             pipeline = load_pipeline(folder)
             pipelines[encoders] = pipeline
+
         painters[name] = Painter(name, folder, pipeline)
     return painters
 
@@ -269,6 +297,8 @@ def named_checkpoints(words):
         if not equals or "/" in name or Path(word).exists():
             folder = word
             name = Path(word).name or word
+
+        # The page chooses checkpoints by their names, so each needs one of its own.
         if not name.strip() or not folder:
             raise UserError(f"--checkpoint {word}: neither FOLDER nor NAME=FOLDER")
         if name in named:
@@ -285,6 +315,7 @@ def found_checkpoints(folders):
     """
     named = {}
     for out in map(Path, folders):
+        # Sorted, the page lists them in the same order every time.
         for file in sorted(out.glob("**/config.json")):
             folder = file.parent
             # step-0050000 and the like are earlier states of a run that is in the list itself.
@@ -295,6 +326,8 @@ def found_checkpoints(folders):
                 parts = folder.relative_to(out).parts
                 # The tables' runs lie in runs/NAME/checkpoint.
                 name = "/".join(part for part in parts if part not in ("runs", "checkpoint"))
+                # A folder that is itself a checkpoint lends it its name.
+                # Where two would get the same name, the first one keeps it.
                 named.setdefault(name or out.name, folder)
     if not named:
         raise UserError(f"{folders[0]}: no checkpoint there: `python -m toy --out {folders[0]}` "
@@ -322,6 +355,8 @@ def parse_request(body, painters):
 
     They are `prompt`, `models` (names), `steps`, `guidance` and `seed`.
     """
+    # Any bytes can arrive here. RecursionError is
+    # for JSON nested too deep for the parser.
     try:
         request = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -329,6 +364,7 @@ def parse_request(body, painters):
     if not isinstance(request, dict):
         raise BadRequest(400, "the request is not a JSON object")
 
+    # Each refusal is a line for the person who types: it is sent as the answer.
     prompt = request.get("prompt")
     if not isinstance(prompt, str):
         raise BadRequest(400, "prompt: must be text")
@@ -337,9 +373,11 @@ def parse_request(body, painters):
     if len(prompt) > MAX_PROMPT:
         raise BadRequest(400, f"the prompt has {len(prompt)} characters: at most {MAX_PROMPT} "
                               "are read")
+    # Line breaks and tabs may pass: `as_read` turns them into single spaces.
     if not all(character.isprintable() or character.isspace() for character in prompt):
         raise BadRequest(400, "the prompt has characters that cannot be printed")
 
+    # Names are looked up among the checkpoints that are loaded, and never used as paths.
     names = request.get("models")
     if not isinstance(names, list) or not 1 <= len(names) <= MAX_MODELS:
         raise BadRequest(400, f"checkpoints: choose one to {MAX_MODELS} of them")
@@ -373,9 +411,13 @@ def as_read(prompt, painter):
     """
     prompt = " ".join(prompt.split())
     if painter.is_toy:
+        # The toy's tokenizer splits at spaces and knows lower case only.
         for mark in (",", "."):
             prompt = prompt.replace(mark, f" {mark} ")
         prompt = " ".join(prompt.lower().split())
+
+    # Some unknown words do no harm, and the page is told of them. With nothing
+    # else in the prompt, the picture would have nothing to do with it.
     unknown = painter.unknown_words(prompt)
     if all(word in unknown for word in prompt.split()):
         raise BadRequest(400, f"{painter.name} knows none of these words")
@@ -388,7 +430,11 @@ class Job:
     def __init__(self, settings, painters):
         self.settings = settings
         self.painters = painters
+
+        # The threads that draw put events in, the connection's thread takes them out.
         self.events = queue.Queue()
+        # The connection's thread sets this when the browser has gone.
+        # Those that draw look at it whenever they have a step to show.
         self.abandoned = threading.Event()
 
 
@@ -401,11 +447,13 @@ class Studio:
 
     def __init__(self):
         self.jobs = queue.Queue(maxsize=MAX_WAITING)
+        # A daemon thread does not keep the program alive after Ctrl-C.
         threading.Thread(target=self.work, daemon=True).start()
 
     def submit(self, job):
         """Put a job at the end of the queue. Raises BadRequest if too many wait already."""
         try:
+            # `put` would wait for room, and the browser with it, without a word.
             self.jobs.put_nowait(job)
         except queue.Full:
             raise BadRequest(503, f"{MAX_WAITING} requests wait already: try again in a "
@@ -415,6 +463,7 @@ class Studio:
         """Draw the jobs for ever. The event None ends each."""
         while True:
             job = self.jobs.get()
+            # The browser may have gone while its request was waiting.
             if not job.abandoned.is_set():
                 draw_all(job)
             job.events.put(None)
@@ -423,6 +472,8 @@ class Studio:
 def draw_all(job):
     """Let all checkpoints of a job draw at the same time, each in a thread, and wait for them."""
     threads = []
+
+    # Real networks divide the cores among them.
     share = max(1, (os.cpu_count() or 1) // len(job.painters))
     for index, painter in enumerate(job.painters):
         # The toy's network is so small that several cores would only wait for each other.
@@ -430,6 +481,7 @@ def draw_all(job):
         thread = threading.Thread(target=draw_one, args=(job, index, cores), daemon=True)
         threads.append(thread)
         thread.start()
+
     for thread in threads:
         thread.join()
 
@@ -445,6 +497,8 @@ def draw_one(job, index, cores):
 
     def show(step, t, noisy, clean):
         if job.abandoned.is_set():
+            # An exception is the only way out of the sampling
+            # loop, which knows nothing of this page.
             raise Abandoned
         job.events.put({"event": "step", "model": index, "step": step,
                         "of": settings["steps"], "t": round(t, 4),
@@ -455,8 +509,11 @@ def draw_one(job, index, cores):
         prompt, unknown = as_read(settings["prompt"], painter)
         job.events.put({"event": "begin", "model": index, "prompt": prompt,
                         "unknown": unknown})
+
         image = painter.draw(prompt, settings["steps"], settings["guidance"],
                              settings["seed"], show)
+
+        # The clock stops before the detector looks: its time is not the checkpoint's.
         seconds = time.perf_counter() - began
         seen = what_the_detector_sees(image, prompt) if painter.is_toy else {}
         job.events.put({"event": "done", "model": index, "seconds": round(seconds, 2), **seen})
@@ -470,6 +527,7 @@ def draw_one(job, index, cores):
 def as_data_url(image):
     """Return a PIL image as a PNG in a data: URL."""
     buffer = io.BytesIO()
+    # Speed counts more than size: the bytes stay on this computer.
     image.save(buffer, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
@@ -494,10 +552,14 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__(("127.0.0.1", port), Handler)
         except OSError as error:
+            # Only these two can be solved by another
+            # port; the rest is not the user's mistake.
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
                 reason = error.strerror.lower()
                 raise UserError(f"--port {port}: {reason}: choose another one") from None
             raise
+
+        # For port 0 the system has chosen one.
         self.port = self.server_address[1]
         self.studio = Studio()
 
@@ -530,6 +592,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply_json(200, about(self.server.painters))
             else:
                 raise BadRequest(404, "no such page")
+        # urlsplit raises ValueError for an address that it cannot take apart.
         except (BadRequest, ValueError) as error:
             self.refuse(error)
 
@@ -539,10 +602,16 @@ class Handler(BaseHTTPRequestHandler):
             self.check_origin()
             if urlsplit(self.path).path != "/draw":
                 raise BadRequest(404, "no such page")
+
+            # All checks come before the first byte of
+            # the answer: after it, the status is sent.
             settings = parse_request(self.read_body(), self.server.painters)
             painters = [self.server.painters[name] for name in settings["models"]]
             for painter in painters:
+                # Called only for its error, so that such a
+                # prompt need not wait in the queue first.
                 as_read(settings["prompt"], painter)
+
             job = Job(settings, painters)
             self.server.studio.submit(job)
         except (BadRequest, ValueError) as error:
@@ -557,10 +626,16 @@ class Handler(BaseHTTPRequestHandler):
         rebinding), or with an Origin of its own.
         """
         hosts = [f"127.0.0.1:{self.server.port}", f"localhost:{self.server.port}"]
+        # Browsers leave out HTTP's own port.
         if self.server.port == 80:
             hosts += ["127.0.0.1", "localhost"]
+
+        # This also refuses a request with several Host headers, or with none.
         if self.headers.get_all("Host", []) not in [[host] for host in hosts]:
             raise BadRequest(403, f"this page lives at http://{hosts[0]}/ only")
+
+        # A browser may leave out Origin where the page
+        # is its own, so none is no reason to refuse.
         origin = self.headers.get("Origin")
         if origin is not None and origin not in [f"http://{host}" for host in hosts]:
             raise BadRequest(403, "requests from other pages are refused")
@@ -571,12 +646,18 @@ class Handler(BaseHTTPRequestHandler):
         kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise BadRequest(415, "the request must be application/json")
+
+        # `isdigit` alone would let digits of other scripts pass.
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
             raise BadRequest(411, "the request has no length")
+        # The number's own length comes first, so
+        # that `int` never reads thousands of digits.
         if len(length) > 9 or int(length) > MAX_BODY:
             raise BadRequest(413, f"the request is too large: at most {MAX_BODY} bytes are "
                                   "read")
+
+        # `refuse` must not wait for the same bytes once more.
         self.body_was_read = True
         return self.rfile.read(int(length))
 
@@ -584,10 +665,13 @@ class Handler(BaseHTTPRequestHandler):
         """Send a job's events as they come, one JSON object a line, in chunks."""
         self.begin(200, "application/x-ndjson", {"Transfer-Encoding": "chunked"})
         try:
+            # The first event is sent at once: the page
+            # learns that its request was accepted.
             event = {"event": "queued"}
             while event is not None:
                 self.send_chunk(json.dumps(event).encode() + b"\n")
                 event = self.next_event(job)
+            # Without an empty chunk the browser would take the answer for cut off.
             self.send_chunk(b"")
         # The browser has gone: the page was closed, or a new picture was asked for.
         except OSError:
@@ -601,6 +685,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             return job.events.get(timeout=1)
         except queue.Empty:
+            # Only by sending something does the server notice that the browser has gone.
             return {"event": "waiting"}
 
     def send_chunk(self, data):
@@ -612,11 +697,16 @@ class Handler(BaseHTTPRequestHandler):
         """Send a status and the headers of every answer, after which the connection is closed."""
         self.close_connection = True
         self.send_response(status)
+
         self.send_header("Content-Type", kind)
+
+        # These keep the page to itself: no foreign scripts, no guessing
+        # of types, no address handed on, nothing kept in a cache.
         self.send_header("Content-Security-Policy", POLICY)
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Referrer-Policy", "no-referrer")
         self.send_header("Cache-Control", "no-store")
+
         self.send_header("Connection", "close")
         for name, value in headers.items():
             self.send_header(name, value)
@@ -655,6 +745,8 @@ def about(painters):
     if toys:
         words = sorted(toys[0].pipeline.tokenizer.get_vocab())
 
+    # Special tokens such as <pad> are no words to type. Steps and guidance are
+    # what the page begins with: real networks get more of both than the toy.
     return {"models": [painter.about() for painter in painters.values()],
             "words": [word for word in words if not word.startswith("<")],
             "shapes": SHAPES, "colors": COLORS, "greys": GREYS, "backgrounds": BACKGROUNDS,
@@ -678,10 +770,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     between(args, 0, 65535, "port")
 
+    # If no checkpoint is named, the page offers whatever the toy has trained so far.
     painters = load_painters(named_checkpoints(args.checkpoint) or found_checkpoints(args.out))
     if any(painter.is_toy for painter in painters.values()):
         # The detector draws its templates when it is first used: not while somebody waits.
         detect(Image.new("RGB", (SIZE, SIZE), next(iter(COLORS.values()))))
+
     server = Server(args.port, painters)
     print(f"{', '.join(painters)}: http://127.0.0.1:{server.port}/ (Ctrl-C ends it)", flush=True)
     with server:

@@ -22,6 +22,8 @@ def make_prompts(out, count, seed):
     short = []
     long = []
     for task, n in product(TASKS, range(count)):
+        # Each prompt has a generator of its own: asking
+        # for more of them does not change the first ones.
         metadata, brief, detailed = make_prompt(task, random.Random(f"{seed} {task} {n}"))
         short.append({**metadata, "prompt": f"a photo of {brief}"})
         long.append({**metadata, "prompt": detailed})
@@ -36,6 +38,8 @@ def scene_to_ask_for(task, rng):
     shows either: these are of one class.
     """
     one, two = rng.sample(SHAPES, 2)
+    # Where one object is asked for, or several of one class, originals
+    # show the like. Two classes are what only composites show.
     if task in ("single_object", "colors"):
         layout = rng.choice(["large", "corner"])
         shapes = [one]
@@ -48,9 +52,13 @@ def scene_to_ask_for(task, rng):
     else:
         layout = rng.choice(["corners", "1/4"])
         shapes = [one, two]
+
+    # One place for each object, in different corners. A large object takes the
+    # first place, and being first in the scene it lies behind the small one.
     places = [corner_place(rng, corner) for corner in rng.sample(CORNERS, len(shapes))]
     if layout in ("large", "1/4"):
         places[0] = large_place(rng)
+
     colors = rng.sample(list(COLORS), len(shapes))
     things = [make_object(*thing) for thing in zip(shapes, colors, places)]
     scene = {"objects": things, "grey": rng.choice(list(GREYS)), "background": rng.choice(BACKGROUNDS)}
@@ -62,6 +70,9 @@ def make_prompt(task, rng):
     scene, layout = scene_to_ask_for(task, rng)
     things = seen_in_original(scene)
     detailed = long_caption(things, scene, rng)
+
+    # The short prompts and the rules begin with shapes
+    # alone. The tasks below add what they ask for.
     names = [f"a {thing['shape']}" for thing in things]
     include = [{"class": thing["shape"], "count": 1} for thing in things]
     metadata = {"tag": task, "include": include, "layout": layout}
@@ -70,16 +81,21 @@ def make_prompt(task, rng):
         names = [f"a {thing['color']} {thing['shape']}" for thing in things]
         for clause, thing in zip(include, things):
             clause["color"] = thing["color"]
+
+    # As in GenEval, one too many is excluded: without it, three would pass for two.
     if task == "counting":
         shape = things[0]["shape"]
         many = len(things)
         names = [f"{NUMBERS[many]} {plural(shape)}"]
         metadata["include"] = [{"class": shape, "count": many}]
         metadata["exclude"] = [{"class": shape, "count": many + 1}]
+
     brief = " and ".join(names)
     if task == "position":
         # GenEval names the object that the other's place is seen from first.
         first, second = things
+        # Objects in opposite corners have two relations, of which a prompt names
+        # one. The long prompt must name the same one, so it is written here again.
         words = rng.choice(relations(first, second))
         metadata["include"] = [include[1], {**include[0], "position": [words, 0]}]
         brief = f"{names[0]} {words} {names[1]}"
@@ -90,15 +106,22 @@ def make_prompt(task, rng):
 
 def make_text_encoder(folder, texts, seed, dim=128):
     """Save a tiny random T5, and a tokenizer of the words in `texts`, as any T5 on the hub is saved."""
+    # Imported here, since they are slow to import and
+    # most users of this module need only the prompts.
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    # Every word of the texts becomes a token, so that none of them is unknown.
     known = {word for text in texts for word in text.split()}
     words = ["<pad>", "</s>", "<unk>", *sorted(known)]
     numbers = {word: i for i, word in enumerate(words)}
+
+    # The ends of a text are marked as T5 does it, so that encode.py treats both alike.
     tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)])
+
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     tokenizer.save_pretrained(folder)

@@ -9,6 +9,7 @@ from common import complete, line_chart, read_jsonl
 from toy.recipe import TAU
 from toy.score import TASKS, one_background, task_scores
 
+# The style is part of every page, so that a page is one file that can be sent to someone.
 STYLE = """
 body { font: 14px sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em }
 h2 { margin-top: 2em }
@@ -30,17 +31,23 @@ td:first-child { text-align: left }
 
 def write_page(path, title, body):
     """Write an HTML page. `body` is HTML, `title` plain text."""
+    # The title is plain text and may hold any character. The body is HTML already.
     title = html.escape(title)
     page = (f'<!doctype html><meta charset="utf-8"><title>{title}</title>\n'
             f"<style>{STYLE}</style>\n<h1>{title}</h1>\n{body}\n")
+
+    # Somebody may reload the page just now: it is replaced as a whole.
     with complete(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
 def picture(path, note=""):
     """Return an <img> with the bytes of a file in it; the note appears when one points at it."""
+    # The bytes stand in the page itself, so it
+    # shows its pictures wherever it is moved to.
     kind = mimetypes.guess_type(path)[0]
     data = base64.b64encode(path.read_bytes()).decode()
+
     return f'<img title="{html.escape(note)}" src="data:{kind};base64,{data}">'
 
 
@@ -56,12 +63,15 @@ def cards(items):
 
 def table(rows):
     """Return rows of HTML cells as a table; the first row is its head."""
+    # Cells are not escaped: some hold links or pictures.
+    # Whoever makes one from plain text escapes it.
     lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
     return "<table>" + "\n".join(lines) + "</table>"
 
 
 def number(value):
     """Return a share as text, "-" for none."""
+    # NaN stands for no pictures to count, which is not the same as a share of 0.
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
@@ -72,8 +82,10 @@ def spoken(task):
 
 def verdict_card(folder, row):
     """Return the card of a scored picture: verdict and prompt below, the reason when pointed at."""
+    # Words, and not colours alone: red and green look alike to some.
     kind = "right" if row["right"] else "wrong"
     caption = f'<b class="{kind}">{kind}</b> {html.escape(row["prompt"])}'
+
     return card(folder / row["file"], caption, row["reason"])
 
 
@@ -81,15 +93,20 @@ def verdicts(folder, rows, most=12):
     """Return the scored pictures of a folder, at most `most` of each task, under a heading each."""
     parts = []
     for task in TASKS:
+        # The first ones are shown, not the best ones: a page must not flatter the model.
         chosen = [row for row in rows if row["tag"] == task][:most]
+
+        # The heading's id is what the cells of the tables' page link to.
         parts.append(f'<h3 id="{task}">{spoken(task)}</h3>')
         parts.append(cards([verdict_card(folder, row) for row in chosen]))
+
     return "\n".join(parts)
 
 
 def examples(folder, captions, count=8):
     """Return some pictures of a folder, spread over the data, with their captions."""
     rows = read_jsonl(captions)
+    # Neighbours in a data set may be alike, so the rows in between are passed over.
     step = max(1, len(rows) // count)
     return cards([card(folder / row["file"], html.escape(row["caption"]), row["file"])
                   for row in rows[::step][:count]])
@@ -97,6 +114,7 @@ def examples(folder, captions, count=8):
 
 def loss_curve(log):
     """Return the training loss in train.py's log.jsonl as an SVG picture."""
+    # The log has lines of other kinds, too, without a loss.
     points = [(row["step"], row["loss"]) for row in read_jsonl(log) if "loss" in row]
     return line_chart({"training": points}, "step", "loss", log=True)
 
@@ -106,15 +124,18 @@ def loss_curve(log):
 
 def score_rows(scores):
     """Return the table of scores, {"short": rows, "long": rows} of `score`, as rows of texts."""
+    # The names in the head are in the order of `task_scores`.
     lines = [["", *map(spoken, TASKS), "overall", "one background"]]
     for kind, rows in scores.items():
         shares = [number(value) for value in task_scores(rows).values()]
         lines.append([f"{kind} prompts", *shares, number(one_background(rows))])
+
     return lines
 
 
 def report(out, scores):
     """Write OUT/report.html: scores, samples beside their prompts, the data, the noise, the loss."""
+    # Both kinds of prompts have the same number of pictures.
     many = len(scores["long"])
     body = f"""
 <p>One DiT-I with long captions (TA) and CutMix composites (IA), trained by <code>python -m toy</code>.</p>

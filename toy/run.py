@@ -31,10 +31,12 @@ from toy.world import SHAPES
 
 def estimate(images, steps, prompts):
     """Return the seconds that the whole run takes on this machine, by timing its parts."""
+    # Each task has short and long prompts, and there is a composite for every original.
     pictures = 2 * len(TASKS) * prompts
     seconds = 2 * images * data_seconds()
     seconds += steps * training_seconds("dit")
     seconds += pictures * sampling_seconds("dit")
+
     return OVERHEAD * seconds
 
 
@@ -49,14 +51,22 @@ def main(argv=None):
     add("--train-vae", type=float, metavar="MINUTES",
         help="only train the autoencoder in toy/weights again")
     args = parser.parse_args(argv)
+
+    # The autoencoder's weights come with the project. Training them
+    # again is another task, which needs none of the checks below.
     if args.train_vae:
         train_vae(VAE, args.train_vae)
         return
+
+    # With a handful of pictures there is little to be mixed, and nothing to be learned.
     at_least(args, images=2 * len(SHAPES), steps=1, prompts=1, seed=0)
 
     out = Path(args.out)
+
+    # The number of steps is not among these, since it changes none of the data.
     settings = {"images": args.images, "prompts": args.prompts, "seed": args.seed}
     begin_or_resume(out / "toy.json", out, settings)
+    # Timing the parts takes a while. After a complete run it would be of no use.
     if not (out / "report.html").exists():
         seconds = estimate(args.images, args.steps, args.prompts)
         print(f"From the beginning this takes {spoken_time(seconds)} here, most of it training.")
@@ -79,10 +89,15 @@ def main(argv=None):
         samples = out / f"samples-{kind}"
         prompts = quoted(out / f"prompts-{kind}.jsonl")
         run(sample, sample_command(checkpoint, prompts, quoted(samples), args.seed))
+        # Scores are kept as files, too, so that a
+        # verdict can be looked up without the page.
         scores[kind] = score(samples)
         write_jsonl(out / f"scores-{kind}.jsonl", scores[kind])
+
     report(out, scores)
     print()
+    # The same table as on the page, for those who stay in the terminal.
     for row in score_rows(scores):
         print("".join(f"{word:>15}" for word in row))
+
     print(f"\n{out / 'report.html'}")

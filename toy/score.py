@@ -32,9 +32,11 @@ def score(folder):
     prompts = sorted(Path(folder).glob("*/metadata.jsonl"))
     if not prompts:
         raise UserError(f"{folder}: no samples in GenEval's layout (*/metadata.jsonl) in it")
+
     for metadata_file in tqdm(prompts, desc="scoring", unit="img"):
         metadata = read_jsonl(metadata_file)[0]
         for file in sorted((metadata_file.parent / "samples").glob("*.png")):
+            # GenEval's own rules judge; only the detector and the colours are the toy's.
             image = Image.open(file)
             right, reason = evaluate.geneval_verdict(detect(image), metadata, color_of)
             rows.append({"file": file.relative_to(folder).as_posix(),
@@ -88,12 +90,18 @@ def features(folder):
     """
     vae = encode.load_vae(VAE)
     files = list_images(folder)
+    # sample.py adds an overview of its pictures, which is not one of them.
     files = [file for file in files if file != "sheet.png"]
+
+    # Pictures go through the autoencoder in
+    # batches: a whole folder would fill the memory.
     parts = []
     for start in range(0, len(files), 64):
         images = [Image.open(Path(folder) / file).convert("RGB") for file in files[start:start + 64]]
         with torch.no_grad():
             mean, _ = vae.encode(to_tensor(images))                                 # (B, 8, 8, 8)
+        # Averages over quarters keep roughly where things are, and forget exact
+        # positions. Two pictures of like scenes are then close to each other.
         quarters = mean.unfold(2, 4, 4).unfold(3, 4, 4)                             # (B, 8, 2, 2, 4, 4)
         average = quarters.mean((4, 5)).flatten(1)                                  # (B, 32)
         deviation = quarters.flatten(4).std(4).flatten(1)                           # (B, 32)
@@ -105,6 +113,7 @@ def quality(real, fake):
     """Return {"distance", "precision", "recall", "density", "coverage"} of two folders of pictures."""
     real_features = features(real)
     fake_features = features(fake)
+    # Both measures use the same features, which are computed once.
     scores = {"distance": evaluate.frechet_distance(real_features, fake_features)}
     scores.update(evaluate.prdc(real_features, fake_features))
     return {name: float(value) for name, value in scores.items()}
@@ -119,6 +128,8 @@ def main(argv=None):
     add("--real", metavar="FOLDER", help="measure the distance to these pictures instead")
     add("--out", required=True, metavar="FILE", type=Path, help="where the scores go")
     args = parser.parse_args(argv)
+    # A distance is one result for a whole folder,
+    # GenEval's verdicts are a line for each picture.
     if args.real:
         scores = quality(args.real, args.samples)
         with complete(args.out) as path:

@@ -30,6 +30,7 @@ class Command(NamedTuple):
 
     def as_typed(self):
         """Return the command line that a user would type."""
+        # The toy's own stages are subcommands, the others are files.
         if self.stage.startswith("toy."):
             return f"python -m toy {self.stage.removeprefix('toy.')} {self.options}"
         return f"python {self.stage}.py {self.options}"
@@ -45,6 +46,8 @@ class Job(NamedTuple):
 
 def remaining(job):
     """Return the commands of a job that have not ended well before, with just these options."""
+    # Whole command lines are compared: a command
+    # with another option counts as another one.
     done = read_done(job.folder)
     return [command for command in job.commands if command.as_typed() not in done]
 
@@ -60,15 +63,21 @@ def run_side_by_side(jobs, processes, after_job):
 
     Raises UserError if a command fails; the jobs that run then are stopped, and go on next time.
     """
+    # A job with nothing left is not started, and `after_job` is not called for it.
     waiting = [job for job in jobs if remaining(job)]
     running = []                # of (job, process)
     try:
         while waiting or running:
+            # Every free place is filled before the next pause.
             while waiting and len(running) < processes:
                 job = waiting.pop(0)
                 running.append((job, start(job)))
+
+            # Looking now and then costs nothing beside jobs
+            # of minutes, and needs no thread for each.
             time.sleep(POLL_SECONDS)
             ended = [(job, process) for job, process in running if process.poll() is not None]
+
             for job, process in ended:
                 running.remove((job, process))
                 if process.returncode != 0:
@@ -88,15 +97,21 @@ def log_of(job):
 def last_line(path):
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     written = [line for line in lines if line.strip()]
+    # A progress bar writes over its own line: only what
+    # stands behind the last "\r" was visible in the end.
     return written[-1].split("\r")[-1]
 
 
 def start(job):
     """Start a process that runs what remains of a job."""
     job.folder.mkdir(parents=True, exist_ok=True)
+
+    # The process reads its commands from a file; what has ended before is not in it.
     with complete(job.folder / "job.json") as path:
         path.write_text(json.dumps(remaining(job), indent=1))
+
     words = [sys.executable, "-m", "toy.side_by_side", str(os.getpid()), str(job.folder)]
+    # One thread each: with more, the models would take the cores from each other.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with open(log_of(job), "a", encoding="utf-8") as log:
         # In a session of its own, Ctrl-C reaches the parent alone, which then ends its children.
@@ -111,6 +126,7 @@ def leave_with(parent):
     """End this process when its parent has ended, even by kill -9: the next run starts its own."""
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
+    # `sys.exit` would end this thread alone, while the training went on.
     os._exit(1)
 
 
@@ -119,8 +135,13 @@ def run_job(folder):
     for words in json.loads((folder / "job.json").read_text()):
         command = Command(*words)
         print(f"\n$ {command.as_typed()}", flush=True)
+
+        # Error messages begin with the name of the program, which is the stage's here.
         sys.argv[0] = f"{command.stage}.py"
         importlib.import_module(command.stage).main(shlex.split(command.options))
+
+        # Written after each command, so that a kill
+        # costs at most the one that is running.
         done = [*read_done(folder), command.as_typed()]
         with complete(folder / "done.json") as path:
             path.write_text(json.dumps(done, indent=1))
@@ -129,7 +150,9 @@ def run_job(folder):
 def main():
     """Run one job: `python -m toy.side_by_side PARENT FOLDER`."""
     parent, folder = sys.argv[1:]
+    # A daemon thread, since this process has to end as soon as its job is done.
     threading.Thread(target=leave_with, args=(int(parent),), daemon=True).start()
+
     command_line(lambda: run_job(Path(folder)))
 
 

@@ -31,6 +31,7 @@ two-object pictures (of three tasks) that are right.</p>
 
 def read_scores(out, run, kind):
     """Return the verdicts on a run's samples for short or long prompts, or None: not yet there."""
+    # A run writes its scores at its end. The page is also made while others are missing.
     path = out / "runs" / name_of(run) / f"scores-{kind}.jsonl"
     return read_jsonl(path) if path.exists() else None
 
@@ -42,23 +43,29 @@ def columns_of(rows):
 
 def line_columns(out, line, kind):
     """Return {column: [a value for each seed]} of a table's line; empty if no run has ended."""
+    # Seeds that have not ended are passed over: the mean is over those that have.
     values = {}
     for run in line.runs:
         rows = read_scores(out, run, kind)
         if rows:
             for column, value in columns_of(rows).items():
                 values.setdefault(column, []).append(value)
+
     return values
 
 
 def mean_and_spread(values):
     """Return values of several seeds as text: "0.52 &plusmn; 0.03"."""
+    # A seed with no right two-object picture has no share of one background.
     values = [value for value in values if not math.isnan(value)]
     if not values:
         return "-"
+
+    # A deviation needs two values; one seed alone is shown without.
     text = number(statistics.mean(values))
     if len(values) > 1:
         text += f" &plusmn; {statistics.stdev(values):.2f}"
+
     return text
 
 
@@ -68,13 +75,18 @@ def mean_and_spread(values):
 def score_table(out, lines):
     """Return the lines' scores for long and short prompts; every score is a link to its pictures."""
     rows = [["", "prompts", *map(spoken, TASKS), "overall", "one background"]]
+    # Long prompts come first: they are what the models were trained on.
     for kind in reversed(KINDS):
         for line in lines:
             columns = line_columns(out, line, kind)
+
+            # A mean leads to the pictures of the first seed. The column's
+            # name is the id of a heading on that page, if it is a task.
             cells = []
             for column, values in columns.items():
                 link = f"runs/{name_of(line.runs[0])}/pictures-{kind}.html#{column}"
                 cells.append(f'<a href="{link}">{mean_and_spread(values)}</a>')
+
             rows.append([line.label, kind, *(cells or ["not yet"])])
     return table(rows)
 
@@ -82,11 +94,15 @@ def score_table(out, lines):
 def score_chart(out, lines):
     """Return curves over the number in the lines' labels ("tau = 0.4"): scores and one background."""
     curves = {"overall": [], "two object": [], "color attr": [], "one background": []}
+
+    # The labels carry the x axis: its name, and each line's number.
     name = lines[0].label.split(" = ")[0]
     for line in lines:
         x = float(line.label.split(" = ")[1])
         columns = line_columns(out, line, "long")
+
         for curve, points in curves.items():
+            # Tasks have underscores in their names, the other columns have spaces.
             values = columns.get(curve.replace(" ", "_"), columns.get(curve, []))
             values = [value for value in values if not math.isnan(value)]
             if values:
@@ -96,16 +112,22 @@ def score_chart(out, lines):
 
 def same_prompts(out, lines, kind="long", of_each_task=2):
     """Return pictures of the same prompts by the models of all lines, side by side, seed 0."""
+    # Only lines whose first model has ended get a column.
     shown = []
     for line in lines:
         rows = read_scores(out, line.runs[0], kind)
         if rows:
             shown.append((line, rows))
+
     if not shown:
         return ""
+
     rows = [["prompt", *(line.label for line, _ in shown)]]
     for task in TASKS:
+        # All models got the same prompts in the same
+        # order, so a number stands for one prompt.
         numbers = [n for n, row in enumerate(shown[0][1]) if row["tag"] == task]
+
         for n in numbers[:of_each_task]:
             cells = [html.escape(shown[0][1][n]["prompt"])]
             for line, verdicts_of_line in shown:
@@ -114,6 +136,7 @@ def same_prompts(out, lines, kind="long", of_each_task=2):
                 mark = "right" if row["right"] else "wrong"
                 cells.append(card(samples / row["file"], f'<span class="{mark}">{mark}</span>',
                                   row["reason"]))
+
             rows.append(cells)
     return table(rows)
 
@@ -123,11 +146,13 @@ def distance_table(out, lines):
     names = ["distance", "precision", "recall", "density", "coverage"]
     rows = [["", *names]]
     for line in lines:
+        # As above, a line's mean is over the seeds that have ended.
         found = []
         for run in line.runs:
             path = out / "runs" / name_of(run) / "distance.json"
             if path.exists():
                 found.append(read_json(path, "the scores of a run"))
+
         cells = [mean_and_spread([scores[name] for scores in found]) for name in names]
         rows.append([line.label, *(cells if found else ["not yet"])])
     return table(rows)
@@ -135,22 +160,28 @@ def distance_table(out, lines):
 
 def overfitting_charts(out, lines, steps):
     """Return Fig. 5: the validation loss, and the distance to validation pictures, against steps."""
+    # The gap between both losses shows overfitting, so they share one chart.
     losses = {}
     distances = {}
     for line in lines:
+        # Only the first seed's checkpoints were measured on the way.
         run = line.runs[0]
         log = checkpoint_of(out, run) / "log.jsonl"
         if not log.exists():
             continue
+
+        # A log has separate lines for the training loss and for the validation loss.
         rows = read_jsonl(log)
         losses[f"{line.label}, validation"] = points_of(rows, "val_loss")
         losses[f"{line.label}, training"] = points_of(rows, "loss")
+
         distances[line.label] = []
         for step in kept_steps(steps):
             path = out / "runs" / name_of(run) / f"distance-{step:07d}.json"
             if path.exists():
                 scores = read_json(path, "the scores of a checkpoint")
                 distances[line.label].append((step, scores["distance"]))
+
     return (line_chart(losses, "step", "loss", log=True)
             + line_chart(distances, "step", "distance to validation pictures", log=True))
 
@@ -166,31 +197,41 @@ def section(out, name, seeds, steps):
     """Return one table's part of the page."""
     lines = lines_of(name, seeds)
     parts = [f"<h2>{TITLES[name]}</h2>"]
+
+    # Distances have a table of their own, and no verdicts for the pieces below.
     if name == "1":
         parts.append("<p>Of samples for the long captions of validation pictures, on the toy "
                      "autoencoder's latents, averaged over each quarter of a picture.</p>")
         parts.append(distance_table(out, lines))
         return "\n".join(parts)
+
     if name == "fig5":
         parts.append(overfitting_charts(out, lines, steps))
+
+    # These two vary a number, which can be an axis. The other tables compare names.
     if name in ("5", "tau"):
         parts.append(score_chart(out, lines))
+
     parts.append(score_table(out, lines))
     parts.append("<h3>The same prompts, drawn by all models</h3>")
     parts.append(same_prompts(out, lines))
+
     return "\n".join(parts)
 
 
 def write_tables(out, names, seeds, steps):
     """Write OUT/tables.html, and for each run that has ended the pages of its pictures."""
+    # The whole page is written anew each time, from what lies in the folders.
     parts = [INTRODUCTION]
     for name in names:
         parts.append(section(out, name, seeds, steps))
         for line in lines_of(name, seeds):
             for run in line.runs:
                 write_pictures(out, run)
+
     parts.append(f"<h2>Fig. 7: what noise hides</h2><p>The line is at the toy's tau = {TAU}.</p>")
     parts.append(picture(out / "cutmix-look/noise.png"))
+
     write_page(out / "tables.html", "The paper's experiments in miniature", "\n".join(parts))
 
 
@@ -199,6 +240,8 @@ def write_pictures(out, run):
     folder = out / "runs" / name_of(run)
     for kind in KINDS:
         rows = read_scores(out, run, kind)
+        # A run's verdicts never change once they
+        # are there, so its pages are written once.
         page = folder / f"pictures-{kind}.html"
         if rows and not page.exists():
             body = verdicts(folder / f"samples-{kind}", rows, most=len(rows))

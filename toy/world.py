@@ -35,6 +35,7 @@ LARGE = 18                       # a larger radius, in pixels, fills the frame
 
 def polar(radius, turns):
     """Return the point at `radius` from the centre, `turns` of a full turn clockwise from the top."""
+    # In pictures y points down, so the top is at a negative y.
     angle = 2 * math.pi * turns
     return radius * math.sin(angle), -radius * math.cos(angle)
 
@@ -56,6 +57,8 @@ def draw(scene, scale=4):
 
     It is drawn `scale` times as large and shrunk, so that edges are smooth.
     """
+    # NEAREST keeps the background's cells sharp. Objects lie on
+    # it in their order, so that the last one covers the others.
     image = draw_background(scene["grey"], scene["background"])
     image = image.resize((SIZE * scale, SIZE * scale), Image.Resampling.NEAREST)
     for thing in scene["objects"]:
@@ -70,6 +73,8 @@ def draw_background(grey, pattern):
     """
     row, column = np.indices((8, 8))
     odd = {"plain": 0 * row, "striped": row % 2, "checkered": (row + column) % 2}[pattern]
+    # Dark greys get lighter cells and the others darker
+    # ones, so that all stay away from black and white.
     step = 14 if GREYS[grey] < 128 else -14
     cells = GREYS[grey] + step * odd
     return Image.fromarray(cells.astype(np.uint8)).convert("RGB")
@@ -82,6 +87,7 @@ def mask_of(thing, scale=1):
     x = thing["x"] * scale
     y = thing["y"] * scale
     radius = thing["radius"] * scale
+
     if thing["shape"] in POLYGONS:
         corners = POLYGONS[thing["shape"]]
         pen.polygon([(x + radius * a, y + radius * b) for a, b in corners], fill=255)
@@ -135,9 +141,14 @@ def random_scene(rng, shape=None, kind=None):
         places = [corner_place(rng, corner) for corner in rng.sample(CORNERS, many)]
     else:
         places = [large_place(rng)]
+
+    # The small object has the size that the large one would have after CutMix shrank its
+    # picture. The front one is last in a scene, so it is never hidden by the large one.
     if kind in cutmix.SETTINGS:
         radius = places[0][0]
         places.append(pasted_place(rng, kind, radius))
+
+    # `sample` never draws a colour twice: colours tell objects of one shape apart.
     shape = shape or rng.choice(SHAPES)
     colors = rng.sample(list(COLORS), len(places))
     things = [make_object(shape, color, place) for color, place in zip(colors, places)]
@@ -155,9 +166,13 @@ def make_world(out, count, seed):
     """Draw OUT/images, in ImageNet's layout, and write OUT/scenes.jsonl, what is in each picture."""
     scenes = []
     for i in tqdm(range(count), desc="drawing", unit="img"):
+        # Classes take turns, so all have the same number of pictures, up to one.
         shape = SHAPES[i % len(SHAPES)]
         file = f"{shape}/{shape}_{i:05d}.png"
+        # A generator for each picture: after a kill the same
+        # scenes come again, whichever files exist already.
         scene = random_scene(random.Random(f"{seed} {i}"), shape)
+
         path = out / "images" / file
         if not path.exists():
             with complete(path) as temporary:
@@ -190,11 +205,17 @@ def seen_in_composite(base, paste, box, setting):
     x0, y0, x1, y1 = box
     inside = np.zeros((SIZE, SIZE), bool)
     inside[y0:y1, x0:x1] = True
+
+    # What is pasted covers the base, so an object is seen only on its own
+    # side of the box. CM 1/2 pastes at full size, all other settings shrink.
     seen = [look_at(thing, ~inside) for thing in base["objects"]]
     for thing in paste["objects"]:
         if setting != "1/2":
             thing = shrink(thing, x0, y0, cutmix.CUTS[setting].scale)
         seen.append(look_at(thing, inside))
+
+    # A captioner would not recognise slivers and specks. Three
+    # objects are enough: longer captions would be lists.
     seen = [thing for thing in seen if thing["visible"] > 0.2 and thing["radius"] >= 4]
     seen.sort(key=lambda thing: -thing["visible"] * thing["radius"])
     return seen[:3]
@@ -213,6 +234,7 @@ def look_at(thing, region):
     mask = np.asarray(mask_of(thing)) > 0
     rows, columns = (mask & region).nonzero()
     visible = len(rows) / mask.sum()
+
     cell = cell_of(thing)
     if thing["radius"] > LARGE and 0 < visible <= HALF:
         # A half of a large object is where its middle is, seen from the middle of the picture.
@@ -259,6 +281,9 @@ def join(phrases):
 def relations(one, two):
     """Return the words for where the first object is, seen from the second: none, one or two."""
     words = []
+
+    # Cells are compared, not pixels: a slight difference
+    # within a row or a column is no relation.
     column, row = one["cell"]
     other_column, other_row = two["cell"]
     if column < other_column:
@@ -282,6 +307,9 @@ def describe_object(thing):
     elif radius > LARGE:
         # It fills the frame: it is everywhere.
         place = ""
+
+    # These words are about the size in the picture: they
+    # stay the same where a part of the object is hidden.
     if radius > LARGE:
         size = "large "
     elif radius > 10:
@@ -304,16 +332,24 @@ def long_caption(things, scene, rng):
 
     It speaks of one scene, as LLaVA is asked to, not of a composite.
     """
+    # The order is random, so that it tells nothing of which object is larger or in front.
     things = rng.sample(things, len(things))
+
+    # A relation is said only of two whole objects, neither of which
+    # fills the frame: one that does is nowhere in particular.
     whole = all(thing["visible"] > HALF for thing in things)
     none_large = all(thing["radius"] < LARGE for thing in things)
     one_class = len({thing["shape"] for thing in things}) == 1
+
     text = join([describe_object(thing) for thing in things])
     if len(things) == 2 and whole and none_large and rng.random() < 0.4:
         words = relations(*things)
         if words:
             first, second = [describe_object(thing) for thing in things]
             text = f"{first} , {rng.choice(words)} {second}"
+
+    # A number counts whole objects of one class:
+    # "two stars" would be wrong for two halves.
     if len(things) > 1 and one_class and whole:
         text = f"{NUMBERS[len(things)]} {plural(things[0]['shape'])} , {text}"
     return f"{text} {describe_background(scene, rng)}"
@@ -322,18 +358,26 @@ def long_caption(things, scene, rng):
 def brief_caption(things, rng):
     """Return a short caption, as a user would write it: LLaVA's vary in length, too."""
     things = rng.sample(things, len(things))
+
+    # Half of the brief captions name colours. Those of
+    # three objects never do: they would no longer be brief.
     with_colors = rng.random() < 0.5
     if with_colors and len(things) < 3:
         names = [f"a {thing['color']} {thing['shape']}" for thing in things]
         return f"a photo of {join(names)}"
+
     counts = {}
     for thing in things:
         counts[thing["shape"]] = counts.get(thing["shape"], 0) + 1
+
+    # Between two objects of one shape a relation
+    # would say nothing: both have the same name.
     if len(things) == len(counts) == 2 and rng.random() < 0.5:
         words = relations(*things)
         if words:
             first, second = things
             return f"a photo of a {first['shape']} {rng.choice(words)} a {second['shape']}"
+
     names = []
     for shape, count in counts.items():
         name = plural(shape) if count > 1 else shape
@@ -353,6 +397,7 @@ def caption_originals(out, seed):
     """Write OUT/captions.jsonl, a caption for each original."""
     rows = []
     for scene in read_jsonl(out / "scenes.jsonl"):
+        # Seeded by the file's name, a caption does not depend on the other pictures.
         rng = random.Random(f"{seed} {scene['file']}")
         text = caption_of(seen_in_original(scene), scene, rng)
         rows.append({"file": scene["file"], "caption": text})
@@ -368,6 +413,7 @@ def caption_composites(out, composites, captions, seed):
     rows = []
     for row in read_jsonl(out / composites / "cutmix.jsonl"):
         rng = random.Random(f"{seed} {row['file']}")
+
         base = scenes[row["base"]]
         paste = scenes[row["paste"]]
         things = seen_in_composite(base, paste, row["box"], row["setting"])
