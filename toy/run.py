@@ -63,7 +63,7 @@ def main(argv=None):
 
     out = Path(args.out)
 
-    # The number of steps is not among these, since it changes none of the data.
+    # These settings fix the data. The number of steps is not among them.
     settings = {"images": args.images, "prompts": args.prompts, "seed": args.seed}
     begin_or_resume(out / "toy.json", out, settings)
     # Timing the parts takes a while. After a complete run it would be of no use.

@@ -31,7 +31,7 @@ two-object pictures (of three tasks) that are right.</p>
 
 def read_scores(out, run, kind):
     """Return the verdicts on a run's samples for short or long prompts, or None: not yet there."""
-    # A run writes its scores at its end. The page is also made while others are missing.
+    # The page is made after every run, while the scores of others are still missing.
     path = out / "runs" / name_of(run) / f"scores-{kind}.jsonl"
     return read_jsonl(path) if path.exists() else None
 
@@ -75,7 +75,7 @@ def mean_and_spread(values):
 def score_table(out, lines):
     """Return the lines' scores for long and short prompts; every score is a link to its pictures."""
     rows = [["", "prompts", *map(spoken, TASKS), "overall", "one background"]]
-    # Long prompts come first: they are what the models were trained on.
+    # Long prompts come first: most models were trained on captions like them.
     for kind in reversed(KINDS):
         for line in lines:
             columns = line_columns(out, line, kind)
