@@ -4,14 +4,14 @@ The method is the paper's: Algorithm 1, plain mean squared error of the noise, u
 all four settings, p = 0.5. The sizes of things are the toy's own.
 """
 
-TAU = 0.4               # the paper's; all right pictures of two objects had one background
+TAU = 0.4               # the paper's; no other value was compared in this world
 P = 0.5                 # the paper's
 
 IMAGES = 6000           # originals, and as many composites: all are seen about 24 times
 STEPS = 4500            # what fits into five minutes on two cores
 BATCH = 32
 GUIDANCE = 1.5          # the best of four, up to 5, on prompts that are not the reported ones
-SAMPLE_STEPS = 30       # of DDIM; 100 gave no better scores
+SAMPLE_STEPS = 30       # of DDIM; 100 were no better on a few short prompts
 PROMPTS = 32            # of each task: a score's standard error is at most .09
 
 # Learning rates: the highest of a few tried with which the loss falls smoothly.
