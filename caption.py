@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -279,7 +280,11 @@ def load_pictures(pictures, folder, processor, side, prune):
         try:
             # Decoding may shrink a large JPEG, but not below twice the size that is needed,
             # so the resampling below still has pixels to average.
-            image = open_image(f"{folder}/{file}", 2 * side)
+            path = f"{folder}/{file}"
+            image = open_image(path, 2 * side)
+            # The box counts the pixels of the file, not of what was decoded.
+            with Image.open(path) as header:
+                file_side = min(header.size)
         except OSError as error:
             # One broken file must not end the whole run. Its row names the file, so the
             # reason need not do so again.
@@ -291,7 +296,7 @@ def load_pictures(pictures, folder, processor, side, prune):
         views = processor(images=square, return_tensors="pt")["pixel_values"][0]
 
         # Only a composite has a box, and composites are square.
-        kept = kept_patches(setting, box, min(image.size)) if prune else ALL_VIEWS
+        kept = kept_patches(setting, box, file_side) if prune else ALL_VIEWS
         # The other views never reach the model.
         loaded.append(LoadedPicture(file, views[kept], kept))
     return loaded

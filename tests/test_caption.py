@@ -172,6 +172,21 @@ def test_kept_patches_of_some_boxes():
     assert caption.kept_patches("1/9", (32, 64, 64, 96), 96) == [0, 3, 4]
 
 
+class WholeAndQuadrants:
+    """Stands for LLaVA's processor: five views, which tell nothing."""
+
+    def __call__(self, images, return_tensors):
+        return {"pixel_values": torch.zeros(1, 5, 3, 2, 2)}
+
+
+def test_the_box_of_a_composite_is_in_pixels_of_its_file_even_if_less_is_decoded(tmp_path):
+    # A JPEG as large as this is decoded at half its size: its views have 64 pixels.
+    Image.new("RGB", (512, 512), "red").save(tmp_path / "large.jpg")
+    composite = caption.Picture("large.jpg", "1/4", (256, 256, 512, 512))
+    loaded, = caption.load_pictures([composite], tmp_path, WholeAndQuadrants(), 64, prune=True)
+    assert loaded.kept == [0, 4]
+
+
 def test_answers_end_with_a_whole_sentence_on_one_line():
     text = ' A dog.\nIt is 3.5 m "tall." An'
     assert caption.whole_sentences(text) == 'A dog. It is 3.5 m "tall."'
