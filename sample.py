@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 import model_cad
@@ -360,6 +360,45 @@ def load_model(path_or_repo, device="cpu"):
                         f"({reason} ...)")
     model.checkpoint = config
     return model.eval().requires_grad_(False).to(device)
+
+
+def save_checkpoint(folder, model, config):
+    """Write a checkpoint folder, which `load_model` reads and which is ready for the hub.
+
+    model: the network whose weights are saved; config: of config.json (train.py's).
+    """
+    with complete(folder / "model.safetensors", durable=True) as path:
+        path.write_bytes(save(model.state_dict()))
+    with complete(folder / "config.json") as path:
+        path.write_text(json.dumps(config, indent=1), encoding="utf-8")
+    with complete(folder / "README.md") as path:
+        path.write_text(model_card(config), encoding="utf-8")
+
+
+def model_card(config):
+    """Return README.md of a checkpoint folder, as the Hugging Face hub shows it."""
+    training = config["training"]
+    captions = "long captions (TA)" if training["TA"] else "'An image of <class-name>' (AIO)"
+    composites = "none"
+    if training["IA"]:
+        composites = (f"{training['composites']} of CutMix, setting {training['IA']} (IA), where "
+                      f"t > {training['tau']}, with probability {training['p']}")
+    return f"""---
+pipeline_tag: text-to-image
+---
+# {config["model"]}, {training["parameters"] / 1e6:.0f} M parameters, text-to-image
+
+Trained after *How far can we go with ImageNet for Text-to-Image generation?* (arXiv
+2502.21318), on {training["images"]} pictures with {captions}. Composites: {composites}.
+{training["steps"]} steps of {training["batch_size"]} samples.
+
+Autoencoder: {config["vae"]}. Text encoder: {config["text_encoder"]}. Sample with:
+
+    python sample.py --checkpoint FOLDER_OR_REPOSITORY --prompt "..." --out samples
+
+The two encoders are not included and have licences of their own. The terms of the training
+pictures apply too: ImageNet's are for non-commercial research and education.
+"""
 
 
 def encoder_names(path_or_repo, config, vae=None, text_encoder=None):

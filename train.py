@@ -26,10 +26,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adam import adam
+from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 import model_cad
@@ -38,7 +38,7 @@ from common import (HelpFormatter, StopRequest, UserError, at_least, autocast, b
                     local_device, on_any_rank, one_line, only_command, peak_flops, rank_and_world,
                     read_jsonl, refuse_other_settings, report_lost_rank, to_images, write_jsonl)
 from encode import Encoded, load_vae, refuse_other_encoders
-from sample import MODELS, ddim, gamma, load_model
+from sample import MODELS, ddim, gamma, load_model, save_checkpoint
 
 # --------------------------------------------------------------------------------------
 # Algorithm 1: what a step is trained on
@@ -248,7 +248,7 @@ def lamb_update(w, average, g, m, v, numbers, beta1, beta2, eps, decay, trust):
         average.lerp_(w, go * numbers.forget)
 
 
-def lamb_update_on_cpu(w, average, g, m, v, numbers, beta1, beta2, eps, decay, trust):
+def lamb_update_on_cpu(w, average, g, m, v, numbers, beta1, beta2, eps, decay):
     """Do what `lamb_update` does in a third of its time: torch's own Adam makes one pass."""
     u = torch.empty_like(w)
     w_square = torch.zeros(())
@@ -264,12 +264,24 @@ def lamb_update_on_cpu(w, average, g, m, v, numbers, beta1, beta2, eps, decay, t
         u_part.sub_(w_part, alpha=decay)
         w_square += torch.dot(w_part, w_part)
         u_square += torch.dot(u_part, u_part)
-    rate = float(numbers.lr)
-    if trust:
-        rate *= float(trust_ratio(w_square.sqrt(), u_square.sqrt()))
-    w.add_(u, alpha=rate)
+    rate = numbers.lr * trust_ratio(w_square.sqrt(), u_square.sqrt())
+    w.add_(u, alpha=float(rate))
     if average is not None:
         average.lerp_(w, float(numbers.forget))
+
+
+def adamw_update_on_cpu(ws, averages, gs, ms, vs, numbers, beta1, beta2, eps, decay):
+    """Do what `lamb_update` does without `trust`, for lists of tensors.
+
+    One call for all of them: of a small network's step, calls would be the larger part.
+    """
+    # torch counts up the number of steps by itself, a number for each tensor.
+    updates = list((numbers.updates - 1).repeat(len(ws)).unbind())
+    adamw(ws, gs, ms, vs, [], updates, fused=True, grad_scale=1 / numbers.scale, amsgrad=False,
+          beta1=beta1, beta2=beta2, lr=float(numbers.lr), weight_decay=decay, eps=eps,
+          maximize=False)
+    if averages[0] is not None:
+        torch._foreach_lerp_(averages, ws, float(numbers.forget))
 
 
 class Lamb(torch.optim.Optimizer):
@@ -315,19 +327,27 @@ class Lamb(torch.optim.Optimizer):
                               1 - beta1 ** updates, 1 - beta2 ** updates,
                               number(1 - average_decay))
             numbers = Numbers(*(value.float() for value in numbers))
-            for w in group["params"]:
-                if w.grad is None:
-                    continue
-                state = self.state[w]
-                if not state:
-                    state["m"] = torch.zeros_like(w)
-                    state["v"] = torch.zeros_like(w)
-                average = averages[w].view(-1) if averages else None
-                rule = lamb_update_on_cpu if on_cpu else self.rule
-                trust = group["trust_ratio"] and group["weight_decay"] > 0
-                rule(w.detach().view(-1), average, w.grad.view(-1), state["m"].view(-1),
-                     state["v"].view(-1), numbers, beta1, beta2, group["eps"],
-                     group["weight_decay"], trust)
+            constants = (beta1, beta2, group["eps"], group["weight_decay"])
+            trust = group["trust_ratio"] and group["weight_decay"] > 0
+            tensors = [self.tensors_of(w, averages) for w in group["params"] if w.grad is not None]
+            if on_cpu and not trust and tensors:
+                adamw_update_on_cpu(*map(list, zip(*tensors)), numbers, *constants)
+                continue
+            for each in tensors:
+                if on_cpu:
+                    lamb_update_on_cpu(*each, numbers, *constants)
+                else:
+                    self.rule(*each, numbers, *constants, trust)
+
+    def tensors_of(self, w, averages):
+        """Return (weights, moving average or None, gradient, m, v) of a parameter, all flat."""
+        state = self.state[w]
+        if not state:
+            state["m"] = torch.zeros_like(w)
+            state["v"] = torch.zeros_like(w)
+        average = averages[w].view(-1) if averages else None
+        return (w.detach().view(-1), average, w.grad.view(-1), state["m"].view(-1),
+                state["v"].view(-1))
 
 
 def make_optimizer(model, args):
@@ -585,16 +605,6 @@ def checkpoint_config(args, meta, original, augmented, model, step):
             "training": training}
 
 
-def save_checkpoint(folder, ema, config):
-    """Write a checkpoint folder, ready for sample.py and for the hub."""
-    with complete(folder / "model.safetensors", durable=True) as path:
-        path.write_bytes(save(ema.state_dict()))
-    with complete(folder / "config.json") as path:
-        path.write_text(json.dumps(config, indent=1), encoding="utf-8")
-    with complete(folder / "README.md") as path:
-        path.write_text(model_card(config), encoding="utf-8")
-
-
 def save_state(path, model, ema, optimizer, step, sums, args):
     """Write what a run goes on from. The state before stays until this one is whole."""
     state = {"model": model.state_dict(), "ema": ema.state_dict(),
@@ -825,7 +835,7 @@ def refuse_divergence(done, steps, mean_loss, in_a_row):
 
 
 # --------------------------------------------------------------------------------------
-# What people look at: validation, sample grids, the progress page, the model card
+# What people look at: validation, sample grids, the progress page
 
 @torch.no_grad()
 def validation_losses(ema, val, args, rank, world, device):
@@ -903,32 +913,6 @@ def draw_progress(out):
         parts.append(f"<h2>Samples: {grid.name}</h2>\n<img src='samples/{grid.name}'>")
     with complete(out / "progress.html") as path:
         path.write_text("\n".join(parts) + "\n", encoding="utf-8")
-
-
-def model_card(config):
-    """Return README.md of a checkpoint folder, as the Hugging Face hub shows it."""
-    training = config["training"]
-    captions = "long captions (TA)" if training["TA"] else "'An image of <class-name>' (AIO)"
-    composites = "none"
-    if training["IA"]:
-        composites = (f"{training['composites']} of CutMix, setting {training['IA']} (IA), where "
-                      f"t > {training['tau']}, with probability {training['p']}")
-    return f"""---
-pipeline_tag: text-to-image
----
-# {config["model"]}, {training["parameters"] / 1e6:.0f} M parameters, text-to-image
-
-Trained after *How far can we go with ImageNet for Text-to-Image generation?* (arXiv
-2502.21318), on {training["images"]} pictures with {captions}. Composites: {composites}.
-{training["steps"]} steps of {training["batch_size"]} samples.
-
-Autoencoder: {config["vae"]}. Text encoder: {config["text_encoder"]}. Sample with:
-
-    python sample.py --checkpoint FOLDER_OR_REPOSITORY --prompt "..." --out samples
-
-The two encoders are not included and have licences of their own. The terms of the training
-pictures apply too: ImageNet's are for non-commercial research and education.
-"""
 
 
 # --------------------------------------------------------------------------------------

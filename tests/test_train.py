@@ -1,5 +1,6 @@
 """Algorithm 1 and the equations, the optimiser, and what a run promises whatever happens to it."""
 
+import functools
 import json
 import math
 import multiprocessing
@@ -208,9 +209,17 @@ def lamb_in_float64(x, gradients, lr, decay, trust, betas=(0.9, 0.999), eps=1e-8
     return x
 
 
-@pytest.mark.parametrize("trust", [True, False], ids=["lamb", "adamw"])
-@pytest.mark.parametrize("rule", [train.lamb_update, train.lamb_update_on_cpu])
-def test_both_ways_to_compute_a_step_equal_the_formula_in_float64(rule, trust):
+def adamw_of_one_tensor(w, average, g, m, v, *settings):
+    train.adamw_update_on_cpu([w], [average], [g], [m], [v], *settings)
+
+
+@pytest.mark.parametrize("rule, trust", [
+    (functools.partial(train.lamb_update, trust=True), True),
+    (functools.partial(train.lamb_update, trust=False), False),
+    (train.lamb_update_on_cpu, True),
+    (adamw_of_one_tensor, False)],
+    ids=["lamb", "adamw", "lamb on a CPU", "adamw on a CPU"])
+def test_every_way_to_compute_a_step_equals_the_formula_in_float64(rule, trust):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(5, 7))
     gradients = [1e-5 * rng.normal(size=(5, 7)) for _ in range(6)]
@@ -220,7 +229,7 @@ def test_both_ways_to_compute_a_step_equal_the_formula_in_float64(rule, trust):
         g = torch.tensor(gradient, dtype=torch.float32).flatten() / 0.25
         values = (0.02, 0.25, 1.0, float(step), 1 - 0.9 ** step, 1 - 0.999 ** step, 0.0)
         numbers = train.Numbers(*(torch.tensor(value) for value in values))
-        rule(w, None, g, m, v, numbers, 0.9, 0.999, 1e-8, 0.1, trust)
+        rule(w, None, g, m, v, numbers, 0.9, 0.999, 1e-8, 0.1)
     expected = lamb_in_float64(x, gradients, 0.02, 0.1, trust)
     assert np.allclose(w.view(5, 7).numpy(), expected, rtol=1e-5, atol=1e-6)
 
