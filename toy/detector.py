@@ -18,6 +18,8 @@ from toy.world import COLORS, GREYS, SHAPES, SIZE, draw
 
 RADII = np.linspace(2.1, 5.3, 40) ** 2      # of the templates, in pixels: 4.4 to 28
 THRESHOLD = 0.72            # the score that makes a patch an object
+CLEAR = 0.62                # the score that does if the patch resembles no other shape:
+MARGIN = 0.3                # if all others have a score that is lower by this much
 MOST_HIDDEN = 0.42          # the share of an object that something may cover
 NEARBY = 4                  # pixels around a hidden part in which the other object must be seen
 SMALL = 300                 # pixels of a small object
@@ -124,7 +126,7 @@ def agreement(template, patch, x, y):
     right = np.count_nonzero(seen)
     outside = patch.area - right
     # Most places end here, at little cost: too much of the patch lies outside of the template.
-    if right < THRESHOLD * patch.area:
+    if right < CLEAR * patch.area:
         return 0.0
 
     unexplained = np.count_nonzero(lacking)
@@ -146,7 +148,9 @@ def agreement(template, patch, x, y):
     if share > MOST_HIDDEN:
         return 0.0
     wrong = outside + unexplained
-    return right / (right + wrong) - 0.1 * share - 0.25 * wrong / edge
+    score = right / (right + wrong) - 0.1 * share - 0.25 * wrong / edge
+    # That something hides a part is a guess: the rest must agree all the better.
+    return score - (THRESHOLD - CLEAR) if hidden else score
 
 
 def hidden_box(template, patch, x, y):
@@ -176,15 +180,13 @@ def hidden_box(template, patch, x, y):
 
 
 def recognise(patch):
-    """Return (score, shape) of the template that a patch agrees with best."""
-    best_score = 0.0
-    best_shape = ""
-    for shape, sizes in templates().items():
-        score = best_agreement(sizes, patch)
-        if score > best_score:
-            best_score = score
-            best_shape = shape
-    return best_score, best_shape
+    """Return (score, shape) of the template that a patch agrees with best, (0, "") if it is no object."""
+    scores = sorted((best_agreement(sizes, patch), shape) for shape, sizes in templates().items())
+    second, _ = scores[-2]
+    best, shape = scores[-1]
+    # Drawn in a wobbly way, a star is still a star, as long as it might not be a cross.
+    is_clear = best > CLEAR and best - second > MARGIN
+    return (best, shape) if best > THRESHOLD or is_clear else (0.0, "")
 
 
 def best_agreement(sizes, patch):
@@ -204,7 +206,7 @@ def best_agreement(sizes, patch):
     best = 0.0
     for score, number, x, y in rough[:4]:
         # A move by a pixel and a half improves a score by no more than this.
-        if score < THRESHOLD - 0.35:
+        if score < CLEAR - 0.35:
             break
         for template in sizes[number]:
             for dx, dy in MOVES:
@@ -258,7 +260,7 @@ def detect(image):
             patch = Patch(color, mask, colored)
             score, shape = recognise(patch)
             is_faint = np.count_nonzero(faint[as_slices(patch.box)]) >= 0.1 * patch.area
-            if score > THRESHOLD and not is_faint:
+            if score and not is_faint:
                 found.append((score, shape, patch))
     found.sort(key=lambda one: -one[0])
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import time
 import torch
 
 import encode
+import train
 from sample import MODELS
 from toy.autoencoder import VAE, to_tensor
 from toy.detector import detect
-from toy.recipe import BATCH, SAMPLE_STEPS
+from toy.recipe import BATCH, P, SAMPLE_STEPS, TAU, train_command
 from toy.world import draw, random_scene
 
 CAPTION_TOKENS = 20
@@ -75,18 +77,25 @@ def random_latents(model, batch):
 def training_seconds(name):
     """Return the seconds of one training step of a toy model."""
     model = make_model(name)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    # The batch is the recipe's: the time of a step depends on it.
-    x = random_latents(model, BATCH)
-    text, mask = random_text(model, BATCH)
-    t = torch.rand(BATCH)
+    # The very steps of train.py, on random data. Nothing is read or written.
+    command = train_command(name, "unused", "unused", None, P, TAU, steps=1, seed=0)
+    args = train.arguments(shlex.split(command))
+    args.micro_batch = args.batch_size
+    optimizer = train.make_optimizer(model, args)
+    averages = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+    batch = {"t": torch.rand(BATCH),
+             "mean": random_latents(model, BATCH),
+             "std": torch.ones(random_latents(model, BATCH).shape),
+             "tokens": torch.randn(BATCH * CAPTION_TOKENS, model.config["text_dim"]),
+             "lengths": torch.full((BATCH,), CAPTION_TOKENS),
+             "coherence": torch.ones(BATCH),
+             "coin": torch.rand(BATCH),
+             "noise_seed": torch.arange(BATCH)}
 
-    # These are the costly parts of a training step; `OVERHEAD` stands for the rest.
     def step():
-        loss = (model(x, 1 - t, text, mask, torch.ones(BATCH)) - x).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        inputs = train.draw_inputs(batch, 1.0, torch.device("cpu"))
+        loss = train.add_gradient(model, inputs, args)
+        train.finish_step(optimizer, averages, loss, 0, args)
 
     return seconds_of(step, 1.5)
 
