@@ -18,7 +18,7 @@ from common import HelpFormatter, at_least, begin_or_resume
 from toy.data import draw_noise, draw_world, encode_world, make_prompts_and_encoder
 from toy.estimate import OVERHEAD, seconds_side_by_side, spoken_time
 from toy.experiments import MODEL_NAMES, TABLES, data_of, expected_seconds, job_of, runs_of
-from toy.recipe import IMAGES, PROMPTS, TAU
+from toy.recipe import IMAGES, TAU
 from toy.side_by_side import remaining, run_side_by_side
 from toy.tables_page import write_tables
 from toy.world import SHAPES
@@ -38,8 +38,8 @@ def arguments(argv):
     add("--images", type=int, default=IMAGES, help="pictures to draw; as many composites are made")
     add("--small", type=int, default=600, help="pictures of Fig. 5's small training set")
     add("--val", type=int, default=512, help="pictures of the validation set")
-    add("--steps", type=int, default=3000, help="training steps of every model")
-    add("--prompts", type=int, default=PROMPTS, help="prompts for each of the six tasks")
+    add("--steps", type=int, default=4000, help="training steps of every model")
+    add("--prompts", type=int, default=64, help="prompts for each of the six tasks")
     add("--seeds", type=int, default=2, help="models of each kind")
     add("--jobs", type=int, default=os.cpu_count(), help="models at a time")
 
