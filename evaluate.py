@@ -34,7 +34,7 @@ from common import (HelpFormatter, UserError, at_least, command_line, complete, 
                     weights_hash, write_jsonl)
 from metrics.distances import frechet_distance, mean_prdc, prdc  # noqa: F401
 from metrics.inception import INCEPTION, Inception, resize_tf1
-from metrics.tables import (GENEVAL, GENEVAL_PUBLISHED, TASKS, Row, Score, disagreement, joined,
+from metrics.tables import (PUBLISHED, TASKS, Row, disagreement, joined,
                             print_tables, read_csv, read_row, results_files, scores_of, write_csv)
 
 DEVICE = local_device()
@@ -850,9 +850,7 @@ def compare(args):
     if args.csv:
         write_csv(args.csv, rows)
     if args.paper:
-        for name, values in GENEVAL_PUBLISHED.items():
-            scores = {f"original {task}": Score(value) for task, value in zip(GENEVAL, values)}
-            rows.append(Row(name, scores, {}, published=True))
+        rows += read_csv(PUBLISHED)
     if args.published:
         rows += read_csv(args.published)
     print_tables(rows, args.paper)

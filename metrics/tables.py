@@ -45,12 +45,8 @@ DEPENDS_ON = {"fid": ("inception", "size", "no_crop"), "fid_dino": ("dino", "siz
               "quality": ("dino", "size", "no_crop", "chunk", "k"), "clip": ("clip",),
               "jina": ("jina",), "geneval": ("detector", "clip"), "dpg": ("judge", "questions")}
 
-# From the table in GenEval's own repository, in the order of GENEVAL.
-GENEVAL_PUBLISHED = {
-    "Stable Diffusion v1.5": (0.43, 0.97, 0.38, 0.35, 0.76, 0.04, 0.06),
-    "Stable Diffusion v2.1": (0.50, 0.98, 0.51, 0.44, 0.85, 0.07, 0.17),
-    "Stable Diffusion XL": (0.55, 0.98, 0.74, 0.39, 0.85, 0.15, 0.23),
-    "IF-XL": (0.61, 0.97, 0.74, 0.66, 0.81, 0.13, 0.35)}
+# Rows of other people's numbers, each with its source. What is missing may be added there.
+PUBLISHED = Path(__file__).with_name("published.csv")
 
 
 class Score(NamedTuple):
@@ -66,6 +62,7 @@ class Row(NamedTuple):
     weights: str | None = None          # the checkpoint's hash
     steps: int | None = None            # its training steps
     published: bool = False
+    source: str = ""                    # of a published row
 
 
 def scores_of(path, command, section):
@@ -268,6 +265,9 @@ def print_tables(rows, paper=False):
             print(f"| {' | '.join([*name, *cells])} |")
         for difference, headings in unranked.items():
             print(f"\n- not ranked: {', '.join(headings)}; measured with another {difference}")
+        for source in dict.fromkeys(row.source for row in chosen if row.source):
+            named = [row.name for row in chosen if row.source == source]
+            print(f"\n- published: {', '.join(named)}: from {source}")
 
 
 def write_csv(path, rows):
@@ -285,7 +285,7 @@ def write_csv(path, rows):
 def read_csv(path):
     """Return rows of a CSV file like that of `write_csv`, as published ones.
 
-    Raises UserError.
+    A column `source` may say where they are from. Raises UserError.
     """
     rows = []
     # Spreadsheets put an invisible mark (BOM) first, which this encoding removes.
@@ -293,6 +293,7 @@ def read_csv(path):
         for cells in csv.DictReader(file):
             try:
                 name = cells.pop("model")
+                source = cells.pop("source", None) or ""
                 # An empty cell is a score that a model does not have, and not a zero.
                 filled = {key: text for key, text in cells.items() if text}
                 facts = {fact: filled.pop(fact) for fact in FACTS if fact in filled}
@@ -300,5 +301,5 @@ def read_csv(path):
             except (KeyError, ValueError, TypeError) as error:
                 raise UserError(f"{path}: not a table as compare --csv writes it ({error})") from None
 
-            rows.append(Row(name, scores, facts, published=True))
+            rows.append(Row(name, scores, facts, published=True, source=source))
     return rows

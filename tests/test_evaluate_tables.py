@@ -391,7 +391,10 @@ def test_published_rows_stand_beside_ours_and_are_not_ranked(tmp_path, capsys):
         (str(tmp_path / "a"), 10.0), (str(tmp_path / "b"), 12.0)]
     table.write_text("model,TA,fid\nTheirs,yes,1.5\n")
     out = compared(capsys, tmp_path / "a", tmp_path / "b", "--paper", "--published", table)
-    assert "| Theirs (published) | yes | 1.50 |  |" in out and "**10.00**" in out
+    assert "| Theirs (published) | yes |  | 1.50 |  |" in out and "**10.00**" in out
+    # The paper's own, as far as they are known, with their source below the table.
+    assert "| DiT-I with CutMix (arXiv 2502.21318) (published) | yes | yes | 7.30 |  |" in out
+    assert "from a later version of the paper as quoted in a public review" in out
     for content in "fid\n3\n", "model,fid\nTheirs,good\n":
         table.write_text(content)
         with pytest.raises(UserError, match="not a table as compare --csv writes it"):
