@@ -782,7 +782,8 @@ def main(argv=None):
     # Each prompt gets files, each file a job.
     rows = collect_prompts(args)
     layout = args.format
-    if layout == "flat" and args.prompts and is_coco(args.prompts):
+    # COCO's images, and prompts that caption.py extended from them, have both.
+    if layout == "flat" and all("name" in row and "file" in row for row in rows):
         layout = "named"
     names = file_names(rows, args.images_per_prompt, layout)
     jobs = list_jobs(rows, names, args.seed)
@@ -799,7 +800,7 @@ def main(argv=None):
             make_images(args, out, todo, settings, show_progress=(rank == 0))
         paths = [out / job.file for job in jobs]
         if is_last_rank(rank, paths, out / "samples.jsonl"):
-            describe(out, rows, names, jobs, args.format)
+            describe(out, rows, names, jobs, layout)
 
 
 def make_images(args, out, todo, settings, show_progress):
@@ -861,8 +862,14 @@ def describe(out, rows, names, jobs, layout):
             with complete(out / f"{stem}.png") as temporary:
                 contact_sheet(tiles, columns=2, gap=0).save(temporary, "PNG")
 
-    # The list of samples: evaluate.py takes these files, and not the sheet.
-    write_jsonl(out / "samples.jsonl", [job._asdict() for job in jobs])
+    # The list of samples: evaluate.py takes these files, and not the sheet. By the names
+    # it finds COCO's own images.
+    samples = [job._asdict() for job in jobs]
+    if layout == "named":
+        per_prompt = len(names[0])
+        for number, sample in enumerate(samples):
+            sample["name"] = rows[number // per_prompt]["name"]
+    write_jsonl(out / "samples.jsonl", samples)
     # DPG-Bench's tools take every picture of the folder for a grid: no sheet there.
     if layout == "dpg":
         print(f"{len(rows)} grids in {out}")

@@ -13,6 +13,7 @@ from conftest import FIXTURES, ROOT, refused
 from PIL import Image
 from scipy.integrate import solve_ivp
 
+import evaluate
 import sample
 from common import only_command, read_jsonl, write_jsonl
 
@@ -571,6 +572,16 @@ def test_cocos_captions_give_each_image_the_name_of_its_photo(toy_paper, tmp_pat
     assert [row["file"] for row in rows] == [f"COCO_val2014_{i:012d}.png" for i in (3, 7, 9)]
     assert [row["prompt"] for row in rows] == ["une étoile à côté", "a red star", "a star"]
     assert all((out / row["file"]).exists() for row in rows)
+    # By these names evaluate.py compares them with the photos that were asked for.
+    asked_for = [f"COCO_val2014_{i:012d}" for i in (3, 7, 9)]
+    assert list(evaluate.sample_names(out).values()) == asked_for
+
+    # Prompts that `caption.py extend` made of them keep the names.
+    long = tmp_path / "coco-long.jsonl"
+    prompts = [{**row, "prompt": f"{row['prompt']} on dark ground"} for row in sample.read_prompts(path)]
+    write_jsonl(long, prompts)
+    sample.main(options(toy_paper, tmp_path / "long", "--prompts", long))
+    assert list(evaluate.sample_names(tmp_path / "long").values()) == asked_for
 
 
 def test_a_limit_takes_a_part_that_the_seed_chooses(tmp_path):
