@@ -13,13 +13,13 @@ import contextlib
 import csv
 import functools
 import hashlib
-import html
 import json
 import math
 import os
 import platform
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -408,23 +408,17 @@ def only_command(folder):
     The operating system releases the lock when the process ends, also after a kill -9. A folder
     that is still empty at the end is removed. Raises UserError if another command is at work.
     """
-    import fcntl
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".lock.{os.environ.get('RANK', '0')}"
     with open(path, "a+", encoding="utf-8") as lock:
-        busy = False
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The other command may have deleted the file just before it released the lock.
-            busy = os.fstat(lock.fileno()).st_nlink == 0
-        except BlockingIOError:
-            busy = True
-        except OSError:
-            pass        # A file system without locks: there is nothing to ask.
-        lock.seek(0)
-        holder = lock.read()
-        if busy:
+        holder = lock_holder(lock)
+        # Workers of a command that was killed keep its lock until they notice, within seconds.
+        deadline = time.monotonic() + 15
+        while not acquired(lock):
+            if is_gone(holder) and time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
             raise UserError(f"{folder}: another command is writing to it ({holder}); wait until it "
                             f"has ended, or choose another --out")
         # What a killed command left here is overwritten.
@@ -437,6 +431,63 @@ def only_command(folder):
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def acquired(lock):
+    """Try to lock an open file, and tell whether it is ours now."""
+    import fcntl
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True         # A file system without locks: there is nothing to ask.
+    # The other command may have deleted the file just before it released the lock.
+    return os.fstat(lock.fileno()).st_nlink > 0
+
+
+def lock_holder(lock):
+    """Return who wrote his name into an open lock file last: "process 12 on node7", or ""."""
+    lock.seek(0)
+    return lock.read()
+
+
+def is_gone(holder):
+    """Tell whether a lock's holder is a process of this machine that has ended."""
+    words = holder.split()
+    if len(words) != 4 or words[3] != platform.node() or not words[1].isdigit():
+        return False
+    try:
+        os.kill(int(words[1]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass                # It lives, and belongs to somebody else.
+    return False
+
+
+# --------------------------------------------------------------------------------------
+# Texts of a batch
+
+def pad_text(tokens, lengths, longest):
+    """Return text (B, longest, D), zero behind each caption, and its mask (B, longest) bool.
+
+    tokens (sum of L_i, D) are all captions one after the other, lengths (B,) those L_i.
+    """
+    import torch
+    start = lengths.cumsum(0) - lengths                                  # (B,)
+    position = torch.arange(longest, device=tokens.device)               # (longest,)
+    mask = position < lengths[:, None]                                   # (B, longest)
+    index = (start[:, None] + position).clamp(max=len(tokens) - 1)       # (B, longest)
+    return tokens[index] * mask[:, :, None], mask
+
+
+def padded_length(lengths):
+    """Return the length of the longest caption, rounded up to a multiple of 32.
+
+    torch.compile makes a network of its own for each length; so there are at most eight.
+    """
+    return 32 * math.ceil(int(lengths.max()) / 32)
 
 
 # --------------------------------------------------------------------------------------
@@ -471,7 +522,9 @@ def is_last_rank(rank, paths, product):
 def default_workers():
     """Return the number of worker processes for a rank: its part of the machine's cores."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, os.cpu_count() // ranks_here)
+    # Cores that this process may use: a container may have fewer than the machine.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // ranks_here)
 
 
 def local_device():
@@ -580,10 +633,13 @@ def on_any_rank(flag, world):
 
 @contextlib.contextmanager
 def report_lost_rank(rank, world):
-    """Turn the error that a rank gets when another one is gone into one line (UserError)."""
+    """Turn the error of a rank when another rank or a data worker is gone into one line (UserError)."""
     try:
         yield
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise UserError(f"a process that reads data has ended ({one_line(error, 80)}): was there "
+                            f"too little memory? Fewer --workers need less") from None
         signs = ("Connection", "gloo", "NCCL", "peer")
         if world == 1 or not any(sign in str(error) for sign in signs):
             raise
@@ -810,105 +866,6 @@ GRID_LEFT, GRID_TOP, GRID_GAP = 50, 26, 6
 def grid_left(column, size=192):
     """Return the x coordinate at which a column of `labelled_grid` begins."""
     return GRID_LEFT + column * (size + GRID_GAP)
-
-
-SVG = "http://www.w3.org/2000/svg"
-CURVE_COLORS = ["#3366cc", "#dc3912", "#109618", "#ff9900",
-                "#990099", "#0099c6", "#dd4477", "#66aa00"]
-
-
-def line_chart(series, x_label, y_label, log=False, width=720, height=300):
-    """Return curves as an SVG picture, ready to stand in an HTML page or alone in a file.
-
-    series: {name: [(x, y), ...]}, the points of each curve in order of x. Points that are not
-    finite (or, on a logarithmic axis, not positive) are left out; a curve of one point is
-    drawn as a dot. `log` makes the y axis logarithmic.
-    """
-    curves = {}
-    for name, points in series.items():
-        curves[name] = [point for point in points if can_be_drawn(*point, log)]
-    xs = [x for points in curves.values() for x, _ in points]
-    ys = [y for points in curves.values() for _, y in points]
-    if not xs:
-        return f'<svg xmlns="{SVG}" width="{width}" height="20"></svg>'
-
-    # On a logarithmic axis the picture is drawn of log10(y).
-    height_of = math.log10 if log else float
-    x_low, x_high = axis_ends(min(xs), max(xs))
-    y_low, y_high = axis_ends(height_of(min(ys)), height_of(max(ys)))
-    left, right, top, bottom = 72, width - 16, 12, height - 42
-
-    def column(x):
-        return left + (x - x_low) / (x_high - x_low) * (right - left)
-
-    def row(y):
-        return bottom - (height_of(y) - y_low) / (y_high - y_low) * (bottom - top)
-
-    parts = [f'<svg xmlns="{SVG}" width="{width}" height="{height}" '
-             f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">',
-             f'<rect width="{width}" height="{height}" fill="white"/>']
-
-    # Round numbers along both axes, with a thin line across the picture for each height.
-    for x in round_ticks(x_low, x_high):
-        parts.append(f'<text x="{column(x):.1f}" y="{bottom + 16}" text-anchor="middle">{x:g}</text>')
-    for y in (log_ticks(y_low, y_high) if log else round_ticks(y_low, y_high)):
-        parts.append(f'<line x1="{left}" x2="{right}" y1="{row(y):.1f}" y2="{row(y):.1f}" '
-                     f'stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{row(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
-    parts.append(f'<text x="{(left + right) / 2}" y="{height - 8}" text-anchor="middle">'
-                 f'{html.escape(x_label)}</text>')
-    parts.append(f'<text transform="translate(14 {(top + bottom) / 2}) rotate(-90)" '
-                 f'text-anchor="middle">{html.escape(y_label)}</text>')
-
-    # The curves, and a legend in the upper right corner.
-    for k, (name, points) in enumerate(curves.items()):
-        color = CURVE_COLORS[k % len(CURVE_COLORS)]
-        if len(points) == 1:
-            x, y = points[0]
-            parts.append(f'<circle cx="{column(x):.1f}" cy="{row(y):.1f}" r="3" fill="{color}"/>')
-        corners = " ".join(f"{column(x):.1f},{row(y):.1f}" for x, y in points)
-        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" '
-                     f'points="{corners}"/>')
-        parts.append(f'<text x="{right - 4}" y="{top + 12 + 14 * k}" text-anchor="end" '
-                     f'fill="{color}">{html.escape(name)}</text>')
-    parts.append("</svg>")
-    return "\n".join(parts)
-
-
-def can_be_drawn(x, y, log):
-    """Tell whether a point has a place on the chart: finite, and positive if `log`."""
-    return math.isfinite(x) and math.isfinite(y) and (y > 0 or not log)
-
-
-def axis_ends(low, high):
-    """Return where an axis begins and ends, also where all the values on it are one."""
-    if low < high:
-        return low, high
-    margin = 0.5 * abs(high) or 1.0
-    return low - margin, high + margin
-
-
-def round_ticks(low, high, most=6):
-    """Return at most `most` multiples of 1, 2 or 5 times a power of ten in [low, high]."""
-    power = 10.0 ** math.floor(math.log10((high - low) / most))
-    for step in (power, 2 * power, 5 * power, 10 * power, 20 * power):
-        first = math.ceil(low / step - 1e-9)
-        last = math.floor(high / step + 1e-9)
-        if last - first < most:
-            break
-    return [k * step for k in range(first, last + 1)]
-
-
-def log_ticks(low, high):
-    """Return round numbers between 10^low and 10^high, some three to eight of them."""
-    ticks = []
-    decades = high - low
-    digits = [1] if decades > 4 else [1, 2, 5] if decades > 1 else range(1, 10)
-    for exponent in range(math.floor(low), math.ceil(high) + 1):
-        ticks += [digit * 10.0 ** exponent for digit in digits]
-    inside = [tick for tick in ticks if low - 1e-9 <= math.log10(tick) <= high + 1e-9]
-    # A curve that hardly moves lies between two such numbers: then as on a plain axis.
-    return inside if len(inside) >= 2 else round_ticks(10 ** low, 10 ** high)
 
 
 # --------------------------------------------------------------------------------------

@@ -29,9 +29,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import (HelpFormatter, UserError, at_least, command_line, complete, is_last_rank,
-                    line_chart, list_images, load_ahead, load_image, local_device, open_image,
+                    list_images, load_ahead, load_image, local_device, open_image,
                     pretrained, rank_and_world, read_json, read_jsonl, report_skipped, sha256,
                     weights_hash, write_jsonl)
+from metrics.charts import line_chart
 from metrics.distances import frechet_distance, mean_prdc, prdc  # noqa: F401
 from metrics.inception import INCEPTION, Inception, resize_tf1
 from metrics.tables import (PUBLISHED, TASKS, Row, disagreement, joined,

@@ -15,11 +15,13 @@ import argparse
 import contextlib
 import copy
 import functools
+import gc
 import json
 import math
 import resource
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,10 +36,12 @@ from tqdm import tqdm
 
 import model_cad
 from common import (HelpFormatter, StopRequest, UserError, at_least, autocast, between,
-                    command_line, complete, contact_sheet, end_workers, ignore_signals, line_chart,
-                    local_device, on_any_rank, one_line, only_command, peak_flops, rank_and_world,
-                    read_jsonl, refuse_other_settings, report_lost_rank, to_images, write_jsonl)
+                    command_line, complete, contact_sheet, end_workers, ignore_signals,
+                    local_device, on_any_rank, one_line, only_command, pad_text, padded_length, peak_flops,
+                    rank_and_world, read_jsonl, refuse_other_settings, report_lost_rank, to_images,
+                    write_jsonl)
 from encode import Encoded, load_vae, refuse_other_encoders
+from metrics.charts import draw_progress
 from sample import MODELS, ddim, gamma, load_model, save_checkpoint
 
 # --------------------------------------------------------------------------------------
@@ -119,26 +123,6 @@ def as_batch(picks, t, dropped, coin, noise_seed):
             "coherence": torch.from_numpy(~dropped).float(),
             "coin": torch.from_numpy(coin).float(),
             "noise_seed": torch.from_numpy(noise_seed)}
-
-
-def pad_text(tokens, lengths, longest):
-    """Return text (B, longest, D), zero behind each caption, and its mask (B, longest) bool.
-
-    tokens (sum of L_i, D) are all captions one after the other, lengths (B,) those L_i.
-    """
-    start = lengths.cumsum(0) - lengths                                  # (B,)
-    position = torch.arange(longest, device=tokens.device)               # (longest,)
-    mask = position < lengths[:, None]                                   # (B, longest)
-    index = (start[:, None] + position).clamp(max=len(tokens) - 1)       # (B, longest)
-    return tokens[index] * mask[:, :, None], mask
-
-
-def padded_length(lengths):
-    """Return the length of the longest caption, rounded up to a multiple of 32.
-
-    torch.compile makes a network of its own for each length; so there are at most eight.
-    """
-    return 32 * math.ceil(int(lengths.max()) / 32)
 
 
 def draw_inputs(batch, scaling_factor, device):
@@ -428,11 +412,11 @@ def arguments(argv):
     add("--augmented", help="encoded CutMix composites; without them, text augmentation alone")
     add("--val", help="encoded pictures on which the loss is only measured")
     add("--out", help="folder of the checkpoint, state.pt, log.jsonl and sample grids")
-    add("--model", choices=list(MODELS), default="dit", help="dit or cad")
+    add("--model", choices=list(MODELS), default="dit", help=f"dit or cad {OURS}")
     sizes = "; ".join(f"{name}: {', '.join(MODELS[name].presets)}" for name in MODELS)
     add("--preset", help=f"size ({sizes}; default: L/2 and L, {PAPER})")
     add("--init", help="checkpoint whose weights to start from; all else is new")
-    add("--resume", help="training state to go on from (default: OUT/state.pt, if it exists)")
+    add("--resume", help="training state to begin from, where OUT/state.pt does not exist yet")
     add("--seed", type=int, default=0, help=f"of weights, data, times and noise {OURS}")
 
     # The method.
@@ -463,14 +447,14 @@ def arguments(argv):
     parser.add_argument("--checkpoint-activations", action="store_true",
                         help="compute them again in the backward pass: slower, less memory")
 
-    # What is looked at and kept. All of these are ours.
-    add("--log-every", type=int, default=100, help="steps")
-    add("--save-every", type=int, default=5000, help="steps between saved states")
-    add("--keep-every", type=int, default=50_000, help="steps between lasting checkpoints")
-    add("--val-every", type=int, default=5000, help="steps between measurements on --val")
-    add("--val-images", type=int, default=5000, help="pictures of --val that are used")
-    add("--sample-every", type=int, default=5000, help="steps between grids; 0: none")
-    add("--sample-steps", type=int, default=50, help="DDIM steps of those grids")
+    # What is looked at and kept.
+    add("--log-every", type=int, default=100, help=f"steps between rows of the log {OURS}")
+    add("--save-every", type=int, default=5000, help=f"steps between saved states {OURS}")
+    add("--keep-every", type=int, default=50_000, help=f"steps between lasting checkpoints {OURS}")
+    add("--val-every", type=int, default=5000, help=f"steps between measurements on --val {OURS}")
+    add("--val-images", type=int, default=5000, help=f"pictures of --val that are used {OURS}")
+    add("--sample-every", type=int, default=5000, help=f"steps between grids; 0: none {OURS}")
+    add("--sample-steps", type=int, default=50, help=f"DDIM steps of those grids {OURS}")
     add("--guidance", type=float, default=8.0, help=f"of those grids {RELEASE}")
     add("--clamp", type=float, default=1.2, help=f"bound of |x_0| in them; 0: none {RELEASE}")
     parser.add_argument("--benchmark", action="store_true",
@@ -527,9 +511,13 @@ def open_data(args):
     for other in (augmented, val):
         if other:
             refuse_other_encoders(original, other)
+    if val and len(val) < 10:
+        raise UserError(f"--val {args.val}: {len(val)} pictures; ten bins of t need 10 at least")
     # Which pictures and captions these are: a run is not resumed on others.
     args.originals = original.meta.get("list_of_images_and_captions")
     args.composites = augmented and augmented.meta.get("list_of_images_and_captions")
+    args.encoders = {name: original.meta.get(name)
+                     for name in ("autoencoder", "T5", "scaling_factor", "latent_shape")}
     return original, augmented, val
 
 
@@ -548,6 +536,9 @@ def make_network(args, meta):
             if start.config[name] != data_sizes[name]:
                 raise UserError(f"--init {args.init}: its {name} is {start.config[name]}, the "
                                 f"data's is {data_sizes[name]}: encode with its encoders")
+        refuse_other_training(args.init, start, meta)
+        if args.preset is not None:
+            raise UserError("--preset: with --init the network is the checkpoint's")
         args.model = next(name for name, family in MODELS.items()
                           if isinstance(start, family.network))
         args.preset = "as --init"
@@ -570,6 +561,15 @@ def make_network(args, meta):
             weights = model_cad.resize_positions(weights, sizes["size"], sizes["patch"])
         model.load_state_dict(weights)
     return model, optimizer
+
+
+def refuse_other_training(path, start, meta):
+    """Raise UserError if a checkpoint was trained with other encoders than the data's."""
+    training = start.checkpoint.get("training", {})
+    for name, key in (("vae_fingerprint", "autoencoder"), ("T5", "T5")):
+        # The released CAD-I and older checkpoints do not say.
+        if training.get(name) and meta.get(key) and training[name] != meta[key]:
+            raise UserError(f"--init {path}: its {key} is not the data's: encode with its encoders")
 
 
 def compile_blocks(model):
@@ -596,7 +596,8 @@ def checkpoint_config(args, meta, original, augmented, model, step):
                 "composites": len(augmented or ()),
                 "batch_size": args.batch_size, "steps": step,
                 "parameters": sum(p.numel() for p in model.parameters()),
-                "vae_fingerprint": meta.get("autoencoder"), "T5": meta.get("T5")}
+                "vae_fingerprint": meta.get("autoencoder"), "T5": meta.get("T5"),
+                "init": args.init}
     if augmented and args.p > 0:
         settings = augmented.meta.get("cutmix") or ["unknown"]
         training["IA"] = settings[0] if len(settings) == 1 else "all"
@@ -626,13 +627,18 @@ def load_state(path, args, device):
 
     Raises UserError if it is damaged or that of another run.
     """
-    if not Path(path).exists() and not args.resume:
+    if not Path(path).exists() and path != args.resume:
         return None
     needed = ("model", "ema", "optimizer", "step", "sums", "settings")
     try:
+        # torch itself does not look at the checksums that are in the file.
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location=device, weights_only=True)
         state = {key: state[key] for key in needed}
-        before = dict(state["settings"])
+        before = {"lr": state["settings"]["lr"], **state["settings"]}
+        if type(state["step"]) is not int or state["step"] < 0 or state["sums"].shape != (5,):
+            raise ValueError("no step, or no sums")
     except FileNotFoundError:
         raise UserError(f"--resume {path}: no such file") from None
     # Empty, cut off, text, a picture: torch raises almost anything.
@@ -650,6 +656,10 @@ def restore(state, path, model, ema, optimizer):
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
+        for parameter in model.parameters():
+            moments = optimizer.state[parameter]
+            if moments and not parameter.shape == moments["m"].shape == moments["v"].shape:
+                raise ValueError("moments of another shape")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: does not fit this network ({one_line(error, 100)})") from None
 
@@ -658,12 +668,16 @@ def begin_log(path, state, args):
     """Cut the log back to the step of the state, and note a learning rate that has changed."""
     rows = []
     if state and path.exists():
-        rows = [row for row in read_jsonl(path) if row["step"] <= state["step"]]
+        rows = read_jsonl(path)
+        if not all(isinstance(row.get("step"), int) for row in rows):
+            raise UserError(f"{path}: a line of it has no step: not a log of train.py")
+        rows = [row for row in rows if row["step"] <= state["step"]]
+        # What was tried after this state, and did not last.
+        rows = [row for row in rows if "lr_changed" not in row or row["step"] < state["step"]]
     if state and state["settings"]["lr"] != args.lr:
         before = state["settings"]["lr"]
         note = {"step": state["step"], "lr_changed": [before, args.lr]}
-        # It is there already if this command was killed before it saved a state.
-        rows = [row for row in rows if row != note] + [note]
+        rows.append(note)
         print(f"the peak learning rate was {before} and is {args.lr} from here on")
     write_jsonl(path, rows)
 
@@ -703,7 +717,9 @@ def train(args, rank, world, device, stack):
     original, augmented, val = open_data(args)
     meta = original.meta
     model, optimizer = make_network(args, meta)
-    state = load_state(args.resume or state_path, args, device)
+    # A run that began from another one's state goes on from its own.
+    begin_from = args.resume if args.resume and not state_path.exists() else state_path
+    state = load_state(begin_from, args, device)
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     first = 0
@@ -711,8 +727,10 @@ def train(args, rank, world, device, stack):
     # steps made and of steps skipped. At last, the steps skipped in a row until now.
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     if state:
-        restore(state, args.resume or state_path, model, ema, optimizer)
+        restore(state, begin_from, model, ema, optimizer)
         first = state["step"]
+        if first > args.steps:
+            raise UserError(f"--steps {args.steps}: {begin_from} is of step {first} already")
         sums = state["sums"]
     averages = dict(zip(model.parameters(), ema.parameters()))
     vae = load_vae(meta["vae"], device) if args.sample_every and rank == 0 else None
@@ -774,10 +792,15 @@ def train(args, rank, world, device, stack):
         if done % 10 == 0 or logging or saving or keeping:
             total_loss, total_norm, made, skipped, in_a_row = sums.tolist()
             mean_loss = total_loss / max(1, made)
-            refuse_divergence(done, args.steps, mean_loss, in_a_row)
-            # A state from which the loss is not finite could never be resumed.
-            saving = saving and not in_a_row
-            keeping = keeping and not in_a_row
+            refuse_divergence(done, mean_loss, in_a_row, state_path)
+        if saving or keeping:
+            # This step's loss was that of the weights before it. What cannot be gone on from
+            # must not replace what can.
+            bad = on_any_rank(not can_go_on(model, ema, inputs, args), world)
+            if bad and done == args.steps:
+                refuse_divergence(done, math.inf, in_a_row, state_path)
+            saving = saving and not bad
+            keeping = keeping and not bad
         if logging:
             sums[:4] = 0
             lr = optimizer.param_groups[0]["lr"]
@@ -808,29 +831,49 @@ def train(args, rank, world, device, stack):
                 save_checkpoint(out / f"step-{done:07d}", ema, config)
             if saving:
                 save_checkpoint(out, ema, config)
-                draw_progress(out)
                 save_state(state_path, model, ema, optimizer, done, sums, args)
+                draw_progress(out)
         if stopping:
             break
     bar.close()
     if stopping and rank == 0:
-        saved = f"saved after step {done}" if saving else "not saved, as steps were skipped"
+        saved = f"saved after step {done}" if saving else "not saved, as the weights have diverged"
         print(f"train.py: stopped by {stop.name or 'a signal'}, {saved}; the same command goes on")
     if world > 1:
+        # All ranks leave together, and DDP lets go of the group first: if it were the last to, it
+        # would wait for the group's threads while these wait for Python's lock.
+        dist.barrier()
+        del network
+        gc.collect()
         dist.destroy_process_group()
     if stopping:
         sys.exit(0)         # also of a program that called `main`, as the toy does
 
 
-def refuse_divergence(done, steps, mean_loss, in_a_row):
+# Predicting no noise at all costs 1, and a network that has learned nothing up to 2.5.
+DIVERGED = 10
+
+
+@torch.no_grad()
+def can_go_on(model, ema, inputs, args):
+    """Tell whether the weights and their average are worth saving: their loss is not far above 1."""
+    # If a sample is broken, that is not the weights' fault.
+    part = {name: tensor[:args.micro_batch].nan_to_num() for name, tensor in inputs.items()}
+    with autocast(inputs["t"].device, args.precision):
+        losses = [diffusion_losses(network, **part).mean() for network in (model, ema)]
+    return all(loss < DIVERGED for loss in losses)
+
+
+def refuse_divergence(done, mean_loss, in_a_row, state_path):
     """Raise UserError if training has failed: the weights that were saved last are better."""
-    advice = ("the state saved last is kept: the same command with a lower --lr goes on from "
-              "there (or choose a longer --warmup and another --out)")
-    if in_a_row >= 10 or (in_a_row and done == steps):
+    advice = "nothing has been saved: choose a lower --lr or a longer --warmup"
+    if state_path.exists():
+        advice = ("the state saved last is kept: the same command with a lower --lr goes on from "
+                  "there (or choose a longer --warmup and another --out)")
+    if in_a_row >= 10:
         raise UserError(f"step {done}: for {in_a_row:.0f} steps in a row the loss or its "
                         f"gradient was not finite, and they were skipped; {advice}")
-    # Predicting no noise at all costs 1.
-    if mean_loss > 100:
+    if mean_loss > DIVERGED:
         raise UserError(f"step {done}: the loss is {mean_loss:.3g}; {advice}")
 
 
@@ -889,32 +932,6 @@ def save_grid(path, ema, vae, data, args, device):
         contact_sheet(images, [one.caption(i) for one, i in picks]).save(temporary, "PNG")
 
 
-def draw_progress(out):
-    """Draw OUT/progress.html from the log: losses, the learning rate, the latest grid."""
-    rows = read_jsonl(out / "log.jsonl")
-    trained = [row for row in rows if "loss" in row]
-    measured = [row for row in rows if "val_loss" in row]
-    losses = {"training": [(row["step"], row["loss"]) for row in trained]}
-    charts = {}
-    if measured:
-        losses["validation"] = [(row["step"], row["val_loss"]) for row in measured]
-        bins = {}
-        for k in range(10):
-            points = [(row["step"], row["val_bins"][k]) for row in measured]
-            bins[f"t from {k / 10} to {(k + 1) / 10:.1f}"] = points
-        charts["Validation loss by time"] = line_chart(bins, "step", "loss", log=True)
-    charts["Loss"] = line_chart(losses, "step", "mean squared error of the noise", log=True)
-    rates = {"learning rate": [(row["step"], row["lr"]) for row in trained]}
-    charts["Learning rate"] = line_chart(rates, "step", "learning rate")
-    parts = ["<!doctype html><meta charset='utf-8'><body style='font-family: sans-serif'>"]
-    for title, chart in charts.items():
-        parts.append(f"<h2>{title}</h2>\n{chart}")
-    for grid in sorted((out / "samples").glob("*.png"))[-1:]:
-        parts.append(f"<h2>Samples: {grid.name}</h2>\n<img src='samples/{grid.name}'>")
-    with complete(out / "progress.html") as path:
-        path.write_text("\n".join(parts) + "\n", encoding="utf-8")
-
-
 # --------------------------------------------------------------------------------------
 # How fast it is
 
@@ -949,7 +966,6 @@ def benchmark(args, device):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    # The first steps warm up.
     warmup, steps = (5, 20) if cuda else (1, 3)
     times = []
     for step in range(warmup + steps):

@@ -1,1 +1,1 @@
-"""What evaluate.py measures with: distances, the network of FID, tables."""
+"""What training and evaluation are looked at with: distances, the network of FID, tables, curves."""

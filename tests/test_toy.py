@@ -14,12 +14,13 @@ import pytest
 import torch
 from conftest import ROOT, TOY, refused, run
 from PIL import Image
+from scipy import ndimage
 
 import common
 import cutmix
 import encode
 from common import read_jsonl
-from toy import autoencoder, detector, prompts, world
+from toy import autoencoder, detector, estimate, prompts, tables_page, world
 
 MANY = 60           # pictures on which the detector is measured
 
@@ -43,8 +44,8 @@ def test_the_report_is_one_page_with_everything_in_it(toy_paper):
     page = (out / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "<svg" in page
-    # The prompts of the six tasks, eight originals, eight composites.
-    assert page.count("<figure>") == 6 + 8 + 8
+    # The long and the short prompts of the six tasks, eight originals, eight composites.
+    assert page.count("<figure>") == 6 + 6 + 8 + 8
 
 
 def test_the_same_command_again_makes_nothing_again(toy_paper):
@@ -211,6 +212,57 @@ def test_the_detector_finds_no_object_where_one_is_drawn_twice_and_a_bit_apart()
     assert np.mean(right) <= 0.05
 
 
+def bitten(scene, share, number):
+    """Return the picture of an object of which a disc around one of its pixels is missing."""
+    image = np.array(world.draw(scene))
+    mask = np.asarray(world.mask_of(scene["objects"][0])) > 0
+    rows, columns = mask.nonzero()
+    middle = np.random.default_rng(number).integers(len(rows))
+    y, x = np.indices(mask.shape)
+    distance = np.hypot(y - rows[middle], x - columns[middle])
+    # As large a disc as takes this share of the object away.
+    radius = np.sort(distance[mask])[int(share * mask.sum())]
+    image[distance <= radius] = world.GREYS[scene["grey"]]
+    return Image.fromarray(image)
+
+
+@pytest.mark.parametrize("radius", [12, 17, 25])
+@pytest.mark.parametrize("fault", ["bitten", "doubled", "two"])
+def test_the_detector_forgives_no_bite_and_no_lump_at_any_size(fault, radius):
+    rng = random.Random(f"{fault} {radius}")
+    right = []
+    for number in range(MANY // 2):
+        shape, other_shape = rng.sample(world.SHAPES, 2)
+        scene = one_object(shape, "blue", radius)
+        thing = scene["objects"][0]
+        if fault == "bitten":
+            right.append(finds(bitten(scene, 0.15, number), scene))
+            continue
+        # The same object again, or a smaller one of another shape, at one side.
+        other = {**thing,
+                 "x": 32 + 0.7 * radius * math.cos(number),
+                 "y": 32 + 0.7 * radius * math.sin(number)}
+        if fault == "two":
+            other = {**other, "shape": other_shape, "radius": 0.6 * radius}
+        right.append(finds(world.draw({**scene, "objects": [thing, other]}), scene))
+    assert np.mean(right) <= 0.3
+
+
+def test_the_detector_knows_a_shape_with_a_wobbly_edge():
+    right = []
+    for number, shape in enumerate(world.SHAPES * 8):
+        scene = one_object(shape, "blue", 12)
+        image = np.array(world.draw(scene))
+        mask = np.asarray(world.mask_of(scene["objects"][0])) > 0
+        # Every other stretch of the edge, a few pixels long, is missing.
+        edge = mask & ~ndimage.binary_erosion(mask)
+        y, x = np.indices(mask.shape)
+        stretches = np.sin(6 * np.arctan2(y - 32, x - 32) + number) > 0
+        image[edge & stretches] = world.GREYS[scene["grey"]]
+        right.append(finds(Image.fromarray(image), scene))
+    assert np.mean(right) >= 0.8
+
+
 def test_a_seam_between_two_backgrounds_is_seen():
     dark = one_object("star", "red", grey="dark")
     light = one_object("star", "red", grey="light")
@@ -242,7 +294,7 @@ def test_objects_survive_the_autoencoder():
 # --------------------------------------------------------------------------------------------
 # The experiments
 
-TABLES = ["--table", "fig5", "--images", "36", "--val", "8", "--small", "12", "--steps", "2",
+TABLES = ["--table", "fig5", "--images", "36", "--val", "10", "--small", "12", "--steps", "2",
           "--prompts", "1", "--seeds", "1"]
 
 
@@ -267,3 +319,15 @@ def test_killed_experiments_go_on_and_end_with_every_score(tmp_path):
     assert len(links) == 4          # two models, short and long prompts
     for link in links:
         assert (tmp_path / link).exists()
+
+    # The page grows: a command for another table keeps what is there.
+    settings = {"steps": 2, "images": 36, "prompts": 1, "seed": 0}
+    tables_page.write_tables(tmp_path, ["tau"], range(1), settings)
+    page = (tmp_path / "tables.html").read_text()
+    assert tables_page.TITLES["fig5"] in page and tables_page.TITLES["tau"] in page
+
+
+def test_the_time_of_jobs_side_by_side_is_that_of_a_schedule():
+    # The third job takes the place of the second, and the fourth that of the first.
+    assert estimate.end_times([5, 2, 4, 1], places=2) == [5, 2, 6, 6]
+    assert estimate.end_times([5, 2, 4, 1], places=1) == [5, 7, 11, 12]

@@ -582,6 +582,74 @@ def test_a_rate_far_too_high_never_replaces_a_good_state(toy_paper, tmp_path):
     assert (tmp_path / "state.pt").read_bytes() == good
 
 
+def test_weights_that_one_step_spoilt_never_replace_a_good_state(toy_paper, tmp_path):
+    """The loss of the step after which a state is due is that of the weights before it."""
+    words = [*data(toy_paper), *SMALL, "--out", tmp_path, "--schedule-steps", "40"]
+    train.main([*map(str, words), "--steps", "4"])
+    good = (tmp_path / "state.pt").read_bytes()
+    refused("train.py", *words, "--steps", "40", "--lr", "1e6", "--save-every", "1")
+    assert (tmp_path / "state.pt").read_bytes() == good
+    # What comes after it can be trained.
+    train.main([*map(str, words), "--steps", "6", "--lr", "1e-4"])
+
+
+def test_a_run_without_any_state_says_so_when_it_diverges(toy_paper, tmp_path):
+    line = refused("train.py", *data(toy_paper), *SMALL, "--out", tmp_path, "--lr", "1e6",
+                   "--steps", "40", "--save-every", "100")
+    assert "nothing has been saved" in line
+
+
+def test_a_step_that_is_skipped_keeps_no_state_from_being_saved(toy_paper, tmp_path, monkeypatch):
+    real = train.add_gradient
+    calls = []
+
+    def bad_at_last(network, inputs, args):
+        calls.append(1)
+        loss = real(network, inputs, args)
+        return loss * math.nan if len(calls) == 4 else loss
+
+    monkeypatch.setattr(train, "add_gradient", bad_at_last)
+    words = [*data(toy_paper), *SMALL, "--keep-every", "4", "--out", str(tmp_path)]
+    train.main([*words, "--steps", "4"])
+    assert (tmp_path / "state.pt").exists()
+    assert (tmp_path / "step-0000004/model.safetensors").exists()
+
+
+def test_a_run_that_began_from_anothers_state_goes_on_from_its_own(toy_paper, tmp_path, capsys):
+    words = [*data(toy_paper), *SMALL, "--schedule-steps", "40"]
+    train.main([*words, "--out", str(tmp_path / "first"), "--steps", "4"])
+    more = [*words, "--out", str(tmp_path / "second"), "--resume", str(tmp_path / "first/state.pt")]
+    train.main([*more, "--steps", "6"])
+    assert "steps 4 to 6" in capsys.readouterr().out
+    train.main([*more, "--steps", "8"])
+    assert "steps 6 to 8" in capsys.readouterr().out
+    assert "is of step 8 already" in refused("train.py", *more, "--steps", "7")
+
+
+def test_a_run_is_not_resumed_on_data_of_other_encoders(toy_paper, tmp_path):
+    words = [*SMALL, "--out", tmp_path / "out", "--steps", "4"]
+    train.main([*data(toy_paper), *map(str, words)])
+    for name in ("encoded", "encoded-cutmix"):
+        shutil.copytree(toy_paper[0] / name, tmp_path / name)
+        meta = tmp_path / name / "meta.json"
+        meta.write_text(json.dumps({**json.loads(meta.read_text()), "autoencoder": "another"}))
+    others = ["--data", tmp_path / "encoded", "--augmented", tmp_path / "encoded-cutmix"]
+    line = refused("train.py", *others, *SMALL, "--out", tmp_path / "out", "--steps", "6")
+    assert "another" in line
+    line = refused("train.py", *others, *SMALL[2:], "--out", tmp_path / "tuned", "--steps", "6",
+                   "--init", tmp_path / "out")
+    assert "its autoencoder is not the data's" in line
+
+
+def test_a_state_in_which_a_bit_has_flipped_is_refused(toy_paper, tmp_path):
+    words = [*data(toy_paper), *SMALL, "--out", tmp_path]
+    train.main([*map(str, words), "--steps", "4"])
+    state = bytearray((tmp_path / "state.pt").read_bytes())
+    state[len(state) // 2] ^= 1
+    (tmp_path / "state.pt").write_bytes(state)
+    assert "not a training state" in refused("train.py", *words, "--steps", "6")
+
+
 def test_the_logged_loss_of_a_prolonged_run_is_a_mean_over_its_own_steps(toy_paper, tmp_path,
                                                                         monkeypatch):
     words = [*data(toy_paper), *SMALL, "--out", str(tmp_path), "--schedule-steps", "9",

@@ -20,6 +20,7 @@ RADII = np.linspace(2.1, 5.3, 40) ** 2      # of the templates, in pixels: 4.4 t
 THRESHOLD = 0.72            # the score that makes a patch an object
 CLEAR = 0.62                # the score that does if the patch resembles no other shape:
 MARGIN = 0.3                # if all others have a score that is lower by this much
+FORGIVEN = 3                # pixels that may be wrong away from the edge
 MOST_HIDDEN = 0.42          # the share of an object that something may cover
 NEARBY = 4                  # pixels around a hidden part in which the other object must be seen
 SMALL = 300                 # pixels of a small object
@@ -109,6 +110,7 @@ class Patch:
         self.mask = mask                                        # (64, 64) bool
         self.others = colored & ~mask                           # pixels of other objects
         self.near = ndimage.binary_dilation(mask, NEIGHBOURS)   # a pixel wider on all sides
+        self.core = ndimage.binary_erosion(mask, NEIGHBOURS)    # without the pixels at its edge
         self.area = np.count_nonzero(mask)
         self.box = bounds(mask)
 
@@ -149,8 +151,14 @@ def agreement(template, patch, x, y):
         return 0.0
     wrong = outside + unexplained
     score = right / (right + wrong) - 0.1 * share - 0.25 * wrong / edge
-    # That something hides a part is a guess: the rest must agree all the better.
-    return score - (THRESHOLD - CLEAR) if hidden else score
+
+    # A wobbly edge may be forgiven (see `recognise`). A bite or a lump may not, and that something
+    # hides a part is only a guess: then the rest must agree all the better.
+    bite = np.count_nonzero(template.core & ~patch.near[here])
+    lump = np.count_nonzero(patch.core) - np.count_nonzero(template.whole & patch.core[here])
+    if hidden or bite + lump > FORGIVEN:
+        score -= THRESHOLD - CLEAR
+    return score
 
 
 def hidden_box(template, patch, x, y):

@@ -164,5 +164,17 @@ def seconds_side_by_side(name, processes):
     return seconds
 
 
+def end_times(seconds, places):
+    """Return when each job ends, if jobs of these lengths start in order as soon as a place is free."""
+    free_at = [0.0] * places
+    ends = []
+    for length in seconds:
+        # The place that is free first takes the next job.
+        place = free_at.index(min(free_at))
+        free_at[place] += length
+        ends.append(free_at[place])
+    return ends
+
+
 if __name__ == "__main__":
     main()

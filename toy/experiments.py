@@ -105,11 +105,11 @@ TABLES = {"1": table_2, "2": table_2, "4": table_4, "5": table_5, "tau": table_t
 
 
 def lines_of(table, seeds):
-    """Return the lines of a table, each with a run for every seed from 0 on."""
+    """Return the lines of a table, each with a run for every one of the seeds."""
     lines = []
     # The functions of the tables describe seed 0; the other seeds differ in nothing else.
     for label, run in TABLES[table]().items():
-        lines.append(Line(label, [run._replace(seed=seed) for seed in range(seeds)]))
+        lines.append(Line(label, [run._replace(seed=seed) for seed in seeds]))
     return lines
 
 
@@ -120,8 +120,8 @@ def runs_of(tables, seeds):
         lines = lines_of(table, seeds)
         # All lines get their first seed before any
         # gets its second: a table can be read early.
-        for seed in range(seeds):
-            runs += [line.runs[seed] for line in lines]
+        for number in range(len(seeds)):
+            runs += [line.runs[number] for line in lines]
 
     # Unlike a set, the keys of a dict keep their order.
     return list(dict.fromkeys(runs))
@@ -143,7 +143,7 @@ def data_of(out, run):
     return originals, composites
 
 
-def job_of(out, run, steps, tables):
+def job_of(out, run, steps, tables, first_seed=0):
     """Return the job that trains, samples and scores a run, with all that the tables want to know of it."""
     folder = out / "runs" / name_of(run)
     checkpoint = checkpoint_of(out, run)
@@ -172,11 +172,11 @@ def job_of(out, run, steps, tables):
 
     # Distances take many samples, so only the runs of Table 1 are measured. The same
     # run may belong to other tables alone, hence the look at what was asked for.
-    if "1" in tables and run in runs_of(["1"], run.seed + 1):
+    if "1" in tables and run in runs_of(["1"], [run.seed]):
         commands += distance_commands(out, run, checkpoint, folder / "distance.json")
 
     # The page draws Fig. 5 from the first seed only.
-    if run.small and run.seed == 0:
+    if run.small and run.seed == first_seed:
         for step in kept_steps(steps):
             kept = checkpoint / f"step-{step:07d}"
             commands += distance_commands(out, run, kept, folder / f"distance-{step:07d}.json")

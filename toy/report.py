@@ -5,9 +5,11 @@ import html
 import math
 import mimetypes
 
-from common import complete, line_chart, read_jsonl
+from common import complete, read_jsonl
+from metrics.charts import line_chart
+from toy.prompts import TASKS
 from toy.recipe import TAU
-from toy.score import TASKS, one_background, task_scores
+from toy.score import TWO_OBJECTS, one_background, task_scores
 
 # The style is part of every page, so that a page is one file that can be sent to someone.
 STYLE = """
@@ -85,6 +87,8 @@ def verdict_card(folder, row):
     # Words, and not colours alone: red and green look alike to some.
     kind = "right" if row["right"] else "wrong"
     caption = f'<b class="{kind}">{kind}</b> {html.escape(row["prompt"])}'
+    if row["tag"] in TWO_OBJECTS:
+        caption += " <i>one background</i>" if row["one_background"] else " <i>a seam</i>"
 
     return card(folder / row["file"], caption, row["reason"])
 
@@ -149,6 +153,9 @@ two objects that are right.</p>
 <h2>Samples for long prompts</h2>
 <p>Point at a picture for the reason of its verdict.</p>
 {verdicts(out / "samples-long", scores["long"])}
+
+<h2>Samples for short prompts</h2>
+{verdicts(out / "samples-short", scores["short"], most=4)}
 
 <h2>Originals and their long captions</h2>
 {examples(out / "images", out / "captions.jsonl")}

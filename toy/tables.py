@@ -2,28 +2,28 @@
 
     python -m toy tables --table 2
 
-Draws the data once, trains every model that the tables compare, samples, scores, and writes one page,
-OUT/tables.html, which grows with every model. Models are trained side by side, one thread each. Says
-beforehand how long it will take. Killed, it goes on with the same command; tables that share models
-share them. Without --table it makes all: 1 (distances), 2 (GenEval), 4 (CutMix settings), 5 (p), tau,
-fig5 (little data).
+Says how long it will take, draws the data once, trains every model that the tables compare, samples,
+scores, and writes one page, OUT/tables.html, which grows with every model and every table. Models are
+trained side by side, one thread each. Killed, it goes on with the same command; tables that share
+models share them. Without --table it makes all: 1 (distances), 2 (GenEval), 4 (CutMix settings), 5 (p),
+tau, fig5 (little data).
 """
 
 import argparse
-import os
 import time
 from pathlib import Path
 
-from common import HelpFormatter, at_least, begin_or_resume
+from common import HelpFormatter, at_least, begin_or_resume, default_workers
 from toy.data import draw_noise, draw_world, encode_world, make_prompts_and_encoder
-from toy.estimate import OVERHEAD, seconds_side_by_side, spoken_time
+from toy.estimate import OVERHEAD, data_seconds, end_times, seconds_side_by_side, spoken_time
 from toy.experiments import MODEL_NAMES, TABLES, data_of, expected_seconds, job_of, runs_of
 from toy.recipe import IMAGES, TAU
 from toy.side_by_side import remaining, run_side_by_side
 from toy.tables_page import write_tables
 from toy.world import SHAPES
 
-# All seeds share the data, which is that of seed 0. Validation pictures and the small set are others.
+# All models share the data, which is that of the first seed. Validation pictures and the small
+# set are others.
 VALIDATION_SEED = 1_000_000
 SMALL_SEED = 2_000_000
 
@@ -41,17 +41,19 @@ def arguments(argv):
     add("--steps", type=int, default=4000, help="training steps of every model")
     add("--prompts", type=int, default=64, help="prompts for each of the six tasks")
     add("--seeds", type=int, default=2, help="models of each kind")
-    add("--jobs", type=int, default=os.cpu_count(), help="models at a time")
+    add("--seed", type=int, default=0, help="the first seed; also of the pictures and the prompts")
+    add("--jobs", type=int, default=default_workers(), help="models at a time")
 
     args = parser.parse_args(argv)
 
     # Composites need pictures to choose from, in the small world, too.
     least = 2 * len(SHAPES)
-    at_least(args, images=least, small=least, val=8, steps=1, prompts=1, seeds=1, jobs=1)
+    at_least(args, images=least, small=least, val=10, steps=1, prompts=1, seeds=1, seed=0,
+             jobs=1)
 
     # An option that is repeated cannot have a
     # default: what is given would be added to it.
-    args.tables = args.table or list(TABLES)
+    args.tables = [name for name in TABLES if name in (args.table or TABLES)]
     return args
 
 
@@ -62,24 +64,19 @@ def make_data(args, runs):
     # The setting "all" is always made: the T5's words come from its captions, too.
     settings = sorted({run.setting for run in runs if run.setting} | {"all"})
 
-    draw_world(out, args.images, 0, settings)
-    draw_noise(out, 0, TAU)
-    make_prompts_and_encoder(out, args.prompts, 0)
+    draw_world(out, args.images, args.seed, settings)
+    draw_noise(out, args.seed, TAU)
+    make_prompts_and_encoder(out, args.prompts, args.seed)
 
     # Validation pictures are originals only: composites are for training.
     validation = out / "val"
-    draw_world(validation, args.val, VALIDATION_SEED, [])
+    draw_world(validation, args.val, VALIDATION_SEED + args.seed, [])
     encode_world(validation, "images", "captions.jsonl", "encoded", text_encoder)
 
     if any(run.small for run in runs):
-        draw_world(out / "small", args.small, SMALL_SEED)
+        draw_world(out / "small", args.small, SMALL_SEED + args.seed)
 
-    # A run names the encoded folders that it needs; each of them says what it is made from.
-    needed = []
-    for run in runs:
-        needed += [folder for folder in data_of(out, run) if folder]
-    # Runs share their data, so each folder is encoded once.
-    for folder in dict.fromkeys(needed):
+    for folder in encoded_folders(out, runs):
         world = folder.parent
         kind = folder.name.removeprefix("encoded").removeprefix("-")
         images = kind if kind.startswith("cutmix") else "images"
@@ -87,27 +84,38 @@ def make_data(args, runs):
         encode_world(world, images, captions, folder.name, text_encoder)
 
 
-def say_how_long(args, runs, jobs):
-    """Print how long the jobs that have something left to do will take on this machine."""
-    total = 0.0
-    # Each network is timed only if it has something
-    # to do: timing takes a while by itself.
-    for name in MODEL_NAMES:
-        todo = [job for job, run in zip(jobs, runs) if run.model == name and remaining(job)]
-        if not todo:
-            continue
+def encoded_folders(out, runs):
+    """Return the folders of encoded pictures that runs are trained on, each once."""
+    folders = []
+    # A run names the folders that it needs; each of them says what it is made from.
+    for run in runs:
+        folders += [folder for folder in data_of(out, run) if folder]
+    return list(dict.fromkeys(folders))
 
-        # Timed with as many neighbours as the real
-        # runs have, since they slow each other down.
-        seconds = seconds_side_by_side(name, args.jobs)
-        for job in todo:
-            total += expected_seconds(job, seconds, args.steps, args.prompts, args.val)
 
-    todo = [job for job in jobs if remaining(job)]
-    # There may be fewer jobs than places for them.
-    at_once = min(args.jobs, len(todo)) or 1
-    print(f"\n{len(todo)} models to train, sample and score, {at_once} at a time: "
-          f"{spoken_time(OVERHEAD * total / at_once)} here.", flush=True)
+def seconds_of_data(args, runs):
+    """Return how long the data will take that is not there yet."""
+    pictures = 0
+    for folder in encoded_folders(args.out, runs):
+        if not folder.exists():
+            pictures += args.small if folder.parent.name == "small" else args.images
+    if not (args.out / "val/encoded").exists():
+        pictures += args.val
+
+    # Timing takes a moment by itself.
+    return pictures * data_seconds() if pictures else 0.0
+
+
+def seconds_of_jobs(args, runs, jobs):
+    """Return how long each of the jobs will take on this machine."""
+    # Timed with as many neighbours as the real
+    # runs have, since they slow each other down.
+    at_once = min(args.jobs, len(jobs))
+    timed = {name: seconds_side_by_side(name, at_once)
+             for name in MODEL_NAMES if any(run.model == name for run in runs)}
+
+    return [OVERHEAD * expected_seconds(job, timed[run.model], args.steps, args.prompts, args.val)
+            for job, run in zip(jobs, runs)]
 
 
 def main(argv=None):
@@ -116,31 +124,42 @@ def main(argv=None):
     # What shapes the data and the training must stay the same when
     # the command is repeated. Tables, seeds and jobs may change:
     # they only choose what is made, and how many at a time.
-    settings = {name: getattr(args, name) for name in ("images", "small", "val", "steps", "prompts")}
+    settings = {name: getattr(args, name)
+                for name in ("images", "small", "val", "steps", "prompts", "seed")}
     begin_or_resume(out / "tables.json", out, settings)
 
-    runs = runs_of(args.tables, args.seeds)
-    jobs = [job_of(out, run, args.steps, args.tables) for run in runs]
+    seeds = range(args.seed, args.seed + args.seeds)
+    runs = runs_of(args.tables, seeds)
+    jobs = [job_of(out, run, args.steps, args.tables, args.seed) for run in runs]
+
+    # What is there from an earlier command is not made again.
+    left = [(run, job) for run, job in zip(runs, jobs) if remaining(job)]
+    todo = [job for _, job in left]
+    expected = []
+    if todo:
+        expected = end_times(seconds_of_jobs(args, [run for run, _ in left], todo), args.jobs)
+        before = spoken_time(seconds_of_data(args, runs) + max(expected))
+        print(f"{len(todo)} models to train, sample and score, {min(args.jobs, len(todo))} at a "
+              f"time: {before} here, with their data.", flush=True)
 
     make_data(args, runs)
-    say_how_long(args, runs, jobs)
 
     begin = time.time()
-    todo = [job for job in jobs if remaining(job)]
     ended = []
 
     def after_job(job):
         ended.append(job)
         used = time.time() - begin
 
-        # The jobs that are left are assumed to take as long as those before.
-        left = used / len(ended) * (len(todo) - len(ended))
+        # The rest is as much faster or slower than expected as what has ended.
+        so_far = sorted(expected)[len(ended) - 1]
+        rest = used / so_far * (max(expected) - so_far)
         print(f"{len(ended)} of {len(todo)}: {job.name}; {spoken_time(used)} used, "
-              f"{spoken_time(left)} left", flush=True)
+              f"{spoken_time(rest)} left", flush=True)
 
-        write_tables(out, args.tables, args.seeds, args.steps)
+        write_tables(out, args.tables, seeds, settings)
 
     run_side_by_side(jobs, args.jobs, after_job)
     # Once more at the end: if there was nothing to run, no job has written the page.
-    write_tables(out, args.tables, args.seeds, args.steps)
+    write_tables(out, args.tables, seeds, settings)
     print(f"\n{out / 'tables.html'}")

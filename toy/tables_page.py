@@ -4,12 +4,13 @@ import html
 import math
 import statistics
 
-from common import line_chart, read_json, read_jsonl
+from common import read_json, read_jsonl
+from metrics.charts import line_chart
 from toy.experiments import KINDS, checkpoint_of, kept_steps, lines_of, name_of
 from toy.prompts import TASKS
 from toy.recipe import TAU
 from toy.report import card, number, picture, spoken, table, verdicts, write_page
-from toy.score import one_background, task_scores
+from toy.score import TWO_OBJECTS, one_background, task_scores
 
 TITLES = {
     "1": "Table 1: distance to validation pictures",
@@ -21,8 +22,17 @@ TITLES = {
 }
 INTRODUCTION = """
 <p>GenEval in miniature: the share of pictures that are as asked, mean &plusmn; standard deviation between
-seeds. A score leads to its pictures. <i>One background</i>: the share of pictures with no seam, among the
-two-object pictures (of three tasks) that are right.</p>
+seeds. Below it stand the seeds' own scores, which lead to their pictures. <i>One background</i>: the share of
+pictures with no seam, among the two-object pictures (of three tasks) that are right.</p>
+<p>{steps} training steps on {images} pictures (and as many composites). {prompts} prompts a task: of a task's
+score of one seed, the standard error from these alone is up to {error:.2f}. World and prompts are those of
+seed {seed}, so &plusmn; tells only how much the training varies.</p>
+"""
+
+NOISE = f"""
+<h2>Fig. 7: what noise hides</h2>
+<p>The line is at the toy's tau = {TAU}. The toy's latents have half the standard deviation of the paper's, so
+training sees more noise at the same t.</p>
 """
 
 
@@ -41,15 +51,18 @@ def columns_of(rows):
     return {**task_scores(rows), "one background": one_background(rows)}
 
 
+def ended_runs(out, line, kind):
+    """Return the runs of a table's line whose samples have been scored."""
+    return [run for run in line.runs if read_scores(out, run, kind)]
+
+
 def line_columns(out, line, kind):
     """Return {column: [a value for each seed]} of a table's line; empty if no run has ended."""
     # Seeds that have not ended are passed over: the mean is over those that have.
     values = {}
-    for run in line.runs:
-        rows = read_scores(out, run, kind)
-        if rows:
-            for column, value in columns_of(rows).items():
-                values.setdefault(column, []).append(value)
+    for run in ended_runs(out, line, kind):
+        for column, value in columns_of(read_scores(out, run, kind)).items():
+            values.setdefault(column, []).append(value)
 
     return values
 
@@ -78,17 +91,26 @@ def score_table(out, lines):
     # Long prompts come first: most models were trained on captions like them.
     for kind in reversed(KINDS):
         for line in lines:
+            runs = ended_runs(out, line, kind)
             columns = line_columns(out, line, kind)
+            cells = [f"{mean_and_spread(values)}<br>{links(runs, values, kind, column)}"
+                     for column, values in columns.items()]
 
-            # A mean leads to the pictures of the first seed. The column's
-            # name is the id of a heading on that page, if it is a task.
-            cells = []
-            for column, values in columns.items():
-                link = f"runs/{name_of(line.runs[0])}/pictures-{kind}.html#{column}"
-                cells.append(f'<a href="{link}">{mean_and_spread(values)}</a>')
-
-            rows.append([line.label, kind, *(cells or ["not yet"])])
+            # A mean over fewer seeds than the others must not be taken for more.
+            label = line.label
+            if 0 < len(runs) < len(line.runs):
+                label += f" ({len(runs)} of {len(line.runs)} seeds)"
+            rows.append([label, kind, *(cells or ["not yet"])])
     return table(rows)
+
+
+def links(runs, values, kind, column):
+    """Return the scores of single runs, each a link to its pictures."""
+    # A page has a heading for each task, and none for the columns over several tasks.
+    place = f"#{column}" if column in TASKS else ""
+    parts = [f'<a href="runs/{name_of(run)}/pictures-{kind}.html{place}">{number(value)}</a>'
+             for run, value in zip(runs, values)]
+    return f"<small>{' '.join(parts)}</small>"
 
 
 def score_chart(out, lines):
@@ -108,6 +130,25 @@ def score_chart(out, lines):
             if values:
                 points.append((x, statistics.mean(values)))
     return line_chart(curves, name, "long prompts: share of pictures")
+
+
+def trade_chart(out, lines):
+    """Return the two-object scores against the share of pictures with one background: a point a line.
+
+    The share is that of all two-object pictures, not only of the right ones.
+    """
+    points = []
+    for line in lines:
+        scores = []
+        shares = []
+        for run in ended_runs(out, line, "long"):
+            rows = [row for row in read_scores(out, run, "long") if row["tag"] in TWO_OBJECTS]
+            scores.append(statistics.mean(row["right"] for row in rows))
+            shares.append(one_background(rows, right_only=False))
+        if scores:
+            points.append((statistics.mean(shares), statistics.mean(scores)))
+    return line_chart({f"{lines[0].label} to {lines[-1].label}": points},
+                      "share of two-object pictures with one background", "share that is right")
 
 
 def same_prompts(out, lines, kind="long", of_each_task=2):
@@ -144,17 +185,19 @@ def same_prompts(out, lines, kind="long", of_each_task=2):
 def distance_table(out, lines):
     """Return Table 1: the Frechet distance and P/R/D/C of each line, mean and spread."""
     names = ["distance", "precision", "recall", "density", "coverage"]
-    rows = [["", *names]]
+    rows = [["", *names, "pictures"]]
     for line in lines:
         # As above, a line's mean is over the seeds that have ended.
         found = []
+        sheets = []
         for run in line.runs:
             path = out / "runs" / name_of(run) / "distance.json"
             if path.exists():
                 found.append(read_json(path, "the scores of a run"))
+                sheets.append(f'<a href="runs/{name_of(run)}/distance/sheet.png">{run.seed}</a>')
 
         cells = [mean_and_spread([scores[name] for scores in found]) for name in names]
-        rows.append([line.label, *(cells if found else ["not yet"])])
+        rows.append([line.label, *([*cells, " ".join(sheets)] if found else ["not yet"])])
     return table(rows)
 
 
@@ -163,6 +206,7 @@ def overfitting_charts(out, lines, steps):
     # The gap between both losses shows overfitting, so they share one chart.
     losses = {}
     distances = {}
+    sheets = []
     for line in lines:
         # Only the first seed's checkpoints were measured on the way.
         run = line.runs[0]
@@ -181,9 +225,12 @@ def overfitting_charts(out, lines, steps):
             if path.exists():
                 scores = read_json(path, "the scores of a checkpoint")
                 distances[line.label].append((step, scores["distance"]))
+                sheet = f"runs/{name_of(run)}/distance-{step:07d}/sheet.png"
+                sheets.append(f'<a href="{sheet}">{line.label}, {step}</a>')
 
     return (line_chart(losses, "step", "loss", log=True)
-            + line_chart(distances, "step", "distance to validation pictures", log=True))
+            + line_chart(distances, "step", "distance to validation pictures", log=True)
+            + f"<p>Their pictures: {'; '.join(sheets)}</p>")
 
 
 def points_of(rows, key):
@@ -211,6 +258,8 @@ def section(out, name, seeds, steps):
     # These two vary a number, which can be an axis. The other tables compare names.
     if name in ("5", "tau"):
         parts.append(score_chart(out, lines))
+    if name == "tau":
+        parts.append(trade_chart(out, lines))
 
     parts.append(score_table(out, lines))
     parts.append("<h3>The same prompts, drawn by all models</h3>")
@@ -219,17 +268,29 @@ def section(out, name, seeds, steps):
     return "\n".join(parts)
 
 
-def write_tables(out, names, seeds, steps):
-    """Write OUT/tables.html, and for each run that has ended the pages of its pictures."""
+def has_scores(out, name, seeds):
+    """Tell whether a run of a table has been scored, in this command or in an earlier one."""
+    return any(ended_runs(out, line, "long") for line in lines_of(name, seeds))
+
+
+def write_tables(out, asked_for, seeds, settings):
+    """Write OUT/tables.html, and for each run that has ended the pages of its pictures.
+
+    asked_for: names of tables. Others that have scores from an earlier command stay on the page.
+    settings: the "steps", "images", "prompts" and "seed" of all runs.
+    """
     # The whole page is written anew each time, from what lies in the folders.
-    parts = [INTRODUCTION]
-    for name in names:
-        parts.append(section(out, name, seeds, steps))
+    error = 0.5 / math.sqrt(settings["prompts"])
+    parts = [INTRODUCTION.format(error=error, **settings)]
+    for name in TITLES:
+        if name not in asked_for and not has_scores(out, name, seeds):
+            continue
+        parts.append(section(out, name, seeds, settings["steps"]))
         for line in lines_of(name, seeds):
             for run in line.runs:
                 write_pictures(out, run)
 
-    parts.append(f"<h2>Fig. 7: what noise hides</h2><p>The line is at the toy's tau = {TAU}.</p>")
+    parts.append(NOISE)
     parts.append(picture(out / "cutmix-look/noise.png"))
 
     write_page(out / "tables.html", "The paper's experiments in miniature", "\n".join(parts))
