@@ -33,6 +33,7 @@ from common import (HelpFormatter, UserError, at_least, command_line, complete, 
                     pretrained, rank_and_world, read_json, read_jsonl, report_skipped, sha256,
                     weights_hash, write_jsonl)
 from metrics.distances import frechet_distance, mean_prdc, prdc  # noqa: F401
+from metrics.geneval import geneval_verdict, relations  # noqa: F401
 from metrics.inception import INCEPTION, Inception, resize_tf1
 from metrics.tables import (PUBLISHED, TASKS, Row, disagreement, joined,
                             print_tables, read_csv, read_row, results_files, scores_of, write_csv)
@@ -442,8 +443,6 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 CONFIDENT = 0.3             # a detection counts above this score,
 CONFIDENT_COUNTING = 0.9    # in the counting task above this one,
 MOST = 16                   # and at most so many of a class
-NEAR = 0.1                  # share of both boxes' sizes by which their offset is shortened
-TURN = 0.5                  # share of the offset along one axis that makes it a direction
 # COCO's classes, with the names that GenEval gives to some of them.
 COCO = """\
 person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,
@@ -454,72 +453,6 @@ fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza
 cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,
 tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,
 clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(",")
-
-
-def relations(a, b):
-    """Return the names of the relations in which box `a` [x0, y0, x1, y1] is to `b`."""
-    a = np.asarray(a[:4], float).reshape(2, 2)                         # two corners (x, y)
-    b = np.asarray(b[:4], float).reshape(2, 2)
-    offset = a.mean(0) - b.mean(0)
-    sides = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
-    shrunk = np.sign(offset) * np.maximum(np.abs(offset) - NEAR * sides, 0)
-    if (np.abs(shrunk) < 1e-3).all():
-        return set()
-    # Divided by the length of the whole offset, not of the shrunk one.
-    x, y = shrunk / np.linalg.norm(offset)
-    holds = {"left of": x < -TURN, "right of": x > TURN, "above": y < -TURN, "below": y > TURN}
-    return {name for name in holds if holds[name]}
-
-
-def clause_fault(clause, found, clauses, matched, color_of):
-    """Return what is wrong with the objects `found` for an "include" clause, "" if nothing.
-
-    A position refers to an earlier one of `clauses`, whose objects are in `matched`, None if it
-    failed.
-    """
-    name = clause["class"]
-    count = clause["count"]
-    if len(found) < count:
-        return f"expected {name}>={count}, found {len(found)}"
-
-    if clause.get("color"):
-        colors = [color_of(thing, name) for thing in found]
-        if colors != [clause["color"]] * count:
-            return f"expected {clause['color']} {name}>={count}, found {', '.join(colors)}"
-
-    if clause.get("position"):
-        relation, target = clause["position"]
-        if matched[target] is None:
-            return f"no target for {name} to be {relation}"
-        for thing, other in itertools.product(found, matched[target]):
-            if relation not in relations(thing["box"], other["box"]):
-                return f"expected {name} {relation} {clauses[target]['class']}"
-    return ""
-
-
-def geneval_verdict(objects, metadata, color_of):
-    """Return (correct, reason) for one image by GenEval's rules (its evaluate_images.py).
-
-    objects: {class: [{"box": [x0, y0, x1, y1], ...}, ...]}, the most confident first.
-    metadata: the benchmark's line, of "include" and "exclude" clauses. color_of(object,
-    class) -> name of its colour, asked only where a clause names a colour and its count
-    is met.
-    """
-    faults = []
-    clauses = metadata.get("include", [])
-    # The objects of each clause; None for one that failed.
-    matched = []
-    for clause in clauses:
-        found = objects.get(clause["class"], [])[:clause["count"]]
-        fault = clause_fault(clause, found, clauses, matched, color_of)
-        matched.append(None if fault else found)
-        if fault:
-            faults.append(fault)
-    for clause in metadata.get("exclude", []):
-        found = len(objects.get(clause["class"], []))
-        if found >= clause["count"]:
-            faults.append(f"expected {clause['class']}<{clause['count']}, found {found}")
-    return not faults, "; ".join(faults)
 
 
 @torch.no_grad()
