@@ -40,6 +40,7 @@ from metrics.tables import (PUBLISHED, TASKS, Row, disagreement, joined,
 
 DEVICE = local_device()
 CLIP = "openai/clip-vit-large-patch14"
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 
 # Mean and standard deviation of the pixels that networks were trained with.
 IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # DINOv2, Mask2Former
@@ -596,9 +597,12 @@ def geneval(args):
         raise UserError("--detections: one file for --images, a second one for --extended if it "
                         "is given")
     read_results(args.images)
-    weights = {}
-    notes = ["objects: the detections that were given"]
-    if not args.detections:
+    if args.detections:
+        weights = {file: sha256(file) for file in args.detections}
+        notes = [f"objects: detections of {args.detector or 'an unnamed detector'}, from "
+                 f"{' and '.join(args.detections)}"]
+    else:
+        args.detector = args.detector or DETECTOR
         weights = {name: weights_hash(name) for name in (args.detector, args.clip)}
         notes = [f"objects: {args.detector}. On the hub that is Meta's own training of "
                  "Mask2Former, not the checkpoint of mmdet that the benchmark uses"]
@@ -764,22 +768,29 @@ def finish(folder, args, scores, weights, counts, notes, data=None):
     for key, name in (("checkpoint", "checkpoint.json"), ("sampling", "settings.json")):
         path = Path(folder, name)
         section[key] = read_json(path, f"sample.py's {name}") if path.exists() else {}
-    section["sampling"].pop("prompts", None)
+    # Tens of thousands of texts that say nothing about the scores.
+    for long_list in ("prompts", "names"):
+        section["sampling"].pop(long_list, None)
     path = Path(folder, "results.json")
     command = args.run.__name__
     results = {**read_results(folder), command: section}
     with complete(path) as temporary:
-        text = json.dumps(results, indent=1, ensure_ascii=False)
+        text = json.dumps(results, indent=1)
         temporary.write_text(text + "\n", encoding="utf-8")
     row = Row(Path(folder).resolve().name, scores_of(path, command, section), {})
+    # With the notes below it.
     print_tables([row], paper=False)
-    print("\n" + "\n".join(f"- {note}" for note in [*notes, f"all of it in {path}"]))
+    print(f"\n- all of it in {path}")
 
 
 def compare(args):
     """Several results.json side by side as the paper's tables, the best in bold"""
-    paths = [path for place in args.results for path in results_files(place)]
-    rows = joined([read_row(path) for path in paths])
+    # A file that is named twice, whatever its name looks like, is one row.
+    paths = {}
+    for place in args.results:
+        for path in results_files(place):
+            paths.setdefault(path.resolve(), path)
+    rows = joined([read_row(path) for path in paths.values()])
     if args.csv:
         write_csv(args.csv, rows)
     if args.paper:
@@ -865,8 +876,9 @@ def main(argv=None):
         help="instead of a detector, JSONL (for --images, for "
         '--extended): {"file": "00000/samples/0000.png", "objects": {class: [{"box": [x0, y0, x1, y1], '
         '"score": 0.9}]}}, with "color" where CLIP is not to tell it')
-    add("--detector", default="facebook/mask2former-swin-small-coco-instance",
-        help="folder or hub id")
+    add("--detector",
+        help=f"folder or hub id (default: {DETECTOR}); with --detections, who made them, and "
+             "only those of one detector are ranked (default: each file is one)")
     add("--clip", default=CLIP, help="CLIP, which tells colours: folder or hub id")
     add = command(dpg)
     add("--images", required=True, metavar="FOLDER", help="from sample.py --format dpg")

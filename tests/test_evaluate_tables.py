@@ -343,7 +343,102 @@ def test_what_was_measured_differently_is_not_ranked_and_the_reason_is_said(tmp_
     other["counts"]["fake"] = 1000
     write_results(tmp_path / "b", quality=other)
     out = compared(capsys, tmp_path / "a", tmp_path / "b")
-    assert "measured with another images (" in out
+    assert "measured with another number of fake images (1000, 50000)" in out
+
+
+def of_clip(samples, skipped=0, **settings):
+    return {"clip": {"scores": {"clip": 30.0}, "counts": {"samples": samples, "skipped": skipped},
+                     "settings": settings}}
+
+
+def of_dpg(prompts, judge="x"):
+    return {"dpg": {"scores": {"overall": 70.0}, "counts": {"prompts": prompts, "skipped": 0},
+                    "settings": {"judge": judge}}}
+
+
+def of_geneval(prompts=553, images=2212, tasks=("colors",), weights=None, **settings):
+    scores = {"overall": 0.5, **dict.fromkeys(tasks, 0.5)}
+    return {"geneval": {"scores": {"original": scores}, "settings": settings,
+                        "weights": weights or {},
+                        "counts": {"original": {"prompts": prompts, "images": images}}}}
+
+
+def of_quality(chunk=10000, seed=0):
+    found = quality_section(10.0)
+    found["settings"].update(chunk=chunk, seed=seed)
+    return {"quality": found}
+
+
+# Twelve characters alike, and different.
+LONG = "judges/of-our-own/"
+
+
+@pytest.mark.parametrize("one, other, difference", [
+    (of_dpg(9, LONG + "a"), of_dpg(9, LONG + "b"), f"judge ({LONG}a, {LONG}b)"),
+    (of_dpg(9), of_dpg(8), "number of prompts (8, 9)"),
+    (of_clip(9), of_clip(8), "number of prompts (8, 9)"),
+    (of_clip(9), of_clip(8, skipped=1), ""),
+    (of_geneval(553), of_geneval(552), "number of prompts (552, 553)"),
+    (of_geneval(images=2212), of_geneval(images=553), "number of images (2200, 550)"),
+    (of_geneval(images=2212), of_geneval(images=2211), ""),
+    (of_geneval(tasks=["colors"]), of_geneval(tasks=["colors", "counting"]),
+     "set of tasks (colors, colors + counting)"),
+    (of_geneval(detections=["a"], weights={"a": "1" * 64}),
+     of_geneval(detections=["b"], weights={"b": "2" * 64}), "detector (111111111111, 222222222222)"),
+    (of_geneval(detections=["a"], weights={"a": "1" * 64}),
+     of_geneval(detections=["b"], weights={"b": "1" * 64}), ""),
+    (of_geneval(detections=["a"], detector="mmdet", weights={"a": "1" * 64}),
+     of_geneval(detections=["b"], detector="mmdet", weights={"b": "2" * 64}), ""),
+    (of_geneval(detector="d", weights={"d": "1" * 64}),
+     of_geneval(detections=["b"], weights={"b": "2" * 64}), "detector (111111111111, 222222222222)"),
+    (of_quality(seed=0), of_quality(seed=1), "seed (0, 1)"),
+    (of_quality(chunk=0, seed=0), of_quality(chunk=0, seed=1), ""),
+    (of_quality(chunk=50000, seed=0), of_quality(chunk=50000, seed=1), "")])
+def test_numbers_that_depend_on_something_are_ranked_only_where_it_is_the_same(
+        tmp_path, capsys, one, other, difference):
+    write_results(tmp_path / "a", **one)
+    write_results(tmp_path / "b", **other)
+    out = compared(capsys, tmp_path / "a", tmp_path / "b")
+    assert ("not ranked" in out) == bool(difference)
+    assert not difference or f"measured with another {difference}\n" in out
+
+
+def test_compare_says_below_each_table_what_is_not_the_papers(tmp_path, capsys):
+    for name, images in ("a", 100), ("b", 100), ("c", 99):
+        write_results(
+            tmp_path / name,
+            quality={**quality_section(10.0), "notes": [f"FID: {images} images"]},
+            dpg={**of_dpg(9)["dpg"], "notes": ["judge: x"]})
+    out = compared(capsys, *[tmp_path / name for name in "abc"])
+    table_1, table_3 = out.split("Table 3")
+    assert "judge" not in table_1 and "FID:" not in table_3
+    assert table_3.count("- judge: x\n") == 1
+    assert f"- {tmp_path}/a, {tmp_path}/b: FID: 100 images\n" in table_1
+    assert f"- {tmp_path}/c: FID: 99 images\n" in table_1
+
+
+def test_samples_of_one_checkpoint_with_another_guidance_are_another_row(tmp_path, capsys):
+    sampling = {"weights": "same", "guidance": 8.0, "steps": 250, "seed": 0, "format": "flat",
+                "names": ["a"]}
+    other = {**sampling, "format": "geneval", "images_per_prompt": 4, "names": []}
+    training = {"steps": 1000, "TA": True, "IA": "all", "p": 0.5}
+    write_results(tmp_path / "a", quality={**quality_section(10.0), "sampling": sampling})
+    write_results(tmp_path / "b", clip={**of_clip(9)["clip"], "sampling": other,
+                                        "checkpoint": {"training": training}})
+    write_results(tmp_path / "c", clip={**of_clip(9)["clip"], "sampling": {**other, "guidance": 1.0}})
+    rows = [evaluate.read_row(tmp_path / name / "results.json") for name in "abc"]
+    one, two = evaluate.joined(rows)
+    assert set(one.scores) == {"fid", "precision", "clip"} and set(two.scores) == {"clip"}
+    # What only the second one knew of the checkpoint.
+    assert one.steps == 1000 and one.facts["p"] == "0.5"
+    out = compared(capsys, tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    assert f"| {tmp_path}/a + {tmp_path}/b |" in out and f"\n| {tmp_path}/c |" in out
+
+
+def test_a_file_that_is_named_twice_is_one_row(tmp_path, capsys):
+    write_results(tmp_path / "a", **of_clip(9))
+    out = compared(capsys, tmp_path / "a", f"{tmp_path}/a/../a", tmp_path / "a/results.json")
+    assert out.count("30.00") == 1
 
 
 def test_compare_paper_is_the_table_typed_by_hand(tmp_path, capsys):
