@@ -188,7 +188,8 @@ def read_row(path):
                 row.facts["IA"] = "yes" if training.get("IA") else "no"
                 row.facts["CutMix"] = str(training.get("IA") or "none")
                 row.facts["p"] = str(training.get("p", ""))
-    except (TypeError, KeyError, AttributeError, ValueError):
+    # Python's JSON knows Infinity, and whole numbers that no float can hold.
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError):
         raise UserError(f"{path}: not a results.json of evaluate.py") from None
     return row
 
@@ -377,16 +378,40 @@ def read_csv(path):
     rows = []
     # Spreadsheets put an invisible mark (BOM) first, which this encoding removes.
     with open(path, encoding="utf-8-sig", newline="") as file:
-        for cells in csv.DictReader(file):
-            try:
-                name = cells.pop("model")
-                source = cells.pop("source", None) or ""
-                # An empty cell is a score that a model does not have, and not a zero.
-                filled = {key: text for key, text in cells.items() if text}
-                facts = {fact: filled.pop(fact) for fact in FACTS if fact in filled}
-                scores = {key: Score(float(text)) for key, text in filled.items()}
-            except (KeyError, ValueError, TypeError) as error:
-                raise UserError(f"{path}: not a table as compare --csv writes it ({error})") from None
-
-            rows.append(Row(name, scores, facts, published=True, source=source))
+        reader = csv.DictReader(file)
+        try:
+            for cells in reader:
+                rows.append(published_row(cells))
+        # UnicodeDecodeError is a ValueError.
+        except (KeyError, ValueError, TypeError, csv.Error) as error:
+            raise UserError(f"{path} line {reader.line_num}: not a table as compare --csv writes "
+                            f"it ({error})") from None
     return rows
+
+
+def published_row(cells):
+    """Return a line of a CSV file, {column: text}, as a published Row.
+
+    Raises ValueError, KeyError or TypeError for what is none.
+    """
+    name = cells.pop("model")
+    source = cells.pop("source", None) or ""
+    known = set()
+    for table in TABLES:
+        known.update(prefix + column for prefix in table.prefixes for column in table.columns)
+
+    facts = {}
+    scores = {}
+    for column, text in cells.items():
+        # An empty cell is a score that a model does not have, and not a zero.
+        if not text:
+            continue
+        if column in FACTS:
+            facts[column] = text
+        elif column not in known:
+            raise ValueError(f"there is no score or fact {column!r}")
+        elif not math.isfinite(float(text)):
+            raise ValueError(f"{column} is {text!r}, which is not a number")
+        else:
+            scores[column] = Score(float(text))
+    return Row(name, scores, facts, published=True, source=source)

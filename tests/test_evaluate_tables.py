@@ -496,6 +496,20 @@ def test_published_rows_stand_beside_ours_and_are_not_ranked(tmp_path, capsys):
             compared(capsys, tmp_path / "a", "--published", table)
 
 
+@pytest.mark.parametrize("content, message", [
+    (b"model,FID\nTheirs,3\n", "line 2: .*no score or fact 'FID'"),
+    (b"model,fid\nTheirs,nan\n", "line 2: .*fid is 'nan', which is not a number"),
+    (b"model,fid\nOurs,3\nTheirs,1e999\n", "line 3: .*fid is '1e999', which is not a number"),
+    ("model,fid\nGénéral,3\n".encode("latin-1"), "can't decode byte 0xe9"),
+    (b"model,fid\n" + b"x" * 200_000 + b",3\n", "field larger than field limit")])
+def test_published_rows_that_are_none_end_in_one_line(tmp_path, capsys, content, message):
+    write_results(tmp_path / "a", quality=quality_section(10.0))
+    table = tmp_path / "rows.csv"
+    table.write_bytes(content)
+    with pytest.raises(UserError, match="rows.csv .*" + message):
+        compared(capsys, tmp_path / "a", "--published", table)
+
+
 def test_two_results_of_one_checkpoint_stay_apart_if_they_have_the_same_score(tmp_path, capsys):
     write_results(tmp_path / "a", quality=quality_section(10.0, "same"))
     write_results(tmp_path / "b", quality=quality_section(12.0, "same"))
@@ -515,7 +529,11 @@ def test_two_results_of_one_checkpoint_stay_apart_if_they_have_the_same_score(tm
     ('{"quality": {"scores": {"fid": NaN}}}', "quality: fid is nan, which is not a number"),
     ('{"quality": {"scores": {"fid": 1}, "checkpoint": 3}}', "not a results.json"),
     ('{"quality": {"scores": {}, "checkpoint": {"training": {"steps": "x"}}}}', "not a results.json"),
-    ('{"quality": {"scores": {"fid": 1}, "settings": []}}', "not a results.json")])
+    ('{"quality": {"scores": {"fid": 1}, "settings": []}}', "not a results.json"),
+    ('{"quality": {"scores": {"fid": 1}, "notes": "one"}}', "its notes are no list"),
+    ('{"quality": {"scores": {"fid": 1' + "0" * 400 + '}}}', "not a results.json"),
+    ('{"quality": {"scores": {}, "checkpoint": {"training": {"steps": Infinity}}}}',
+     "not a results.json")])
 def test_results_that_are_none_end_in_one_line(tmp_path, capsys, content, message):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(UserError, match=message):
