@@ -800,16 +800,35 @@ def compare(args):
     print_tables(rows, args.paper)
 
 
+def run_and_steps(path):
+    """Return the folder of the run that a path is of, and the steps that its name says.
+
+    Checkpoints of one run lie in one folder, and are called step-0050000. The steps are
+    None for a path that is in no such folder; then the run is the path.
+    """
+    path = Path(os.path.abspath(path))
+    for folder in (path, *path.parents):
+        named = re.match(r"step-(\d+)", folder.name)
+        if named:
+            return folder.parent, int(named[1])
+    return path, None
+
+
 def curve(args):
     """Fig. 5: a score of checkpoints against their training steps, as SVG and JSONL"""
+    # Another ending could be that of the points, which would replace the picture.
+    if Path(args.out).suffix.lower() != ".svg":
+        raise UserError(f"--out {args.out!r}: must be a file that ends in .svg")
     scores = {}
     for place in args.results:
-        # Checkpoints of one run lie in one folder, and are called step-0050000.
         folder = Path(place).parent if Path(place).is_file() else Path(place)
-        run = str(folder.parent if folder.name.startswith("step-") else folder)
+        run, _ = run_and_steps(folder)
+        # Short where it can be, because the picture's legend shows it.
+        if run.is_relative_to(Path.cwd()):
+            run = run.relative_to(Path.cwd())
+        run = str(run)
         for row in [read_row(path) for path in results_files(place)]:
-            named = re.search(r"step-(\d+)", str(Path(row.name).resolve()))
-            steps = row.steps or (int(named[1]) if named else None)
+            steps = row.steps or run_and_steps(row.name)[1]
             if args.score not in row.scores:
                 continue
             if steps is None:

@@ -573,6 +573,26 @@ def test_curve_draws_each_run_against_the_steps_of_its_checkpoints(tmp_path, cap
         evaluate.main(["curve", str(tmp_path / "final")])
 
 
+def test_curve_knows_checkpoints_of_one_run_however_they_are_named(tmp_path, monkeypatch, capsys):
+    for steps in 1000, 2000:
+        write_results(tmp_path / f"dit/step-{steps:07}", quality=quality_section(30.0))
+    monkeypatch.chdir(tmp_path / "dit/step-0001000")
+    evaluate.main(["curve", ".", "../step-0002000", "--out", "../fig5.svg"])
+    assert "2 checkpoints of 1 runs" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "dit/fig5.jsonl").read_text().splitlines()]
+    assert {row["run"] for row in rows} == {str(tmp_path / "dit")}
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(["curve", "dit/step-0001000", "--out", "fig5.svg"])
+    assert json.loads((tmp_path / "fig5.jsonl").read_text())["run"] == "dit"
+
+
+@pytest.mark.parametrize("out", ["", ".", "fig.jsonl", "fig"])
+def test_curve_writes_only_what_is_called_svg(tmp_path, out):
+    write_results(tmp_path / "dit/step-0001000", quality=quality_section(30.0))
+    line = refused("evaluate.py", "curve", tmp_path / "dit/step-0001000", "--out", out)
+    assert f"--out {out!r}: must be a file that ends in .svg" in line
+
+
 # --------------------------------------------------------------------------------------
 # What GenEval and DPG refuse
 
