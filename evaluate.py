@@ -28,10 +28,10 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import (HelpFormatter, UserError, at_least, command_line, complete, is_last_rank,
-                    line_chart, list_images, load_ahead, load_image, local_device, open_image,
-                    pretrained, rank_and_world, read_json, read_jsonl, report_skipped, sha256,
-                    weights_hash, write_jsonl)
+from common import (HelpFormatter, UserError, at_least, between, command_line, complete,
+                    is_last_rank, line_chart, list_images, load_ahead, local_device, open_image, pretrained,
+                    rank_and_world, read_json, read_jsonl, report_skipped, resize_and_crop,
+                    sha256, weights_hash, write_jsonl)
 from metrics.distances import frechet_distance, mean_prdc, prdc  # noqa: F401
 from metrics.geneval import geneval_verdict, relations  # noqa: F401
 from metrics.inception import INCEPTION, Inception, resize_tf1
@@ -47,7 +47,8 @@ IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # DINOv2, 
 CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
-# Images are read in full: no JPEG is so large that its decoder makes it smaller.
+# Images are read in full. `encode.py` lets the JPEG decoder shrink large photos, which is
+# faster and moves their pixels a little; a figure beside the paper's has to be exact.
 open_full = functools.partial(open_image, size=1 << 16)
 
 
@@ -123,6 +124,32 @@ PART = 256              # images whose features are saved together; a kill loses
 BATCH = 64              # images that go through the networks at once
 
 
+def read_samples(path):
+    """Return the lines of a samples.jsonl as dicts, each with a "file". Raises UserError."""
+    rows = read_jsonl(path)
+    if not rows:
+        raise UserError(f"{path}: no samples in it")
+    for row in rows:
+        file = row.get("file")
+        if not isinstance(file, str):
+            raise UserError(f'{path}: every line needs a "file"')
+        if not isinstance(row.get("name"), str | None):
+            raise UserError(f'{path}: the "name" of {file} is not text')
+        # Half a character, or the one that no file name may contain.
+        try:
+            valid = b"\0" not in os.fsencode(file)
+        except UnicodeEncodeError:
+            valid = False
+        if not valid:
+            raise UserError(f'{path}: "file" is {file!r}, which no file can be called')
+    return rows
+
+
+def are_cocos(rows):
+    """Tell whether samples are those of COCO's prompts: each bears the name of an image."""
+    return all(row.get("name") for row in rows)
+
+
 def sample_names(folder):
     """Return {file: name or None} of the images of a folder that count, in order of files.
 
@@ -130,32 +157,37 @@ def sample_names(folder):
     the names of COCO's images. Else it is every image but sample.py's sheet.png.
     """
     path = Path(folder, "samples.jsonl")
-    if not path.exists():
-        names = {file: None for file in list_images(folder) if file != "sheet.png"}
+    if path.exists():
+        rows = read_samples(path)
     else:
-        names = {}
-        for row in read_jsonl(path):
-            if not isinstance(row.get("file"), str):
-                raise UserError(f'{path}: every line needs a "file"')
-            if not isinstance(row.get("name"), str | None):
-                raise UserError(f'{path}: the "name" of {row["file"]} is not text')
-            names[row["file"]] = row.get("name")
-    if not names:
+        rows = [{"file": file} for file in list_images(folder) if file != "sheet.png"]
+    if not rows:
         raise UserError(f"{folder}: no samples in it")
+    named = are_cocos(rows)
+    names = {row["file"]: row["name"] if named else None for row in rows}
     return dict(sorted(names.items()))
 
 
 def asked_for(source, files, names):
     """Return those real `files` that the samples are named after; all, without names.
 
-    Raises UserError if there are none.
+    Raises UserError if there are none, or two of one name.
     """
     wanted = {name for name in names if name}
-    chosen = [file for file in files if not wanted or Path(file).stem in wanted]
+    if not wanted:
+        return files
+    chosen = {}
+    for file in files:
+        name = Path(file).stem
+        if name in wanted and name in chosen:
+            raise UserError(f"{source}: {chosen[name]} and {file} have the same name: which of them "
+                            "was asked for?")
+        if name in wanted:
+            chosen[name] = file
     if not chosen:
         raise UserError(f"{source}: none of its images was asked for: the samples are named "
                         f"after {min(wanted)} and {len(wanted) - 1} more")
-    return chosen
+    return list(chosen.values())
 
 
 @functools.cache
@@ -190,7 +222,9 @@ def load_pixels(path, size):
     Its shorter side becomes `size`, and the centre is cropped. With None it stays as it
     is, and is resized for Inception already here, because the next one has another size.
     """
-    image = open_full(path) if size is None else load_image(path, size)
+    image = open_full(path)
+    if size is not None:
+        image = resize_and_crop(image, size)
     pixels = pixels_of(image)                                          # (3, size, size)
     if size is None:
         pixels = resize_tf1(pixels[None].float())[0]                   # (3, 299, 299)
@@ -220,13 +254,28 @@ class FeatureFolder:
             self.parts[place / f"{key}.safetensors"] = part
 
     def missing(self):
-        """Return the paths of the parts that nobody has computed yet."""
-        return [path for path in self.parts if not path.exists()]
+        """Return the paths of the parts that nobody has computed yet.
+
+        A part that a full disk or a failing machine has cut is removed: it is missing.
+        """
+        missing = []
+        for path in self.parts:
+            try:
+                # Checks that the file is as long as its header says.
+                with safe_open(path, "pt"):
+                    continue
+            except FileNotFoundError:
+                pass
+            except SafetensorError:
+                path.unlink(missing_ok=True)
+            missing.append(path)
+        return missing
 
     @torch.no_grad()
     def compute(self, args, rank, world):
         """Compute this rank's share of the parts that are missing."""
-        todo = [path for path in list(self.parts)[rank::world] if not path.exists()]
+        missing = set(self.missing())
+        todo = [path for path in list(self.parts)[rank::world] if path in missing]
         load = functools.partial(load_pixels, size=None if args.no_crop else args.size)
         skipped = {}
         batches = load_ahead(self.folder, [self.parts[path] for path in todo], load, skipped)
@@ -291,6 +340,11 @@ def inception_file(given):
 def quality(args):
     """Table 1: FID, FID-DINOv2, precision, recall, density, coverage of --fake against --real"""
     at_least(args, k=1, size=1, chunk=0, seed=0)
+    between(args, 1, 4096, "size")
+    between(args, 0, 2 ** 62, "k", "chunk", "seed")
+    if 0 < args.chunk <= args.k:
+        raise UserError(f"--chunk {args.chunk}: must be larger than --k {args.k}, or 0 for all "
+                        "images at once")
     if not (args.fake or args.save_stats):
         raise UserError("give --fake, or --save-stats: --real alone has nothing to be compared "
                         "with")
@@ -304,7 +358,8 @@ def quality(args):
         read_results(args.fake)
     args.inception = inception_file(args.inception)
     weights = {args.inception: sha256(args.inception), args.dino: weights_hash(args.dino)}
-    made_with = [*weights.values(), None if args.no_crop else args.size]
+    # "full": earlier versions let the decoder shrink large photos.
+    made_with = [*weights.values(), None if args.no_crop else args.size, "full"]
 
     # Every rank computes its share; the one that ends last measures.
     folders = []
@@ -390,13 +445,11 @@ def clip(args):
     """Table 1: CLIPScore, and for prompts beyond CLIP's 77 tokens the Jina score, of --samples"""
     folder = Path(args.samples).parent
     read_results(folder)
-    rows = read_jsonl(args.samples)
-    if not rows:
-        raise UserError(f"{args.samples}: no samples in it")
+    rows = read_samples(args.samples)
     prompts = {}
     for row in rows:
-        if not isinstance(row.get("file"), str) or not isinstance(row.get("prompt"), str):
-            raise UserError(f'{args.samples}: every line needs a "file" and a "prompt"')
+        if not isinstance(row.get("prompt"), str):
+            raise UserError(f'{args.samples}: every line needs a "prompt"')
         prompts[row["file"]] = row["prompt"]
 
     notes = []
@@ -433,7 +486,7 @@ def clip(args):
         deviation = float(score.std(correction=int(len(score) > 1)))
         scores[f"{name}_error"] = deviation / len(score) ** 0.5
     counts = {"samples": len(prompts) - len(skipped), "skipped": len(skipped)}
-    data = "COCO" if all(row.get("name") for row in rows) else "ImageNet"
+    data = "COCO" if are_cocos(rows) else "ImageNet"
     finish(folder, args, scores, weights, counts, notes, data)
 
 
@@ -572,7 +625,9 @@ def judge_folder(folder, args, weights, detections):
         metadata = images[file]
         try:
             correct, reason = judge_scene(row["objects"], metadata, image, args.clip)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        # A box can be infinite, or larger than any picture.
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError,
+                Image.DecompressionBombError) as error:
             raise UserError(f"{Path(folder, file)}: its metadata.jsonl or detections lack "
                             f"something ({type(error).__name__}: {error})") from None
         right.setdefault(metadata["tag"], []).append(correct)
@@ -721,15 +776,17 @@ def dpg(args):
         return {"answers": answers}
 
     values = {"overall": []}
+    source = args.answers or Path(args.images, "answers.jsonl")
     for file, _, row in judged(args.images, known, "answers.jsonl", weights, judge, args.answers):
         questions = prompts[Path(file).stem]
         parents = {number: question.parents for number, question in questions.items()}
         of_images = []
-        for answers in row.get("answers") or [{}]:
+        answered = row.get("answers")
+        for answers in answered if answered and isinstance(answered, list) else [{}]:
             try:
                 yes = {n: str(answers[str(n)]).lower() in ("true", "yes", "1") for n in questions}
             except (KeyError, TypeError):
-                raise UserError(f'{args.judge}: "answers" of {file} must list, for each image, '
+                raise UserError(f'{source}: "answers" of {file} must list, for each image, '
                                 "{question id: true or false}, with ids "
                                 f"{', '.join(map(str, questions))}") from None
             of_images.append(dpg_score(yes, parents))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import photo, refused
+from PIL import Image
 
 import evaluate
 from common import UserError
@@ -130,6 +131,54 @@ def test_coco_is_compared_only_where_it_was_asked_for(quality, tmp_path, capsys)
         quality("--real", pictures(tmp_path / "other", 5), "--fake", fake)
 
 
+def test_samples_of_which_only_some_bear_names_are_not_cocos(quality, tmp_path):
+    real = pictures(tmp_path / "real", 6)
+    fake = pictures(tmp_path / "fake", 5, seed=50)
+    rows = [{"file": f"{n:04}.png", "prompt": "a", "name": f"{n:04}"} for n in range(5)]
+    del rows[2]["name"]
+    write_lines(fake / "samples.jsonl", rows)
+    quality("--real", real, "--fake", fake)
+    assert section(fake)["data"] == "ImageNet" and section(fake)["counts"]["real"] == 6
+
+
+def test_results_keep_the_settings_of_sampling_and_no_long_lists(quality, tmp_path):
+    real = pictures(tmp_path / "real", 5)
+    fake = pictures(tmp_path / "fake", 5, seed=50)
+    settings = {"steps": 250, "prompts": ["a"] * 5, "names": ["b"] * 5}
+    (fake / "settings.json").write_text(json.dumps(settings))
+    quality("--real", real, "--fake", fake)
+    assert section(fake)["sampling"] == {"steps": 250}
+
+
+def test_two_real_images_of_one_name_are_not_both_taken(quality, tmp_path):
+    real = tmp_path / "real"
+    pictures(real / "a", 5)
+    pictures(real / "b", 1)
+    fake = pictures(tmp_path / "fake", 5, seed=50)
+    rows = [{"file": f"{n:04}.png", "name": f"{n:04}"} for n in range(5)]
+    write_lines(fake / "samples.jsonl", rows)
+    with pytest.raises(UserError, match="a/0000.png and b/0000.png have the same name"):
+        quality("--real", real, "--fake", fake)
+
+
+@pytest.mark.parametrize("file", ["a\0.png", "\ud800.png"])
+def test_a_name_that_no_file_can_have_ends_in_one_line(tmp_path, file):
+    write_lines(tmp_path / "samples.jsonl", [{"file": file, "prompt": "a dog"}])
+    for words in (["quality", "--real", tmp_path, "--fake", tmp_path],
+                  ["clip", "--samples", tmp_path / "samples.jsonl"]):
+        assert "which no file can be called" in refused("evaluate.py", *words)
+
+
+def test_a_large_photo_is_decoded_in_full_before_it_is_resized(tmp_path):
+    path = tmp_path / "large.jpg"
+    fine = RNG(0).integers(0, 256, (1400, 1200, 3), dtype=np.uint8)
+    Image.fromarray(fine).save(path, quality=95)
+    with Image.open(path) as image:
+        expected = image.resize((64, 64), Image.Resampling.LANCZOS, (0, 100, 1200, 1300))
+    pixels, _ = evaluate.load_pixels(path, 64)
+    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
 def test_prdc_is_the_mean_over_chunks_that_the_seed_fixes(quality, tmp_path, capsys):
     real = RNG(0).normal(size=(230, 6)).astype(np.float32)
     fake = RNG(1).normal(size=(250, 6)).astype(np.float32) * 1.1
@@ -213,6 +262,19 @@ def test_a_corrupt_image_is_named_and_counted_and_stops_nothing(quality, tmp_pat
         quality("--real", real, "--fake", fake)
 
 
+@pytest.mark.parametrize("kept", [0, 100, -100])
+def test_features_that_were_cut_on_the_disk_are_computed_again(quality, tmp_path, kept):
+    real = pictures(tmp_path / "real", 5)
+    fake = pictures(tmp_path / "fake", 5, seed=50)
+    quality("--real", real, "--fake", fake)
+    first = section(fake)["scores"]
+    for folder in real, fake:
+        [part] = folder.glob(".features/*.safetensors")
+        part.write_bytes(part.read_bytes()[:kept])
+    quality("--real", real, "--fake", fake)
+    assert section(fake)["scores"] == first
+
+
 # --------------------------------------------------------------------------------------
 # Ranks, kills, bad options
 
@@ -276,6 +338,18 @@ def test_a_killed_run_goes_on_where_it_was(quality, tmp_path):
 def test_options_out_of_bounds_end_in_one_line(tmp_path, option, value):
     line = refused("evaluate.py", "quality", "--real", tmp_path, "--fake", tmp_path, option, value)
     assert f"{option} {value}: must be at least" in line
+
+
+@pytest.mark.parametrize("option, value", [("--size", 2 ** 40), ("--chunk", 2 ** 70),
+                                           ("--seed", 2 ** 64), ("--k", 2 ** 70)])
+def test_numbers_that_no_tensor_can_hold_end_in_one_line(tmp_path, option, value):
+    line = refused("evaluate.py", "quality", "--real", tmp_path, "--fake", tmp_path, option, value)
+    assert f"{option} {value}: must be in [" in line
+
+
+def test_a_chunk_without_k_neighbours_is_refused_before_any_work(tmp_path):
+    line = refused("evaluate.py", "quality", "--real", "absent", "--fake", tmp_path, "--chunk", 3)
+    assert "--chunk 3: must be larger than --k 3" in line
 
 
 # --------------------------------------------------------------------------------------
@@ -595,6 +669,48 @@ def test_curve_writes_only_what_is_called_svg(tmp_path, out):
 
 # --------------------------------------------------------------------------------------
 # What GenEval and DPG refuse
+
+def test_given_detections_are_known_by_their_file_or_by_the_name_of_their_detector(tmp_path, capsys):
+    pictures(tmp_path / "00000/samples", 1, names="{:01}.png")
+    write_lines(tmp_path / "00000/metadata.jsonl", [{"tag": "colors", "prompt": "a", "include": []}])
+    given = write_lines(tmp_path / "given.jsonl", [{"file": "00000/samples/0.png", "objects": {}}])
+    words = ["geneval", "--images", str(tmp_path), "--detections", str(given)]
+    evaluate.main(words)
+    row = evaluate.read_row(tmp_path / "results.json")
+    assert row.scores["original overall"].made_with["detector"] == evaluate.sha256(given)
+    assert f"- objects: detections of an unnamed detector, from {given}" in capsys.readouterr().out
+    evaluate.main([*words, "--detector", "mmdet"])
+    row = evaluate.read_row(tmp_path / "results.json")
+    assert row.scores["original overall"].made_with["detector"] == "mmdet"
+    assert f"- objects: detections of mmdet, from {given}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("side", [float("inf"), 1e300, 1e5])
+def test_a_box_larger_than_any_picture_ends_in_one_line(tmp_path, side):
+    pictures(tmp_path / "00000/samples", 1)
+    (tmp_path / "00000/samples/0000.png").rename(tmp_path / "00000/samples/1.png")
+    dog = {"class": "dog", "count": 1, "color": "red"}
+    write_lines(tmp_path / "00000/metadata.jsonl",
+                [{"tag": "colors", "prompt": "a red dog", "include": [dog]}])
+    objects = {"dog": [{"box": [0, 0, side, side], "score": 0.9}]}
+    detections = write_lines(tmp_path / "detections.jsonl",
+                             [{"file": "00000/samples/1.png", "objects": objects}])
+    line = refused("evaluate.py", "geneval", "--images", tmp_path, "--detections", detections)
+    assert "1.png: its metadata.jsonl or detections lack something" in line
+
+
+@pytest.mark.parametrize("answers", [5, True, "yes", [], [5], {"1": True}])
+def test_answers_that_are_no_list_end_in_one_line(tmp_path, answers):
+    photo(0, (40, 40)).save(tmp_path / "a.png")
+    questions = tmp_path / "dpg.csv"
+    questions.write_text("item_id,proposition_id,dependency,tuple,question_natural_language\n"
+                         "a,1,0,entity - whole (dog),A dog?\n")
+    given = write_lines(tmp_path / "given.jsonl", [{"file": "a.png", "answers": answers}])
+    line = refused("evaluate.py", "dpg", "--images", tmp_path, "--questions", questions,
+                   "--answers", given, "--judge", "us")
+    assert 'given.jsonl: "answers" of a.png must list' in line
+
+
 
 def test_a_tag_or_a_file_that_is_a_list_ends_in_one_line(tmp_path):
     pictures(tmp_path / "00000/samples", 1)
