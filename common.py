@@ -172,7 +172,7 @@ def read_json(path, what):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not {what} ({one_line(error)})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: not {what} (no JSON object)")
@@ -194,7 +194,7 @@ def read_jsonl(path):
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     if not line.endswith(b"\n"):
                         break
                     reason = getattr(error, "msg", error)

@@ -28,25 +28,28 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import (HelpFormatter, UserError, at_least, command_line, complete, is_last_rank,
-                    list_images, load_ahead, load_image, local_device, open_image,
-                    pretrained, rank_and_world, read_json, read_jsonl, report_skipped, sha256,
-                    weights_hash, write_jsonl)
+from common import (HelpFormatter, UserError, at_least, between, command_line, complete,
+                    is_last_rank, list_images, load_ahead, local_device, open_image, pretrained,
+                    rank_and_world, read_json, read_jsonl, report_skipped, resize_and_crop,
+                    sha256, weights_hash, write_jsonl)
 from metrics.charts import line_chart
 from metrics.distances import frechet_distance, mean_prdc, prdc  # noqa: F401
+from metrics.geneval import geneval_verdict, relations  # noqa: F401
 from metrics.inception import INCEPTION, Inception, resize_tf1
 from metrics.tables import (PUBLISHED, TASKS, Row, disagreement, joined,
                             print_tables, read_csv, read_row, results_files, scores_of, write_csv)
 
 DEVICE = local_device()
 CLIP = "openai/clip-vit-large-patch14"
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 
 # Mean and standard deviation of the pixels that networks were trained with.
 IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # DINOv2, Mask2Former
 CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
-# Images are read in full: no JPEG is so large that its decoder makes it smaller.
+# Images are read in full. `encode.py` lets the JPEG decoder shrink large photos, which is
+# faster and moves their pixels a little; a figure beside the paper's has to be exact.
 open_full = functools.partial(open_image, size=1 << 16)
 
 
@@ -122,6 +125,32 @@ PART = 256              # images whose features are saved together; a kill loses
 BATCH = 64              # images that go through the networks at once
 
 
+def read_samples(path):
+    """Return the lines of a samples.jsonl as dicts, each with a "file". Raises UserError."""
+    rows = read_jsonl(path)
+    if not rows:
+        raise UserError(f"{path}: no samples in it")
+    for row in rows:
+        file = row.get("file")
+        if not isinstance(file, str):
+            raise UserError(f'{path}: every line needs a "file"')
+        if not isinstance(row.get("name"), str | None):
+            raise UserError(f'{path}: the "name" of {file} is not text')
+        # Half a character, or the one that no file name may contain.
+        try:
+            valid = b"\0" not in os.fsencode(file)
+        except UnicodeEncodeError:
+            valid = False
+        if not valid:
+            raise UserError(f'{path}: "file" is {file!r}, which no file can be called')
+    return rows
+
+
+def are_cocos(rows):
+    """Tell whether samples are those of COCO's prompts: each bears the name of an image."""
+    return all(row.get("name") for row in rows)
+
+
 def sample_names(folder):
     """Return {file: name or None} of the images of a folder that count, in order of files.
 
@@ -129,32 +158,37 @@ def sample_names(folder):
     the names of COCO's images. Else it is every image but sample.py's sheet.png.
     """
     path = Path(folder, "samples.jsonl")
-    if not path.exists():
-        names = {file: None for file in list_images(folder) if file != "sheet.png"}
+    if path.exists():
+        rows = read_samples(path)
     else:
-        names = {}
-        for row in read_jsonl(path):
-            if not isinstance(row.get("file"), str):
-                raise UserError(f'{path}: every line needs a "file"')
-            if not isinstance(row.get("name"), str | None):
-                raise UserError(f'{path}: the "name" of {row["file"]} is not text')
-            names[row["file"]] = row.get("name")
-    if not names:
+        rows = [{"file": file} for file in list_images(folder) if file != "sheet.png"]
+    if not rows:
         raise UserError(f"{folder}: no samples in it")
+    named = are_cocos(rows)
+    names = {row["file"]: row["name"] if named else None for row in rows}
     return dict(sorted(names.items()))
 
 
 def asked_for(source, files, names):
     """Return those real `files` that the samples are named after; all, without names.
 
-    Raises UserError if there are none.
+    Raises UserError if there are none, or two of one name.
     """
     wanted = {name for name in names if name}
-    chosen = [file for file in files if not wanted or Path(file).stem in wanted]
+    if not wanted:
+        return files
+    chosen = {}
+    for file in files:
+        name = Path(file).stem
+        if name in wanted and name in chosen:
+            raise UserError(f"{source}: {chosen[name]} and {file} have the same name: which of them "
+                            "was asked for?")
+        if name in wanted:
+            chosen[name] = file
     if not chosen:
         raise UserError(f"{source}: none of its images was asked for: the samples are named "
                         f"after {min(wanted)} and {len(wanted) - 1} more")
-    return chosen
+    return list(chosen.values())
 
 
 @functools.cache
@@ -189,7 +223,9 @@ def load_pixels(path, size):
     Its shorter side becomes `size`, and the centre is cropped. With None it stays as it
     is, and is resized for Inception already here, because the next one has another size.
     """
-    image = open_full(path) if size is None else load_image(path, size)
+    image = open_full(path)
+    if size is not None:
+        image = resize_and_crop(image, size)
     pixels = pixels_of(image)                                          # (3, size, size)
     if size is None:
         pixels = resize_tf1(pixels[None].float())[0]                   # (3, 299, 299)
@@ -219,13 +255,28 @@ class FeatureFolder:
             self.parts[place / f"{key}.safetensors"] = part
 
     def missing(self):
-        """Return the paths of the parts that nobody has computed yet."""
-        return [path for path in self.parts if not path.exists()]
+        """Return the paths of the parts that nobody has computed yet.
+
+        A part that a full disk or a failing machine has cut is removed: it is missing.
+        """
+        missing = []
+        for path in self.parts:
+            try:
+                # Checks that the file is as long as its header says.
+                with safe_open(path, "pt"):
+                    continue
+            except FileNotFoundError:
+                pass
+            except SafetensorError:
+                path.unlink(missing_ok=True)
+            missing.append(path)
+        return missing
 
     @torch.no_grad()
     def compute(self, args, rank, world):
         """Compute this rank's share of the parts that are missing."""
-        todo = [path for path in list(self.parts)[rank::world] if not path.exists()]
+        missing = set(self.missing())
+        todo = [path for path in list(self.parts)[rank::world] if path in missing]
         load = functools.partial(load_pixels, size=None if args.no_crop else args.size)
         skipped = {}
         batches = load_ahead(self.folder, [self.parts[path] for path in todo], load, skipped)
@@ -290,6 +341,11 @@ def inception_file(given):
 def quality(args):
     """Table 1: FID, FID-DINOv2, precision, recall, density, coverage of --fake against --real"""
     at_least(args, k=1, size=1, chunk=0, seed=0)
+    between(args, 1, 4096, "size")
+    between(args, 0, 2 ** 62, "k", "chunk", "seed")
+    if 0 < args.chunk <= args.k:
+        raise UserError(f"--chunk {args.chunk}: must be larger than --k {args.k}, or 0 for all "
+                        "images at once")
     if not (args.fake or args.save_stats):
         raise UserError("give --fake, or --save-stats: --real alone has nothing to be compared "
                         "with")
@@ -303,7 +359,8 @@ def quality(args):
         read_results(args.fake)
     args.inception = inception_file(args.inception)
     weights = {args.inception: sha256(args.inception), args.dino: weights_hash(args.dino)}
-    made_with = [*weights.values(), None if args.no_crop else args.size]
+    # "full": earlier versions let the decoder shrink large photos.
+    made_with = [*weights.values(), None if args.no_crop else args.size, "full"]
 
     # Every rank computes its share; the one that ends last measures.
     folders = []
@@ -389,13 +446,11 @@ def clip(args):
     """Table 1: CLIPScore, and for prompts beyond CLIP's 77 tokens the Jina score, of --samples"""
     folder = Path(args.samples).parent
     read_results(folder)
-    rows = read_jsonl(args.samples)
-    if not rows:
-        raise UserError(f"{args.samples}: no samples in it")
+    rows = read_samples(args.samples)
     prompts = {}
     for row in rows:
-        if not isinstance(row.get("file"), str) or not isinstance(row.get("prompt"), str):
-            raise UserError(f'{args.samples}: every line needs a "file" and a "prompt"')
+        if not isinstance(row.get("prompt"), str):
+            raise UserError(f'{args.samples}: every line needs a "prompt"')
         prompts[row["file"]] = row["prompt"]
 
     notes = []
@@ -432,7 +487,7 @@ def clip(args):
         deviation = float(score.std(correction=int(len(score) > 1)))
         scores[f"{name}_error"] = deviation / len(score) ** 0.5
     counts = {"samples": len(prompts) - len(skipped), "skipped": len(skipped)}
-    data = "COCO" if all(row.get("name") for row in rows) else "ImageNet"
+    data = "COCO" if are_cocos(rows) else "ImageNet"
     finish(folder, args, scores, weights, counts, notes, data)
 
 
@@ -443,8 +498,6 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 CONFIDENT = 0.3             # a detection counts above this score,
 CONFIDENT_COUNTING = 0.9    # in the counting task above this one,
 MOST = 16                   # and at most so many of a class
-NEAR = 0.1                  # share of both boxes' sizes by which their offset is shortened
-TURN = 0.5                  # share of the offset along one axis that makes it a direction
 # COCO's classes, with the names that GenEval gives to some of them.
 COCO = """\
 person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,
@@ -455,72 +508,6 @@ fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza
 cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,
 tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,
 clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(",")
-
-
-def relations(a, b):
-    """Return the names of the relations in which box `a` [x0, y0, x1, y1] is to `b`."""
-    a = np.asarray(a[:4], float).reshape(2, 2)                         # two corners (x, y)
-    b = np.asarray(b[:4], float).reshape(2, 2)
-    offset = a.mean(0) - b.mean(0)
-    sides = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
-    shrunk = np.sign(offset) * np.maximum(np.abs(offset) - NEAR * sides, 0)
-    if (np.abs(shrunk) < 1e-3).all():
-        return set()
-    # Divided by the length of the whole offset, not of the shrunk one.
-    x, y = shrunk / np.linalg.norm(offset)
-    holds = {"left of": x < -TURN, "right of": x > TURN, "above": y < -TURN, "below": y > TURN}
-    return {name for name in holds if holds[name]}
-
-
-def clause_fault(clause, found, clauses, matched, color_of):
-    """Return what is wrong with the objects `found` for an "include" clause, "" if nothing.
-
-    A position refers to an earlier one of `clauses`, whose objects are in `matched`, None if it
-    failed.
-    """
-    name = clause["class"]
-    count = clause["count"]
-    if len(found) < count:
-        return f"expected {name}>={count}, found {len(found)}"
-
-    if clause.get("color"):
-        colors = [color_of(thing, name) for thing in found]
-        if colors != [clause["color"]] * count:
-            return f"expected {clause['color']} {name}>={count}, found {', '.join(colors)}"
-
-    if clause.get("position"):
-        relation, target = clause["position"]
-        if matched[target] is None:
-            return f"no target for {name} to be {relation}"
-        for thing, other in itertools.product(found, matched[target]):
-            if relation not in relations(thing["box"], other["box"]):
-                return f"expected {name} {relation} {clauses[target]['class']}"
-    return ""
-
-
-def geneval_verdict(objects, metadata, color_of):
-    """Return (correct, reason) for one image by GenEval's rules (its evaluate_images.py).
-
-    objects: {class: [{"box": [x0, y0, x1, y1], ...}, ...]}, the most confident first.
-    metadata: the benchmark's line, of "include" and "exclude" clauses. color_of(object,
-    class) -> name of its colour, asked only where a clause names a colour and its count
-    is met.
-    """
-    faults = []
-    clauses = metadata.get("include", [])
-    # The objects of each clause; None for one that failed.
-    matched = []
-    for clause in clauses:
-        found = objects.get(clause["class"], [])[:clause["count"]]
-        fault = clause_fault(clause, found, clauses, matched, color_of)
-        matched.append(None if fault else found)
-        if fault:
-            faults.append(fault)
-    for clause in metadata.get("exclude", []):
-        found = len(objects.get(clause["class"], []))
-        if found >= clause["count"]:
-            faults.append(f"expected {clause['class']}<{clause['count']}, found {found}")
-    return not faults, "; ".join(faults)
 
 
 @torch.no_grad()
@@ -639,7 +626,9 @@ def judge_folder(folder, args, weights, detections):
         metadata = images[file]
         try:
             correct, reason = judge_scene(row["objects"], metadata, image, args.clip)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        # A box can be infinite, or larger than any picture.
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError,
+                Image.DecompressionBombError) as error:
             raise UserError(f"{Path(folder, file)}: its metadata.jsonl or detections lack "
                             f"something ({type(error).__name__}: {error})") from None
         right.setdefault(metadata["tag"], []).append(correct)
@@ -664,9 +653,12 @@ def geneval(args):
         raise UserError("--detections: one file for --images, a second one for --extended if it "
                         "is given")
     read_results(args.images)
-    weights = {}
-    notes = ["objects: the detections that were given"]
-    if not args.detections:
+    if args.detections:
+        weights = {file: sha256(file) for file in args.detections}
+        notes = [f"objects: detections of {args.detector or 'an unnamed detector'}, from "
+                 f"{' and '.join(args.detections)}"]
+    else:
+        args.detector = args.detector or DETECTOR
         weights = {name: weights_hash(name) for name in (args.detector, args.clip)}
         notes = [f"objects: {args.detector}. On the hub that is Meta's own training of "
                  "Mask2Former, not the checkpoint of mmdet that the benchmark uses"]
@@ -785,15 +777,17 @@ def dpg(args):
         return {"answers": answers}
 
     values = {"overall": []}
+    source = args.answers or Path(args.images, "answers.jsonl")
     for file, _, row in judged(args.images, known, "answers.jsonl", weights, judge, args.answers):
         questions = prompts[Path(file).stem]
         parents = {number: question.parents for number, question in questions.items()}
         of_images = []
-        for answers in row.get("answers") or [{}]:
+        answered = row.get("answers")
+        for answers in answered if answered and isinstance(answered, list) else [{}]:
             try:
                 yes = {n: str(answers[str(n)]).lower() in ("true", "yes", "1") for n in questions}
             except (KeyError, TypeError):
-                raise UserError(f'{args.judge}: "answers" of {file} must list, for each image, '
+                raise UserError(f'{source}: "answers" of {file} must list, for each image, '
                                 "{question id: true or false}, with ids "
                                 f"{', '.join(map(str, questions))}") from None
             of_images.append(dpg_score(yes, parents))
@@ -832,22 +826,29 @@ def finish(folder, args, scores, weights, counts, notes, data=None):
     for key, name in (("checkpoint", "checkpoint.json"), ("sampling", "settings.json")):
         path = Path(folder, name)
         section[key] = read_json(path, f"sample.py's {name}") if path.exists() else {}
-    section["sampling"].pop("prompts", None)
+    # Tens of thousands of texts that say nothing about the scores.
+    for long_list in ("prompts", "names"):
+        section["sampling"].pop(long_list, None)
     path = Path(folder, "results.json")
     command = args.run.__name__
     results = {**read_results(folder), command: section}
     with complete(path) as temporary:
-        text = json.dumps(results, indent=1, ensure_ascii=False)
+        text = json.dumps(results, indent=1)
         temporary.write_text(text + "\n", encoding="utf-8")
     row = Row(Path(folder).resolve().name, scores_of(path, command, section), {})
+    # With the notes below it.
     print_tables([row], paper=False)
-    print("\n" + "\n".join(f"- {note}" for note in [*notes, f"all of it in {path}"]))
+    print(f"\n- all of it in {path}")
 
 
 def compare(args):
     """Several results.json side by side as the paper's tables, the best in bold"""
-    paths = [path for place in args.results for path in results_files(place)]
-    rows = joined([read_row(path) for path in paths])
+    # A file that is named twice, whatever its name looks like, is one row.
+    paths = {}
+    for place in args.results:
+        for path in results_files(place):
+            paths.setdefault(path.resolve(), path)
+    rows = joined([read_row(path) for path in paths.values()])
     if args.csv:
         write_csv(args.csv, rows)
     if args.paper:
@@ -857,16 +858,35 @@ def compare(args):
     print_tables(rows, args.paper)
 
 
+def run_and_steps(path):
+    """Return the folder of the run that a path is of, and the steps that its name says.
+
+    Checkpoints of one run lie in one folder, and are called step-0050000. The steps are
+    None for a path that is in no such folder; then the run is the path.
+    """
+    path = Path(os.path.abspath(path))
+    for folder in (path, *path.parents):
+        named = re.match(r"step-(\d+)", folder.name)
+        if named:
+            return folder.parent, int(named[1])
+    return path, None
+
+
 def curve(args):
     """Fig. 5: a score of checkpoints against their training steps, as SVG and JSONL"""
+    # Another ending could be that of the points, which would replace the picture.
+    if Path(args.out).suffix.lower() != ".svg":
+        raise UserError(f"--out {args.out!r}: must be a file that ends in .svg")
     scores = {}
     for place in args.results:
-        # Checkpoints of one run lie in one folder, and are called step-0050000.
         folder = Path(place).parent if Path(place).is_file() else Path(place)
-        run = str(folder.parent if folder.name.startswith("step-") else folder)
+        run, _ = run_and_steps(folder)
+        # Short where it can be, because the picture's legend shows it.
+        if run.is_relative_to(Path.cwd()):
+            run = run.relative_to(Path.cwd())
+        run = str(run)
         for row in [read_row(path) for path in results_files(place)]:
-            named = re.search(r"step-(\d+)", str(Path(row.name).resolve()))
-            steps = row.steps or (int(named[1]) if named else None)
+            steps = row.steps or run_and_steps(row.name)[1]
             if args.score not in row.scores:
                 continue
             if steps is None:
@@ -933,8 +953,9 @@ def main(argv=None):
         help="instead of a detector, JSONL (for --images, for "
         '--extended): {"file": "00000/samples/0000.png", "objects": {class: [{"box": [x0, y0, x1, y1], '
         '"score": 0.9}]}}, with "color" where CLIP is not to tell it')
-    add("--detector", default="facebook/mask2former-swin-small-coco-instance",
-        help="folder or hub id")
+    add("--detector",
+        help=f"folder or hub id (default: {DETECTOR}); with --detections, who made them, and "
+             "only those of one detector are ranked (default: each file is one)")
     add("--clip", default=CLIP, help="CLIP, which tells colours: folder or hub id")
     add = command(dpg)
     add("--images", required=True, metavar="FOLDER", help="from sample.py --format dpg")

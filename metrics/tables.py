@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,10 +41,15 @@ TABLES = [
     Table("Table 4: settings of CutMix", ("CutMix",), ABLATION, {"": ""}),
     Table("Table 5: probability of composites", ("p",), ABLATION, {"": ""})]
 
-# Settings that a score depends on: scores are ranked only where these are the same.
+# Settings that a score depends on, of the score or else of its command. Scores are ranked
+# only where these are the same, and the numbers that `conditions` adds.
 DEPENDS_ON = {"fid": ("inception", "size", "no_crop"), "fid_dino": ("dino", "size", "no_crop"),
-              "quality": ("dino", "size", "no_crop", "chunk", "k"), "clip": ("clip",),
+              "quality": ("dino", "size", "no_crop", "chunk", "k", "seed"), "clip": ("clip",),
               "jina": ("jina",), "geneval": ("detector", "clip"), "dpg": ("judge", "questions")}
+
+# Settings of sample.py that do not make it another way of sampling from a checkpoint: its
+# benchmarks differ in them by their nature.
+OF_BENCHMARKS = ("weights", "prompts", "names", "format", "images_per_prompt", "seed")
 
 # Rows of other people's numbers, each with its source. What is missing may be added there.
 PUBLISHED = Path(__file__).with_name("published.csv")
@@ -53,6 +59,7 @@ class Score(NamedTuple):
     value: float
     error: float | None = None          # the standard error
     made_with: dict = {}                # what it depends on beside the images
+    notes: tuple = ()                   # what is to be said wherever it is printed
 
 
 class Row(NamedTuple):
@@ -60,6 +67,7 @@ class Row(NamedTuple):
     scores: dict                        # {"fid": Score, "COCO fid": ..., "original overall": ...}
     facts: dict                         # {"TA": "yes", "p": "0.5", ...}, of the checkpoint
     weights: str | None = None          # the checkpoint's hash
+    sampling: dict = {}                 # how the images were sampled from it
     steps: int | None = None            # its training steps
     published: bool = False
     source: str = ""                    # of a published row
@@ -67,6 +75,8 @@ class Row(NamedTuple):
 
 def scores_of(path, command, section):
     """Return a section of results.json as {name of the score: Score}. Raises UserError."""
+    if command not in ("quality", "clip", "geneval", "dpg"):
+        raise UserError(f"{path}: not a results.json of evaluate.py (no command {command!r})")
     found = section["scores"]
 
     # A prefix keeps apart what has the same name in two tables: FID on COCO and on
@@ -84,24 +94,67 @@ def scores_of(path, command, section):
         if not is_number or not math.isfinite(value):
             raise UserError(f"{path}: {command}: {name} is {value!r}, which is not a number")
 
-    settings = section.get("settings", {})
-    counts = section.get("counts", {})
-    others = DEPENDS_ON[command]
+    notes = section.get("notes") or []
+    if not isinstance(notes, list):
+        raise UserError(f"{path}: {command}: its notes are no list")
+    if prefix == "COCO ":
+        notes = [f"COCO: {note}" for note in notes]
 
     # A standard error belongs to its score and is none itself.
     scores = {}
     for name in [name for name in found if not name.endswith("_error")]:
-        made_with = {}
-        for key in DEPENDS_ON.get(name, others):
-            # A model is known by the hash of its weights, whatever its folder is called.
-            made_with[key] = section.get("weights", {}).get(settings.get(key), settings.get(key))
-
-        # Two digits, so that a few unreadable images do not make it another measurement.
-        if command == "quality":
-            sizes = (counts.get("fake", 0), counts.get("real", 0))
-            made_with["images"] = "{:.2g} against {:.2g}".format(*sizes)
-        scores[prefix + name] = Score(found[name], found.get(f"{name}_error"), made_with)
+        scores[prefix + name] = Score(found[name], found.get(f"{name}_error"),
+                                      conditions(command, section, name), tuple(map(str, notes)))
     return scores
+
+
+def conditions(command, section, name):
+    """Return what the score `name` of a section depends on beside the images, as a dict."""
+    settings = section.get("settings", {})
+    weights = section.get("weights", {})
+    counts = section.get("counts", {})
+    found = {}
+    for key in DEPENDS_ON.get(name, DEPENDS_ON[command]):
+        # A model is known by the hash of its weights, whatever its folder is called.
+        found[key] = weights.get(settings.get(key), settings.get(key))
+
+    if command == "quality":
+        real = counts.get("real", 0)
+        fake = counts.get("fake", 0)
+        found["number of real images"] = two_digits(real)
+        found["number of fake images"] = two_digits(fake)
+
+        # The seed fixes what is in a chunk, and changes nothing in a chunk of all images.
+        chunk = settings.get("chunk")
+        all_at_once = not chunk or 0 < max(real, fake) <= chunk
+        if all_at_once:
+            found.pop("seed", None)
+
+    if command == "clip":
+        found["number of prompts"] = counts.get("samples", 0) + counts.get("skipped", 0)
+
+    if command == "dpg":
+        found["number of prompts"] = counts.get("prompts", 0) + counts.get("skipped", 0)
+
+    if command == "geneval":
+        kind = name.split()[0]
+        of_kind = counts.get(kind, {})
+        found["number of prompts"] = of_kind.get("prompts", 0)
+        found["number of images"] = two_digits(of_kind.get("images", 0))
+        tasks = sorted(set(section["scores"][kind]) - {"overall"})
+        found["set of tasks"] = " + ".join(tasks)
+
+        # Detections that nobody put a name to are known by the file that they were in.
+        files = settings.get("detections")
+        if files and not settings.get("detector"):
+            file = files[-1] if kind == "extended" else files[0]
+            found["detector"] = weights.get(file, file)
+    return found
+
+
+def two_digits(count):
+    """Return a number as text, rounded so that a few unreadable images do not matter."""
+    return f"{float(f'{count:.2g}'):.0f}"
 
 
 def read_row(path):
@@ -115,8 +168,12 @@ def read_row(path):
             # Sections come from commands that ran on their own. One that does not know the
             # checkpoint must not erase what another one knew.
             training = (section.get("checkpoint") or {}).get("training") or {}
-            weights = (section.get("sampling") or {}).get("weights")
-            row = row._replace(weights=weights or row.weights)
+            sampling = dict(section.get("sampling") or {})
+            if sampling:
+                weights = sampling.get("weights") or row.weights
+                for key in OF_BENCHMARKS:
+                    sampling.pop(key, None)
+                row = row._replace(weights=weights, sampling=sampling)
 
             if training.get("steps") is not None:
                 row = row._replace(steps=int(training["steps"]))
@@ -131,7 +188,8 @@ def read_row(path):
                 row.facts["IA"] = "yes" if training.get("IA") else "no"
                 row.facts["CutMix"] = str(training.get("IA") or "none")
                 row.facts["p"] = str(training.get("p", ""))
-    except (TypeError, KeyError, AttributeError, ValueError):
+    # Python's JSON knows Infinity, and whole numbers that no float can hold.
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError):
         raise UserError(f"{path}: not a results.json of evaluate.py") from None
     return row
 
@@ -150,18 +208,26 @@ def results_files(place):
 
 
 def joined(rows):
-    """Return rows, those of one checkpoint made one unless they share a score."""
+    """Return rows, those of one checkpoint made one unless they share a score.
+
+    Samples that were made with other settings (guidance, steps, ...) are those of another
+    model.
+    """
     models = []
     for row in rows:
         for i, model in enumerate(models):
-            same = row.weights is not None and row.weights == model.weights
+            same_weights = row.weights is not None and row.weights == model.weights
+            same_model = same_weights and row.sampling == model.sampling
             # Two measurements of one score stay apart, or one would hide the other.
-            if same and not row.scores.keys() & model.scores.keys():
-                models[i] = model._replace(name=f"{model.name} + {row.name}",
-                                           scores={**model.scores, **row.scores})
+            if same_model and not row.scores.keys() & model.scores.keys():
+                models[i] = model._replace(
+                    name=f"{model.name} + {row.name}",
+                    scores={**model.scores, **row.scores},
+                    facts={**model.facts, **row.facts},
+                    steps=row.steps if model.steps is None else model.steps)
                 break
         else:
-            # No earlier row is of this checkpoint, or all share a score with this one.
+            # No earlier row is of this model, or all share a score with this one.
             models.append(row)
     return models
 
@@ -171,11 +237,27 @@ def disagreement(scores):
     reasons = []
     # A dict and not a set, because it keeps the order of the keys.
     for key in {key: None for score in scores for key in score.made_with}:
-        # Hashes are told apart, and printed, by their first twelve characters.
-        values = sorted({str(score.made_with.get(key))[:12] for score in scores})
+        values = sorted({str(score.made_with.get(key)) for score in scores})
         if len(values) > 1:
-            reasons.append(f"{key} ({', '.join(values)})")
+            shown = [short_hash(value) for value in values]
+            reasons.append(f"{key} ({', '.join(shown)})")
     return ", ".join(reasons)
+
+
+def short_hash(text):
+    """Return the first twelve digits of a hash; any other text as it is."""
+    return text[:12] if re.fullmatch("[0-9a-f]{40,}", text) else text
+
+
+def notes_of(rows, columns):
+    """Return {note: names of the rows} of what rows have to say of their scores `columns`."""
+    found = {}
+    for row in rows:
+        scores = [score for name, score in row.scores.items() if name in columns]
+        # A dict and not a set, because it keeps the order of the notes.
+        for note in dict.fromkeys(note for score in scores for note in score.notes):
+            found.setdefault(note, []).append(row.name)
+    return found
 
 
 def cell_texts(scores, rivals, lowest, digits):
@@ -221,7 +303,7 @@ def print_tables(rows, paper=False):
 
     Original and extended prompts are ranked apart. What was published is not ranked, nor
     is a column that was measured in different ways, and a line below the table says in
-    which.
+    which. What is not the paper's about a score stands there too.
     """
     for table in TABLES:
         chosen = rows_of_table(table, rows, paper)
@@ -263,6 +345,12 @@ def print_tables(rows, paper=False):
         for i, name in enumerate(names):
             cells = [texts[heading][i] for heading in shown]
             print(f"| {' | '.join([*name, *cells])} |")
+        columns = {prefix + column for prefix in table.prefixes for column in table.columns}
+        measured = [row for row in chosen if not row.published]
+        for note, names in notes_of(measured, columns).items():
+            # Named are only those whose note is not that of all.
+            about = "" if len(names) == len(measured) else f"{', '.join(names)}: "
+            print(f"\n- {about}{note}")
         for difference, headings in unranked.items():
             print(f"\n- not ranked: {', '.join(headings)}; measured with another {difference}")
         for source in dict.fromkeys(row.source for row in chosen if row.source):
@@ -290,16 +378,40 @@ def read_csv(path):
     rows = []
     # Spreadsheets put an invisible mark (BOM) first, which this encoding removes.
     with open(path, encoding="utf-8-sig", newline="") as file:
-        for cells in csv.DictReader(file):
-            try:
-                name = cells.pop("model")
-                source = cells.pop("source", None) or ""
-                # An empty cell is a score that a model does not have, and not a zero.
-                filled = {key: text for key, text in cells.items() if text}
-                facts = {fact: filled.pop(fact) for fact in FACTS if fact in filled}
-                scores = {key: Score(float(text)) for key, text in filled.items()}
-            except (KeyError, ValueError, TypeError) as error:
-                raise UserError(f"{path}: not a table as compare --csv writes it ({error})") from None
-
-            rows.append(Row(name, scores, facts, published=True, source=source))
+        reader = csv.DictReader(file)
+        try:
+            for cells in reader:
+                rows.append(published_row(cells))
+        # UnicodeDecodeError is a ValueError.
+        except (KeyError, ValueError, TypeError, csv.Error) as error:
+            raise UserError(f"{path} line {reader.line_num}: not a table as compare --csv writes "
+                            f"it ({error})") from None
     return rows
+
+
+def published_row(cells):
+    """Return a line of a CSV file, {column: text}, as a published Row.
+
+    Raises ValueError, KeyError or TypeError for what is none.
+    """
+    name = cells.pop("model")
+    source = cells.pop("source", None) or ""
+    known = set()
+    for table in TABLES:
+        known.update(prefix + column for prefix in table.prefixes for column in table.columns)
+
+    facts = {}
+    scores = {}
+    for column, text in cells.items():
+        # An empty cell is a score that a model does not have, and not a zero.
+        if not text:
+            continue
+        if column in FACTS:
+            facts[column] = text
+        elif column not in known:
+            raise ValueError(f"there is no score or fact {column!r}")
+        elif not math.isfinite(float(text)):
+            raise ValueError(f"{column} is {text!r}, which is not a number")
+        else:
+            scores[column] = Score(float(text))
+    return Row(name, scores, facts, published=True, source=source)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import photo, refused
+from PIL import Image
 
 import evaluate
 from common import UserError
@@ -130,6 +131,54 @@ def test_coco_is_compared_only_where_it_was_asked_for(quality, tmp_path, capsys)
         quality("--real", pictures(tmp_path / "other", 5), "--fake", fake)
 
 
+def test_samples_of_which_only_some_bear_names_are_not_cocos(quality, tmp_path):
+    real = pictures(tmp_path / "real", 6)
+    fake = pictures(tmp_path / "fake", 5, seed=50)
+    rows = [{"file": f"{n:04}.png", "prompt": "a", "name": f"{n:04}"} for n in range(5)]
+    del rows[2]["name"]
+    write_lines(fake / "samples.jsonl", rows)
+    quality("--real", real, "--fake", fake)
+    assert section(fake)["data"] == "ImageNet" and section(fake)["counts"]["real"] == 6
+
+
+def test_results_keep_the_settings_of_sampling_and_no_long_lists(quality, tmp_path):
+    real = pictures(tmp_path / "real", 5)
+    fake = pictures(tmp_path / "fake", 5, seed=50)
+    settings = {"steps": 250, "prompts": ["a"] * 5, "names": ["b"] * 5}
+    (fake / "settings.json").write_text(json.dumps(settings))
+    quality("--real", real, "--fake", fake)
+    assert section(fake)["sampling"] == {"steps": 250}
+
+
+def test_two_real_images_of_one_name_are_not_both_taken(quality, tmp_path):
+    real = tmp_path / "real"
+    pictures(real / "a", 5)
+    pictures(real / "b", 1)
+    fake = pictures(tmp_path / "fake", 5, seed=50)
+    rows = [{"file": f"{n:04}.png", "name": f"{n:04}"} for n in range(5)]
+    write_lines(fake / "samples.jsonl", rows)
+    with pytest.raises(UserError, match="a/0000.png and b/0000.png have the same name"):
+        quality("--real", real, "--fake", fake)
+
+
+@pytest.mark.parametrize("file", ["a\0.png", "\ud800.png"])
+def test_a_name_that_no_file_can_have_ends_in_one_line(tmp_path, file):
+    write_lines(tmp_path / "samples.jsonl", [{"file": file, "prompt": "a dog"}])
+    for words in (["quality", "--real", tmp_path, "--fake", tmp_path],
+                  ["clip", "--samples", tmp_path / "samples.jsonl"]):
+        assert "which no file can be called" in refused("evaluate.py", *words)
+
+
+def test_a_large_photo_is_decoded_in_full_before_it_is_resized(tmp_path):
+    path = tmp_path / "large.jpg"
+    fine = RNG(0).integers(0, 256, (1400, 1200, 3), dtype=np.uint8)
+    Image.fromarray(fine).save(path, quality=95)
+    with Image.open(path) as image:
+        expected = image.resize((64, 64), Image.Resampling.LANCZOS, (0, 100, 1200, 1300))
+    pixels, _ = evaluate.load_pixels(path, 64)
+    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
 def test_prdc_is_the_mean_over_chunks_that_the_seed_fixes(quality, tmp_path, capsys):
     real = RNG(0).normal(size=(230, 6)).astype(np.float32)
     fake = RNG(1).normal(size=(250, 6)).astype(np.float32) * 1.1
@@ -213,6 +262,19 @@ def test_a_corrupt_image_is_named_and_counted_and_stops_nothing(quality, tmp_pat
         quality("--real", real, "--fake", fake)
 
 
+@pytest.mark.parametrize("kept", [0, 100, -100])
+def test_features_that_were_cut_on_the_disk_are_computed_again(quality, tmp_path, kept):
+    real = pictures(tmp_path / "real", 5)
+    fake = pictures(tmp_path / "fake", 5, seed=50)
+    quality("--real", real, "--fake", fake)
+    first = section(fake)["scores"]
+    for folder in real, fake:
+        [part] = folder.glob(".features/*.safetensors")
+        part.write_bytes(part.read_bytes()[:kept])
+    quality("--real", real, "--fake", fake)
+    assert section(fake)["scores"] == first
+
+
 # --------------------------------------------------------------------------------------
 # Ranks, kills, bad options
 
@@ -276,6 +338,18 @@ def test_a_killed_run_goes_on_where_it_was(quality, tmp_path):
 def test_options_out_of_bounds_end_in_one_line(tmp_path, option, value):
     line = refused("evaluate.py", "quality", "--real", tmp_path, "--fake", tmp_path, option, value)
     assert f"{option} {value}: must be at least" in line
+
+
+@pytest.mark.parametrize("option, value", [("--size", 2 ** 40), ("--chunk", 2 ** 70),
+                                           ("--seed", 2 ** 64), ("--k", 2 ** 70)])
+def test_numbers_that_no_tensor_can_hold_end_in_one_line(tmp_path, option, value):
+    line = refused("evaluate.py", "quality", "--real", tmp_path, "--fake", tmp_path, option, value)
+    assert f"{option} {value}: must be in [" in line
+
+
+def test_a_chunk_without_k_neighbours_is_refused_before_any_work(tmp_path):
+    line = refused("evaluate.py", "quality", "--real", "absent", "--fake", tmp_path, "--chunk", 3)
+    assert "--chunk 3: must be larger than --k 3" in line
 
 
 # --------------------------------------------------------------------------------------
@@ -343,7 +417,102 @@ def test_what_was_measured_differently_is_not_ranked_and_the_reason_is_said(tmp_
     other["counts"]["fake"] = 1000
     write_results(tmp_path / "b", quality=other)
     out = compared(capsys, tmp_path / "a", tmp_path / "b")
-    assert "measured with another images (" in out
+    assert "measured with another number of fake images (1000, 50000)" in out
+
+
+def of_clip(samples, skipped=0, **settings):
+    return {"clip": {"scores": {"clip": 30.0}, "counts": {"samples": samples, "skipped": skipped},
+                     "settings": settings}}
+
+
+def of_dpg(prompts, judge="x"):
+    return {"dpg": {"scores": {"overall": 70.0}, "counts": {"prompts": prompts, "skipped": 0},
+                    "settings": {"judge": judge}}}
+
+
+def of_geneval(prompts=553, images=2212, tasks=("colors",), weights=None, **settings):
+    scores = {"overall": 0.5, **dict.fromkeys(tasks, 0.5)}
+    return {"geneval": {"scores": {"original": scores}, "settings": settings,
+                        "weights": weights or {},
+                        "counts": {"original": {"prompts": prompts, "images": images}}}}
+
+
+def of_quality(chunk=10000, seed=0):
+    found = quality_section(10.0)
+    found["settings"].update(chunk=chunk, seed=seed)
+    return {"quality": found}
+
+
+# Twelve characters alike, and different.
+LONG = "judges/of-our-own/"
+
+
+@pytest.mark.parametrize("one, other, difference", [
+    (of_dpg(9, LONG + "a"), of_dpg(9, LONG + "b"), f"judge ({LONG}a, {LONG}b)"),
+    (of_dpg(9), of_dpg(8), "number of prompts (8, 9)"),
+    (of_clip(9), of_clip(8), "number of prompts (8, 9)"),
+    (of_clip(9), of_clip(8, skipped=1), ""),
+    (of_geneval(553), of_geneval(552), "number of prompts (552, 553)"),
+    (of_geneval(images=2212), of_geneval(images=553), "number of images (2200, 550)"),
+    (of_geneval(images=2212), of_geneval(images=2211), ""),
+    (of_geneval(tasks=["colors"]), of_geneval(tasks=["colors", "counting"]),
+     "set of tasks (colors, colors + counting)"),
+    (of_geneval(detections=["a"], weights={"a": "1" * 64}),
+     of_geneval(detections=["b"], weights={"b": "2" * 64}), "detector (111111111111, 222222222222)"),
+    (of_geneval(detections=["a"], weights={"a": "1" * 64}),
+     of_geneval(detections=["b"], weights={"b": "1" * 64}), ""),
+    (of_geneval(detections=["a"], detector="mmdet", weights={"a": "1" * 64}),
+     of_geneval(detections=["b"], detector="mmdet", weights={"b": "2" * 64}), ""),
+    (of_geneval(detector="d", weights={"d": "1" * 64}),
+     of_geneval(detections=["b"], weights={"b": "2" * 64}), "detector (111111111111, 222222222222)"),
+    (of_quality(seed=0), of_quality(seed=1), "seed (0, 1)"),
+    (of_quality(chunk=0, seed=0), of_quality(chunk=0, seed=1), ""),
+    (of_quality(chunk=50000, seed=0), of_quality(chunk=50000, seed=1), "")])
+def test_numbers_that_depend_on_something_are_ranked_only_where_it_is_the_same(
+        tmp_path, capsys, one, other, difference):
+    write_results(tmp_path / "a", **one)
+    write_results(tmp_path / "b", **other)
+    out = compared(capsys, tmp_path / "a", tmp_path / "b")
+    assert ("not ranked" in out) == bool(difference)
+    assert not difference or f"measured with another {difference}\n" in out
+
+
+def test_compare_says_below_each_table_what_is_not_the_papers(tmp_path, capsys):
+    for name, images in ("a", 100), ("b", 100), ("c", 99):
+        write_results(
+            tmp_path / name,
+            quality={**quality_section(10.0), "notes": [f"FID: {images} images"]},
+            dpg={**of_dpg(9)["dpg"], "notes": ["judge: x"]})
+    out = compared(capsys, *[tmp_path / name for name in "abc"])
+    table_1, table_3 = out.split("Table 3")
+    assert "judge" not in table_1 and "FID:" not in table_3
+    assert table_3.count("- judge: x\n") == 1
+    assert f"- {tmp_path}/a, {tmp_path}/b: FID: 100 images\n" in table_1
+    assert f"- {tmp_path}/c: FID: 99 images\n" in table_1
+
+
+def test_samples_of_one_checkpoint_with_another_guidance_are_another_row(tmp_path, capsys):
+    sampling = {"weights": "same", "guidance": 8.0, "steps": 250, "seed": 0, "format": "flat",
+                "names": ["a"]}
+    other = {**sampling, "format": "geneval", "images_per_prompt": 4, "names": []}
+    training = {"steps": 1000, "TA": True, "IA": "all", "p": 0.5}
+    write_results(tmp_path / "a", quality={**quality_section(10.0), "sampling": sampling})
+    write_results(tmp_path / "b", clip={**of_clip(9)["clip"], "sampling": other,
+                                        "checkpoint": {"training": training}})
+    write_results(tmp_path / "c", clip={**of_clip(9)["clip"], "sampling": {**other, "guidance": 1.0}})
+    rows = [evaluate.read_row(tmp_path / name / "results.json") for name in "abc"]
+    one, two = evaluate.joined(rows)
+    assert set(one.scores) == {"fid", "precision", "clip"} and set(two.scores) == {"clip"}
+    # What only the second one knew of the checkpoint.
+    assert one.steps == 1000 and one.facts["p"] == "0.5"
+    out = compared(capsys, tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    assert f"| {tmp_path}/a + {tmp_path}/b |" in out and f"\n| {tmp_path}/c |" in out
+
+
+def test_a_file_that_is_named_twice_is_one_row(tmp_path, capsys):
+    write_results(tmp_path / "a", **of_clip(9))
+    out = compared(capsys, tmp_path / "a", f"{tmp_path}/a/../a", tmp_path / "a/results.json")
+    assert out.count("30.00") == 1
 
 
 def test_compare_paper_is_the_table_typed_by_hand(tmp_path, capsys):
@@ -401,6 +570,20 @@ def test_published_rows_stand_beside_ours_and_are_not_ranked(tmp_path, capsys):
             compared(capsys, tmp_path / "a", "--published", table)
 
 
+@pytest.mark.parametrize("content, message", [
+    (b"model,FID\nTheirs,3\n", "line 2: .*no score or fact 'FID'"),
+    (b"model,fid\nTheirs,nan\n", "line 2: .*fid is 'nan', which is not a number"),
+    (b"model,fid\nOurs,3\nTheirs,1e999\n", "line 3: .*fid is '1e999', which is not a number"),
+    ("model,fid\nGénéral,3\n".encode("latin-1"), "can't decode byte 0xe9"),
+    (b"model,fid\n" + b"x" * 200_000 + b",3\n", "field larger than field limit")])
+def test_published_rows_that_are_none_end_in_one_line(tmp_path, capsys, content, message):
+    write_results(tmp_path / "a", quality=quality_section(10.0))
+    table = tmp_path / "rows.csv"
+    table.write_bytes(content)
+    with pytest.raises(UserError, match="rows.csv .*" + message):
+        compared(capsys, tmp_path / "a", "--published", table)
+
+
 def test_two_results_of_one_checkpoint_stay_apart_if_they_have_the_same_score(tmp_path, capsys):
     write_results(tmp_path / "a", quality=quality_section(10.0, "same"))
     write_results(tmp_path / "b", quality=quality_section(12.0, "same"))
@@ -420,7 +603,11 @@ def test_two_results_of_one_checkpoint_stay_apart_if_they_have_the_same_score(tm
     ('{"quality": {"scores": {"fid": NaN}}}', "quality: fid is nan, which is not a number"),
     ('{"quality": {"scores": {"fid": 1}, "checkpoint": 3}}', "not a results.json"),
     ('{"quality": {"scores": {}, "checkpoint": {"training": {"steps": "x"}}}}', "not a results.json"),
-    ('{"quality": {"scores": {"fid": 1}, "settings": []}}', "not a results.json")])
+    ('{"quality": {"scores": {"fid": 1}, "settings": []}}', "not a results.json"),
+    ('{"quality": {"scores": {"fid": 1}, "notes": "one"}}', "its notes are no list"),
+    ('{"quality": {"scores": {"fid": 1' + "0" * 400 + '}}}', "not a results.json"),
+    ('{"quality": {"scores": {}, "checkpoint": {"training": {"steps": Infinity}}}}',
+     "not a results.json")])
 def test_results_that_are_none_end_in_one_line(tmp_path, capsys, content, message):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(UserError, match=message):
@@ -460,8 +647,70 @@ def test_curve_draws_each_run_against_the_steps_of_its_checkpoints(tmp_path, cap
         evaluate.main(["curve", str(tmp_path / "final")])
 
 
+def test_curve_knows_checkpoints_of_one_run_however_they_are_named(tmp_path, monkeypatch, capsys):
+    for steps in 1000, 2000:
+        write_results(tmp_path / f"dit/step-{steps:07}", quality=quality_section(30.0))
+    monkeypatch.chdir(tmp_path / "dit/step-0001000")
+    evaluate.main(["curve", ".", "../step-0002000", "--out", "../fig5.svg"])
+    assert "2 checkpoints of 1 runs" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "dit/fig5.jsonl").read_text().splitlines()]
+    assert {row["run"] for row in rows} == {str(tmp_path / "dit")}
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(["curve", "dit/step-0001000", "--out", "fig5.svg"])
+    assert json.loads((tmp_path / "fig5.jsonl").read_text())["run"] == "dit"
+
+
+@pytest.mark.parametrize("out", ["", ".", "fig.jsonl", "fig"])
+def test_curve_writes_only_what_is_called_svg(tmp_path, out):
+    write_results(tmp_path / "dit/step-0001000", quality=quality_section(30.0))
+    line = refused("evaluate.py", "curve", tmp_path / "dit/step-0001000", "--out", out)
+    assert f"--out {out!r}: must be a file that ends in .svg" in line
+
+
 # --------------------------------------------------------------------------------------
 # What GenEval and DPG refuse
+
+def test_given_detections_are_known_by_their_file_or_by_the_name_of_their_detector(tmp_path, capsys):
+    pictures(tmp_path / "00000/samples", 1, names="{:01}.png")
+    write_lines(tmp_path / "00000/metadata.jsonl", [{"tag": "colors", "prompt": "a", "include": []}])
+    given = write_lines(tmp_path / "given.jsonl", [{"file": "00000/samples/0.png", "objects": {}}])
+    words = ["geneval", "--images", str(tmp_path), "--detections", str(given)]
+    evaluate.main(words)
+    row = evaluate.read_row(tmp_path / "results.json")
+    assert row.scores["original overall"].made_with["detector"] == evaluate.sha256(given)
+    assert f"- objects: detections of an unnamed detector, from {given}" in capsys.readouterr().out
+    evaluate.main([*words, "--detector", "mmdet"])
+    row = evaluate.read_row(tmp_path / "results.json")
+    assert row.scores["original overall"].made_with["detector"] == "mmdet"
+    assert f"- objects: detections of mmdet, from {given}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("side", [float("inf"), 1e300, 1e5])
+def test_a_box_larger_than_any_picture_ends_in_one_line(tmp_path, side):
+    pictures(tmp_path / "00000/samples", 1)
+    (tmp_path / "00000/samples/0000.png").rename(tmp_path / "00000/samples/1.png")
+    dog = {"class": "dog", "count": 1, "color": "red"}
+    write_lines(tmp_path / "00000/metadata.jsonl",
+                [{"tag": "colors", "prompt": "a red dog", "include": [dog]}])
+    objects = {"dog": [{"box": [0, 0, side, side], "score": 0.9}]}
+    detections = write_lines(tmp_path / "detections.jsonl",
+                             [{"file": "00000/samples/1.png", "objects": objects}])
+    line = refused("evaluate.py", "geneval", "--images", tmp_path, "--detections", detections)
+    assert "1.png: its metadata.jsonl or detections lack something" in line
+
+
+@pytest.mark.parametrize("answers", [5, True, "yes", [], [5], {"1": True}])
+def test_answers_that_are_no_list_end_in_one_line(tmp_path, answers):
+    photo(0, (40, 40)).save(tmp_path / "a.png")
+    questions = tmp_path / "dpg.csv"
+    questions.write_text("item_id,proposition_id,dependency,tuple,question_natural_language\n"
+                         "a,1,0,entity - whole (dog),A dog?\n")
+    given = write_lines(tmp_path / "given.jsonl", [{"file": "a.png", "answers": answers}])
+    line = refused("evaluate.py", "dpg", "--images", tmp_path, "--questions", questions,
+                   "--answers", given, "--judge", "us")
+    assert 'given.jsonl: "answers" of a.png must list' in line
+
+
 
 def test_a_tag_or_a_file_that_is_a_list_ends_in_one_line(tmp_path):
     pictures(tmp_path / "00000/samples", 1)
