@@ -243,7 +243,7 @@ def test_the_detector_forgives_no_bite_and_no_lump_at_any_size(fault, radius):
                  "x": 32 + 0.7 * radius * math.cos(number),
                  "y": 32 + 0.7 * radius * math.sin(number)}
         if fault == "two":
-            other = {**other, "shape": other_shape, "radius": 0.6 * radius}
+            other = {**other, "shape": other_shape, "radius": 0.8 * radius}
         right.append(finds(world.draw({**scene, "objects": [thing, other]}), scene))
     assert np.mean(right) <= 0.3
 
