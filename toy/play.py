@@ -43,7 +43,7 @@ from toy.world import BACKGROUNDS, COLORS, GREYS, PLACES, SHAPES, SIZE
 PAGE = Path(__file__).with_suffix(".html")
 MAX_BODY = 32768            # bytes of a request
 MAX_DISCARDED = 2 ** 20     # bytes of a refused request that are read before the answer
-MAX_PROMPT = 2000           # characters; T5 reads some 256 tokens of them
+MAX_PROMPT = 2000           # characters; T5 reads 256 tokens of them
 MAX_STEPS = 250
 MAX_GUIDANCE = 30
 MAX_MODELS = 4              # checkpoints that draw side by side
