@@ -9,21 +9,17 @@ JSONL (`prompt` or `caption`; other keys are kept for the benchmarks), from a fo
 + i alone: another batch size, more ranks under torchrun, or a command that was killed
 and started again give the same images.
 
-The latents' estimate x_0 is clamped to +-1.2 at every step, because guidance pushes it
-beyond any image and the error grows from step to step. 1.2 is the value of the released
-CAD-I pipeline (its evaluation uses 1.0); it is narrow, see --clamp.
+The estimate x_0 is clamped to +-1.2 at every step, as in the released pipeline, because
+guidance pushes it beyond any image and the error grows from step to step; see --clamp.
 
-From Python, with the toy's checkpoint (`python -m toy` makes it):
-
-    >>> import sample
-    >>> pipeline = sample.load_pipeline("out/toy/dit")
-    >>> image, = sample.generate(pipeline, ["a large red circle"], steps=50, guidance=3)
+From Python, see `generate`.
 """
 
 import argparse
 import json
 import math
 import random
+import resource
 import string
 import time
 from functools import partial
@@ -42,9 +38,10 @@ import model_dit
 from common import (HelpFormatter, UserError, at_least, autocast, begin_or_resume,
                     between, command_line, complete, contact_sheet, fetch, is_last_rank,
                     local_device, one_line, only_command, peak_flops, rank_and_world,
-                    read_coco_captions, read_json, read_jsonl, sha256, to_images,
-                    write_jsonl)
-from encode import encode_text, load_text_encoder, load_vae
+                    read_coco_captions, read_json, read_jsonl,
+                    refuse_other_settings, sha256, to_images, write_jsonl)
+from encode import (encode_text, fingerprint, fingerprint_of_t5, load_text_encoder,
+                    load_vae)
 
 # Encoders of a checkpoint whose config.json names none, as the released CAD-I's.
 VAE = "stabilityai/sd-vae-ft-ema"
@@ -55,10 +52,9 @@ TEXT_ENCODER = "google/flan-t5-xl"
 # The models
 
 class TextToImageModel(Protocol):
-    """What sampling and training ask of a network; a new one is written to this contract.
+    """What sampling and training ask of a network that predicts the noise in latents.
 
-    A model predicts the noise in noisy latents from a caption. Its work is in two
-    parts, because sampling repeats only the second one at each step.
+    Its work is in two parts, because sampling repeats only the second one at each step.
 
     config: the arguments that build the network again, a dict that JSON can store.
     Among them are `channels`, `size` (height and width of the latents) and `text_dim`.
@@ -67,41 +63,36 @@ class TextToImageModel(Protocol):
     config: dict
 
     def condition(self, text, mask, coherence):
-        """Return the context: all that depends on the caption alone, as keys and values.
+        """Return the context, all that depends on the caption alone, for `denoise`.
 
         text (B, L, text_dim): T5's last hidden states; mask (B, L) bool: True where
         there is a token; coherence (B,): 1 for a caption, 0 for the null prompt.
-        Nothing but `denoise` looks into the context.
         """
 
     def denoise(self, x, gamma, context, state=None):
         """Return the predicted noise, like x, and the state for the next step.
 
         x (B, channels, size, size): noisy latents; gamma (B,) in (0, 1]: their signal
-        level. `state` is what the previous step returned, or None at the first step. A
-        model without memory always returns None. Otherwise the state is a tensor (B,
-        ...), so that sampling can repeat and cut it when captions and null prompts
-        share a batch.
+        level. state: what the previous step returned, or None at the first step; a
+        tensor (B, ...), which sampling can repeat and cut, or None without a memory.
         """
 
     def forward(self, x, gamma, text, mask, coherence, coin=None):
         """Return the predicted noise in training, where there is no previous step.
 
-        coin (B,), uniform in [0, 1): one number a sample, and the only chance that a
-        model may use. If it is None, the model draws it.
+        coin (B,), uniform in [0, 1): the only chance that a model may use; None: drawn.
         """
 
 
 class ModelFamily(NamedTuple):
     """A network and its named sizes."""
 
-    network: type                   # the class, a TextToImageModel
+    network: type                   # a TextToImageModel
     presets: dict                   # name -> arguments of the class
     default_preset: str
 
 
-# To add a model, add a line. If something is missing, importing this file fails and says
-# what.
+# To add a model, add a line. If something is missing, importing this file says what.
 MODELS = {
     "dit": ModelFamily(model_dit.DiT, model_dit.PRESETS, "L/2"),
     "cad": ModelFamily(model_cad.CAD, model_cad.PRESETS, "L"),
@@ -114,8 +105,7 @@ def check_model_family(name, family):
         own = getattr(family.network, method, None)
         # Every torch module inherits a `forward` that only raises.
         if own is None or own is getattr(torch.nn.Module, method, None):
-            network = family.network.__name__
-            raise TypeError(f"MODELS[{name!r}]: {network} has no `{method}`")
+            raise TypeError(f"MODELS[{name!r}]: {family.network.__name__} has no `{method}`")
     if family.default_preset not in family.presets:
         raise TypeError(f"MODELS[{name!r}]: the default preset {family.default_preset!r} "
                         f"is not among {', '.join(family.presets)}")
@@ -144,15 +134,22 @@ def times(steps, spacing="linear"):
 
     "linear": equal steps from t = 1 to 0. "cosine": short steps at both ends; it is the
     schedule of the release's evaluation (`cosine_simple`), gamma = cos^2 of an angle
-    that goes from almost 90 to almost 0 degrees. Its two constants keep the ends away
-    from 0 and 1.
+    that goes from almost 90 to almost 0 degrees. Raises UserError for any other spacing.
     """
+    if spacing not in SPACINGS:
+        raise UserError(f"spacing {spacing!r}: must be one of {', '.join(SPACINGS)}")
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if spacing == "linear":
         return u
     angle = math.pi / 2 * (u + 0.0002) / 1.00025
     # t = 1 - gamma.
     return angle.sin() ** 2
+
+
+def is_within(t, interval):
+    """Tell whether low <= t <= high, up to rounding: 1 - 0.7 is more than 0.3."""
+    low, high = interval
+    return low - 1e-9 <= t <= high + 1e-9
 
 
 class GuidedModel:
@@ -169,16 +166,15 @@ class GuidedModel:
         self.guidance = guidance
         self.clamp = clamp
         self.interval = interval
-        self.images = len(noise)
-        self.device = noise.device
         self.state = None
 
         # A caption has coherence 1, whatever guidance leads away from has 0.
-        ones = torch.ones(self.images, device=self.device)
-        text, mask = repeat(cond, self.images)                  # (B, L, D), (B, L)
+        B = len(noise)
+        ones = torch.ones(B, device=noise.device)
+        text, mask = repeat(cond, B)                            # (B, L, D), (B, L)
         self.captions = model.condition(text, mask, ones)
         if guidance:
-            text, mask = join(cond, null, self.images)          # (2 B, L, D), (2 B, L)
+            text, mask = join(cond, null, B)                    # (2 B, L, D), (2 B, L)
             coherence = torch.cat([ones, 0 * ones])             # (2 B,)
             self.captions_and_nulls = model.condition(text, mask, coherence)
 
@@ -188,42 +184,36 @@ class GuidedModel:
         There is no guidance outside of its interval (Kynkäänniemi et al. 2024) and none
         at the first step, because pure noise has nothing to amplify.
         """
-        low, high = self.interval
-        if self.guidance and not first and low <= t <= high:
-            eps_cond, eps_null = self.denoise_both(x, t)
+        if self.guidance and not first and is_within(t, self.interval):
+            x_twice = torch.cat([x, x])                         # (2 B, C, H, W)
+            both = self.denoise(x_twice, t, self.captions_and_nulls)
+            eps_cond, eps_null = both.chunk(2)
             eps = eps_cond + self.guidance * (eps_cond - eps_null)
         else:
-            eps = self.denoise_captions(x, t)
+            eps = self.denoise(x, t, self.captions)
 
         # Solved for x_0: x_t = sqrt(gamma) x_0 + sqrt(1 - gamma) eps.
         g = gamma(t)
         x_0 = (x - (1 - g).sqrt() * eps) / g.sqrt()
-        if self.clamp is not None:
+        if self.clamp:
             x_0 = x_0.clamp(-self.clamp, self.clamp)
             # The noise that agrees with the clamped x_0.
             eps = (x - g.sqrt() * x_0) / (1 - g).sqrt()
         return x_0, eps
 
-    def denoise_captions(self, x, t):
-        """Return the noise predicted from the captions (B, C, H, W)."""
-        B = self.images
-        # After a step with guidance, the captions' half of the state.
-        state = None if self.state is None else self.state[:B]
-        g = gamma(t).float().to(self.device).expand(B)
-        eps, self.state = self.model.denoise(x.float(), g, self.captions, state)
-        return eps.double()
-
-    def denoise_both(self, x, t):
-        """Return the noise predicted from the captions and that from the null prompts."""
-        B = self.images
+    def denoise(self, x, t, context):
+        """Return the noise predicted for x, of B or 2 B rows as its context has."""
+        rows = len(x)
         state = self.state
         # After a step without guidance, the captions' state serves both halves.
-        if state is not None and len(state) == B:
+        if state is not None and len(state) < rows:
             state = torch.cat([state, state])
-        g = gamma(t).float().to(self.device).expand(2 * B)
-        x_twice = torch.cat([x, x]).float()                     # (2 B, C, H, W)
-        eps, self.state = self.model.denoise(x_twice, g, self.captions_and_nulls, state)
-        return eps.double().chunk(2)
+        # After a step with guidance, the captions go on from their half.
+        elif state is not None:
+            state = state[:rows]
+        g = gamma(t).float().to(x.device).expand(rows)
+        eps, self.state = self.model.denoise(x.float(), g, context, state)
+        return eps.double()
 
 
 def repeat(texts, batch):
@@ -255,7 +245,7 @@ def ddim(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
 
     cond, null: (text, mask) of the captions and of the null prompt, each with 1 or B
     rows. steps: at least 1. guidance: w of eps = eps_cond + w (eps_cond - eps_null); 0
-    is none. clamp: bound of |x_0| at every step; None is none. spacing: see `times`.
+    is none. clamp: bound of |x_0| at every step; 0 or None is none. spacing: see `times`.
     interval: (low, high) in t, guidance is used only there. on_step(step, x, x_0) is
     called after every step.
     """
@@ -283,6 +273,9 @@ def dpm_solver(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
     takes x_0 to be constant during a step; this solver extends the line through the
     last two estimates, as a function of lambda, half the logarithm of the
     signal-to-noise ratio.
+
+    It is of second order without guidance and with cosine spacing only. With guidance
+    both are of first order, because the first step has none.
     """
     t = times(steps, spacing)
     alpha = gamma(t).sqrt()
@@ -311,6 +304,7 @@ def dpm_solver(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
 
 
 SOLVERS = {"ddim": ddim, "dpm++": dpm_solver}
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 # --------------------------------------------------------------------------------------
@@ -332,8 +326,7 @@ def load_model(path_or_repo, device="cpu"):
     try:
         weights = load_file(fetch(path_or_repo, "model.safetensors"))
     except SafetensorError as error:
-        raise UserError(f"{path_or_repo}: model.safetensors is damaged "
-                        f"({one_line(error)})")
+        raise UserError(f"{path_or_repo}: model.safetensors is damaged ({one_line(error)})")
 
     try:
         # The released CAD-I has keys and tensor names of its own.
@@ -411,8 +404,7 @@ def encoder_names(path_or_repo, config, vae=None, text_encoder=None):
              text_encoder or config.get("text_encoder") or TEXT_ENCODER)
     for name in names:
         if not isinstance(name, str):
-            raise UserError(f"{path_or_repo}: config.json names {name!r} as an encoder: "
-                            f"not a text")
+            raise UserError(f"{path_or_repo}: config.json: {name!r} is no encoder's name")
     return names
 
 
@@ -429,27 +421,55 @@ def load_pipeline(path_or_repo, vae=None, text_encoder=None, device=None):
     """Return the Pipeline of a checkpoint folder or hub repository, ready for `generate`.
 
     vae, text_encoder: folders or hub repositories; without, those the checkpoint was
-    trained with. device: without, this process's GPU, or the CPU. Raises UserError.
+    trained with, which must not have changed since. device: without, this process's
+    GPU, or the CPU. Raises UserError.
     """
     device = device or local_device()
     model = load_model(path_or_repo, device)
-    vae, text_encoder = encoder_names(path_or_repo, model.checkpoint, vae, text_encoder)
-    autoencoder = load_vae(vae, device)
+    names = encoder_names(path_or_repo, model.checkpoint, vae, text_encoder)
+    autoencoder = load_vae(names[0], device)
     # Not float16, in which T5's activations overflow.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tokenizer, t5 = load_text_encoder(text_encoder, device, dtype)
+    tokenizer, t5 = load_text_encoder(names[1], device, dtype)
+    pipeline = Pipeline(model, autoencoder, tokenizer, t5)
+    check_encoders(path_or_repo, pipeline, vae, text_encoder)
+    return pipeline
 
-    # Encoders of another size than the checkpoint's are refused here, and not by torch.
-    width = model.config["text_dim"]
-    if t5.config.d_model != width:
-        raise UserError(f"the text encoder is {t5.config.d_model} wide, the checkpoint "
-                        f"wants {width}: give --text-encoder the one it was trained with")
-    channels = autoencoder.config["latent_channels"]
-    if channels != model.config["channels"]:
-        raise UserError(f"the autoencoder has {channels} channels, the checkpoint "
-                        f"{model.config['channels']}: give --vae the one it was trained "
-                        f"with")
-    return Pipeline(model, autoencoder, tokenizer, t5)
+
+def fingerprints(pipeline):
+    """Return what tells a pipeline's encoders from others, whatever T5's precision.
+
+    The keys are those of `training` in a checkpoint's config.json.
+    """
+    vae = pipeline.vae
+    return {
+        "vae_fingerprint": fingerprint([vae.config], vae.state_dict().items()),
+        "T5": fingerprint_of_t5(pipeline.tokenizer, pipeline.text_encoder),
+    }
+
+
+def check_encoders(path_or_repo, pipeline, vae=None, text_encoder=None):
+    """Raise UserError if a checkpoint was trained with other encoders than a pipeline's.
+
+    vae, text_encoder: what the user named, or None; of these only the size must fit.
+    """
+    model, autoencoder, _, t5 = pipeline
+    sizes = [("--vae", autoencoder.config["latent_channels"], model.config["channels"]),
+             ("--text-encoder", t5.config.d_model, model.config["text_dim"])]
+    for option, size, wanted in sizes:
+        if size != wanted:
+            raise UserError(f"{path_or_repo}: its encoder has {wanted} channels, and not "
+                            f"{size}: give {option} the one it was trained with")
+
+    # Old checkpoints, and those from elsewhere, have no fingerprints.
+    training = model.checkpoint.get("training") or {}
+    options = {"vae_fingerprint": ("--vae", vae), "T5": ("--text-encoder", text_encoder)}
+    for key, found in fingerprints(pipeline).items():
+        option, named = options[key]
+        expected = training.get(key)
+        if expected and not named and found != expected:
+            raise UserError(f"{path_or_repo}: its encoder has changed ({key} {expected}, now "
+                            f"{found}): give {option} the one it was trained with")
 
 
 @torch.no_grad()
@@ -462,7 +482,7 @@ def generate(pipeline, prompts, seeds=None, steps=250, guidance=8.0, clamp=1.2,
     same image in any batch. negative_prompts: what guidance leads away from, one text
     for all or one for each prompt; it is the null prompt "" unless given. max_tokens: a
     longer prompt loses its end. precision: "auto" (bf16 on CUDA), "fp32" or "bf16".
-    solver: a key of SOLVERS. The other arguments are those of `ddim`.
+    solver: a key of SOLVERS. The other arguments are those of `ddim`. Raises UserError.
 
         >>> pipeline = load_pipeline("out/toy/dit")
         >>> generate(pipeline, ["a red star"], steps=50, guidance=3)[0].save("star.png")
@@ -470,8 +490,14 @@ def generate(pipeline, prompts, seeds=None, steps=250, guidance=8.0, clamp=1.2,
     # A text is a list of letters to Python, and would give an image for each.
     if isinstance(prompts, str) or isinstance(negative_prompts, str):
         raise TypeError("prompts, negative_prompts: give lists of texts, not one text")
+    check_options(steps=steps, guidance=guidance, clamp=clamp, max_tokens=max_tokens,
+                  solver=solver, precision=precision, guidance_interval=guidance_interval)
+    count = len(prompts)
+    seeds = range(count) if seeds is None else seeds
+    if not count or len(seeds) != count or len(negative_prompts) not in (1, count):
+        raise UserError(f"{count} prompts, {len(seeds)} seeds, {len(negative_prompts)} "
+                        f"negative prompts: these numbers do not fit each other")
     model, vae, tokenizer, t5 = pipeline
-    seeds = range(len(prompts)) if seeds is None else seeds
     cond = encode_text(tokenizer, t5, prompts, max_tokens)      # (B, L, D), (B, L)
     null = encode_text(tokenizer, t5, negative_prompts, max_tokens)
     noise = starting_noise(model, seeds).to(t5.device)          # (B, C, h, w)
@@ -482,10 +508,20 @@ def generate(pipeline, prompts, seeds=None, steps=250, guidance=8.0, clamp=1.2,
     return to_images(vae.decode(x_0 / vae.scaling_factor))
 
 
+def check_options(**options):
+    """Raise UserError if arguments of `generate`, given by name, mean nothing."""
+    at_least(argparse.Namespace(**options), steps=1, guidance=0, clamp=0, max_tokens=1)
+    for name, allowed in (("solver", SOLVERS), ("precision", PRECISIONS)):
+        if options[name] not in allowed:
+            raise UserError(f"{name} {options[name]!r}: must be one of {', '.join(allowed)}")
+    low, high = options["guidance_interval"]
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"--guidance-interval {low} {high}: not in [0, 1], the lower first")
+
+
 def starting_noise(model, seeds):
     """Return noise (B, C, h, w) of the model's size, each image's from its own seed."""
-    size = model.config["size"]
-    shape = (model.config["channels"], size, size)
+    shape = (model.config["channels"], model.config["size"], model.config["size"])
     noise = []
     for seed in seeds:
         # On the CPU: the numbers are the same whatever device they go to.
@@ -502,8 +538,7 @@ def random_letters(seed):
     rng = random.Random(seed)
     words = []
     for _ in range(rng.randint(3, 6)):
-        letters = rng.choices(string.ascii_lowercase, k=rng.randint(3, 7))
-        words.append("".join(letters))
+        words.append("".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7))))
     return " ".join(words)
 
 
@@ -513,17 +548,18 @@ def random_letters(seed):
 def read_prompts(path, limit=None, seed=0):
     """Return the prompts of a file or folder as dicts with the key `prompt`.
 
-    path: JSONL, COCO's captions, a folder of .txt files, or a text file with a prompt a
-    line. limit: at most so many, chosen by `seed`, in the file's order. Raises
-    UserError.
+    path: JSONL, COCO's captions, a folder of .txt files, or a text file (one a line).
+    limit: at most so many, chosen by `seed`, in the file's order. Raises UserError.
     """
     path = Path(path)
     if is_coco(path):
         return read_coco_captions(path, limit, seed)
     if path.is_dir():
         rows = []
-        for file in sorted(path.glob("*.txt")):
-            rows.append({"prompt": read_text(file).strip(), "name": file.stem})
+        # Hidden files are those of editors and of macOS.
+        for file in sorted(path.glob("[!.]*.txt")):
+            row = {"prompt": read_text(file).strip(), "name": file.stem}
+            rows.append({**row, "prompt_file": str(file)})
     elif not path.is_file():
         raise UserError(f"{path}: no such file or folder of prompts")
     elif path.suffix in (".jsonl", ".json"):
@@ -592,24 +628,18 @@ def file_names(rows, per_prompt, layout):
     """Return the files of each prompt's images, relative to --out: a list of lists.
 
     layout: "flat", "named" (flat, called after the prompt's `name`, as COCO's images),
-    "geneval" or "dpg". Raises UserError for a name that is no file name, and for two
-    alike.
+    "geneval" or "dpg". Raises UserError for a name that is no file name or comes twice.
     """
     names = []
-    for p, row in enumerate(rows):
-        files = []
-        for k in range(per_prompt):
-            files.append(file_name(row, p, k, per_prompt, layout))
-        names.append(files)
-
-    # A second prompt of the same name would find the first one's images and keep them.
     seen = set()
-    for p, files in enumerate(names):
-        for file in files:
-            if file in seen:
-                raise UserError(f"prompt {p + 1}: its images would replace those of "
-                                f"another prompt of the same name ({file})")
-            seen.add(file)
+    for p, row in enumerate(rows):
+        files = [file_name(row, p, k, per_prompt, layout) for k in range(per_prompt)]
+        # A second prompt of the same name would find the first one's images and keep them.
+        if not seen.isdisjoint(files):
+            raise UserError(f"prompt {p + 1}: its images would replace those of another "
+                            f"prompt of the same name ({files[0]})")
+        seen.update(files)
+        names.append(files)
     return names
 
 
@@ -619,28 +649,27 @@ def file_name(row, p, k, per_prompt, layout):
         return f"{p:05d}/samples/{k:04d}.png"
     if layout == "flat":
         return f"{p * per_prompt + k:06d}.png"
-    stem = file_stem(row.get("name", f"{p:05d}"))
+    where = row.get("prompt_file", f"prompt {p + 1}")
+    stem = file_stem(row.get("name", f"{p:05d}"), where)
     if layout == "dpg":
         return f".tiles/{stem}_{k}.png"
     return f"{stem}.png" if per_prompt == 1 else f"{stem}_{k}.png"
 
 
-def file_stem(name):
-    """Return a prompt's name if it can be a file name's beginning.
-
-    Names come from outside: "../../x" must not lead out of the folder. Raises UserError.
-    """
+def file_stem(name, where):
+    """Return a prompt's name if it can begin a file's. Raises UserError, with `where`."""
     if not isinstance(name, str):
-        raise UserError(f"a prompt has the name {name!r}: not a text")
-    check_text(f"the name {name!r}", name)
+        raise UserError(f"{where}: has the name {name!r}: not a text")
+    check_text(f"{where}: the name {name!r}", name)
     empty = not name.strip()
+    # Names come from outside: "../../x" must not lead out of the folder.
     leads_elsewhere = "/" in name or "\\" in name or name.startswith(".")
     # File systems allow 255 bytes, and we add an ending.
     too_long = len(name.encode()) > 200
     # The sheet of all samples is called so.
     taken = name == "sheet"
     if empty or leads_elsewhere or too_long or taken or not name.isprintable():
-        raise UserError(f"a prompt has the name {name[:80]!r}: not a name for a file")
+        raise UserError(f"{where}: has the name {name[:80]!r}: not a name for a file")
     return name
 
 
@@ -669,7 +698,6 @@ def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = partial(parser.add_argument, metavar="X")
     flag = partial(parser.add_argument, action="store_true")
-    # From what to what.
     add("--checkpoint", required=True,
         help="folder or hub repository with config.json and model.safetensors")
     add("--out", help="folder for the images, samples.jsonl and sheet.png")
@@ -682,48 +710,41 @@ def arguments(argv):
 
     # The sampler: DDIM with 250 steps is the paper's, guidance and clamp the release's.
     add("--solver", choices=list(SOLVERS), default="ddim",
-        help="ddim, or dpm++: second order, so that fewer steps do")
+        help="ddim, or dpm++: of second order without guidance, with cosine spacing")
     add("--steps", type=int, default=250, help="of the solver")
     add("--spacing", choices=SPACINGS, default="linear",
-        help="linear in t, or cosine: short steps at both ends, as in the release's "
-             "evaluation")
+        help="linear in t, or cosine: short steps at both ends")
     add("--guidance", type=float, default=8.0, help="w; 0 is none")
     add("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0],
         metavar=("LOW", "HIGH"),
-        help="guidance only where LOW <= t <= HIGH (t = 1 is noise); other steps cost "
-             "half")
+        help="guidance only where LOW <= t <= HIGH (t = 1 is noise)")
     add("--negative-prompt", default="",
         help="what guidance leads away from; without, the null prompt of training")
     flag("--random-negative-prompt",
          help="random letters, others for each image, as in the release's pipeline")
     add("--clamp", type=float, default=1.2,
-        help="bound of |x_0| at every step, 0 is none; 1.2 is the released pipeline's. "
-             "By the published statistics of ImageNet's latents it cuts a fifth of their "
-             "values, 3 cuts under 1%%")
+        help="bound of |x_0| at every step, 0 is none; 1.2 cuts a fifth of the values of "
+             "ImageNet's latents (calculated), 3 cuts under 1%%")
     add("--max-tokens", type=int, default=256,
         help="of a prompt (paper: 256, released CAD-I: 128)")
     add("--seed", type=int, default=0, help="image i has seed + i")
 
     # The rest changes no image, unless --vae or --text-encoder names other weights.
-    add("--vae", help="folder or hub repository (default: the one the checkpoint was "
-                      f"trained with, or {VAE})")
-    add("--text-encoder", help="folder or hub repository (default: likewise, or "
-                               f"{TEXT_ENCODER})")
+    add("--vae", help=f"folder or hub repository (default: the checkpoint's own, or {VAE})")
+    add("--text-encoder", help=f"folder or hub repository (default: likewise, {TEXT_ENCODER})")
     add("--batch-size", type=int, default=16, help="images at once")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+    add("--precision", choices=PRECISIONS, default="auto",
         help="auto: bf16 on CUDA, else fp32")
     flag("--no-compile", help="CUDA: do not torch.compile the network")
     flag("--benchmark", help="only time one batch with these options; needs no --out")
     args = parser.parse_args(argv)
 
     # Infinite values and those that are no number pass none of these bounds.
-    at_least(args, images_per_prompt=1, steps=1, batch_size=1, max_tokens=1, limit=1,
-             guidance=0, clamp=0)
+    at_least(args, images_per_prompt=1, batch_size=1, limit=1)
     between(args, 0, 2 ** 62, "seed")
-    low, high = args.guidance_interval
-    if not 0 <= low <= high <= 1:
-        raise UserError(f"--guidance-interval {low} {high}: must be two numbers in "
-                        f"[0, 1], the lower first")
+    check_options(**vars(args))
+    if args.limit and not args.prompts:
+        raise UserError("--limit: chooses among --prompts, which are not given")
     if args.format == "dpg" and args.images_per_prompt != 4:
         raise UserError("--format dpg makes 2 x 2 grids: give --images-per-prompt 4")
     if args.negative_prompt and args.random_negative_prompt:
@@ -736,8 +757,7 @@ def arguments(argv):
 
 def sampling_options(args):
     """Return the arguments of `generate` that the command line sets, as a dict."""
-    on_cuda = local_device().type == "cuda"
-    auto = "bf16" if on_cuda else "fp32"
+    auto = "bf16" if local_device().type == "cuda" else "fp32"
     return {
         "steps": args.steps,
         "guidance": args.guidance,
@@ -754,12 +774,11 @@ def settings_of(args, rows):
     """Return all that the images of a folder depend on, as a dict. Raises UserError."""
     config = read_config(args.checkpoint)
     vae, text_encoder = encoder_names(args.checkpoint, config, args.vae, args.text_encoder)
-    negative_prompt = args.negative_prompt
-    if args.random_negative_prompt:
-        negative_prompt = "(random letters)"
+    random_text = "(random letters)" if args.random_negative_prompt else None
+    names = [row.get("name") for row in rows]
     return {
         **sampling_options(args),
-        "negative_prompt": negative_prompt,
+        "negative_prompt": random_text or args.negative_prompt,
         "seed": args.seed,
         "images_per_prompt": args.images_per_prompt,
         "format": args.format,
@@ -767,7 +786,7 @@ def settings_of(args, rows):
         "text_encoder": text_encoder,
         "weights": sha256(fetch(args.checkpoint, "model.safetensors")),
         "prompts": [row["prompt"] for row in rows],
-        "names": [row["name"] for row in rows if "name" in row],
+        "names": names if any(names) else [],
     }
 
 
@@ -788,13 +807,12 @@ def main(argv=None):
     names = file_names(rows, args.images_per_prompt, layout)
     jobs = list_jobs(rows, names, args.seed)
 
-    # What is in the folder already is kept. Other settings are refused before any work.
     settings = settings_of(args, rows)
-    if (out / "settings.json").exists():
-        begin_or_resume(out / "settings.json", out, settings)
 
     # Ranks share the jobs; the last one to end describes the whole.
     with only_command(out):
+        # What is in the folder already is kept, if it was made with the same settings.
+        refuse_other_images(out, jobs, settings)
         todo = [job for job in jobs[rank::world] if not (out / job.file).exists()]
         if todo:
             make_images(args, out, todo, settings, show_progress=(rank == 0))
@@ -803,9 +821,24 @@ def main(argv=None):
             describe(out, rows, names, jobs, layout)
 
 
+def refuse_other_images(out, jobs, settings):
+    """Raise UserError if images in the folder `out` were not made with these settings."""
+    # The images first: another rank may write settings.json, and then its images.
+    images = [job.file for job in jobs if (out / job.file).exists()]
+    path = out / "settings.json"
+    if path.exists():
+        before = read_json(path, "the settings of an output")
+        # Without the fingerprints: `make_images` compares them with the loaded encoders'.
+        refuse_other_settings(out, {key: before.get(key) for key in settings}, settings)
+    elif images:
+        raise UserError(f"{out}: {images[0]} is there, but no settings.json that says how "
+                        f"it was made: choose another --out, or delete it")
+
+
 def make_images(args, out, todo, settings, show_progress):
     """Generate the images of the jobs `todo` and save each in the folder `out`."""
     pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
+    settings = settings | fingerprints(pipeline)
     # Compiling takes a minute: not for a few images.
     worth_compiling = len(todo) >= 4 * args.batch_size
     if local_device().type == "cuda" and not args.no_compile and worth_compiling:
@@ -890,18 +923,17 @@ def benchmark(args):
     device = local_device()
     options = sampling_options(args)
     pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
-    model = pipeline.model
+    model, vae, tokenizer, t5 = pipeline
     B = args.batch_size
     sentences = args.prompt or ["A golden retriever lies on a red sofa beside a cushion."]
     prompts = (sentences * B)[:B]
 
-    # The operations of one evaluation, counted before the network is compiled.
-    t5 = pipeline.text_encoder
-    text, mask = encode_text(pipeline.tokenizer, t5, prompts, args.max_tokens)
+    # The operations of one evaluation, before the network is compiled.
     noise = starting_noise(model, range(B)).to(device)
     ones = torch.ones(B, device=device)
+    texts = encode_text(tokenizer, t5, prompts, args.max_tokens)
     with torch.no_grad():
-        context = model.condition(text, mask, ones)
+        context = model.condition(*texts, ones)
         with FlopCounterMode(display=False) as counter:
             model.denoise(noise, ones, context)
     evaluations = count_evaluations(args)
@@ -910,25 +942,22 @@ def benchmark(args):
     if device.type == "cuda" and not args.no_compile:
         model.denoise = torch.compile(model.denoise)
     # Of two steps the second one has guidance: both kinds of step are warm then.
-    time_parts(pipeline, prompts, args, 2)
-    seconds = time_parts(pipeline, prompts, args, args.steps)
-    text_time, network_time, decoder_time = seconds
+    seconds_of(device, generate, pipeline, prompts, **{**options, "steps": 2})
+    total = seconds_of(device, generate, pipeline, prompts, **options)
+    text_time = seconds_of(device, encode_text, tokenizer, t5, prompts, args.max_tokens)
+    decoder_time = seconds_of(device, vae.decode, noise)
+    network_time = total - text_time - decoder_time
 
-    total = text_time + network_time + decoder_time
     speed = flops * B / network_time
     peak, peak_source = peak_flops(device, options["precision"])
+    # Of a CPU process, Linux reports KiB.
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device.type == "cuda":
-        device_name = torch.cuda.get_device_name(device)
         memory = torch.cuda.max_memory_allocated(device)
-    else:
-        import resource
-        device_name = "cpu"
-        # Linux counts in KiB.
-        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = {
         "benchmark": "sample",
         "checkpoint": args.checkpoint,
-        "device": device_name,
+        "device": device.type,
         "batch_size": B,
         **options,
         "evaluations": evaluations,
@@ -943,50 +972,28 @@ def benchmark(args):
         "memory_gib": memory / 2 ** 30,
     }
 
-    print(f"{args.checkpoint} on {device_name}, {args.solver}, {args.steps} steps, "
-          f"batch {B}: {B / total:.3g} images/s, {total / B:.3g} s/image (T5 "
-          f"{text_time / total:.0%}, network {network_time / total:.0%}, decoder "
-          f"{decoder_time / total:.0%}); {evaluations} evaluations = {flops / 1e12:.3g} "
-          f"TFLOP an image, at {speed / peak:.0%} of {peak_source}; "
-          f"{memory / 2 ** 30:.1f} GiB")
+    print(f"{B / total:.3g} images/s; T5 {text_time / total:.0%}, network "
+          f"{network_time / total:.0%}, decoder {decoder_time / total:.0%}; {evaluations} "
+          f"evaluations = {flops / 1e12:.3g} TFLOP an image, at {speed / peak:.0%} of "
+          f"{peak_source}; {memory / 2 ** 30:.1f} GiB")
     print(json.dumps(result))
 
 
 def count_evaluations(args):
     """Return how often an image needs the network; a step with guidance does twice."""
-    low, high = args.guidance_interval
-    guided_steps = 0
     # No guidance at the first step.
-    for t in times(args.steps, args.spacing)[1:-1]:
-        if args.guidance and low <= t <= high:
-            guided_steps += 1
-    return args.steps + guided_steps
+    later = times(args.steps, args.spacing)[1:-1]
+    guided = [t for t in later if args.guidance and is_within(t, args.guidance_interval)]
+    return args.steps + len(guided)
 
 
-@torch.no_grad()
-def time_parts(pipeline, prompts, args, steps):
-    """Return the seconds of one batch in T5, in the network and in the decoder."""
-    model, vae, tokenizer, t5 = pipeline
-    noise = starting_noise(model, range(len(prompts))).to(t5.device)
-    begin = clock(t5.device)
-    cond = encode_text(tokenizer, t5, prompts, args.max_tokens)
-    null = encode_text(tokenizer, t5, [args.negative_prompt], args.max_tokens)
-    text_done = clock(t5.device)
-    with autocast(t5.device, args.precision):
-        solver = SOLVERS[args.solver]
-        x_0 = solver(model, noise, cond, null, steps, args.guidance, args.clamp or None,
-                     args.spacing, args.guidance_interval)
-    network_done = clock(t5.device)
-    to_images(vae.decode(x_0 / vae.scaling_factor))
-    end = clock(t5.device)
-    return text_done - begin, network_done - text_done, end - network_done
-
-
-def clock(device):
-    """Return the time in seconds, after the device has done what it was given."""
+def seconds_of(device, function, *arguments, **options):
+    """Return the seconds of a call, until the device has done all it was given."""
+    begin = time.perf_counter()
+    function(*arguments, **options)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":

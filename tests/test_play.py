@@ -8,7 +8,9 @@ import json
 import re
 import shutil
 import socket
+import subprocess
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import torch
 from conftest import ROOT, refused
 from PIL import Image
 
-from common import read_jsonl, to_images
+from common import UserError, read_jsonl, to_images
 from encode import encode_text
 from sample import ddim
 from toy import play, world
@@ -120,7 +122,9 @@ def test_unknown_words_are_said_to_be_unknown_and_spelling_is_forgiven(server):
     assert begin["prompt"] == "a red circle , on a sofa"
     assert begin["unknown"] == ["sofa"]
     assert events[-1]["event"] == "done"
-    assert "none of these words" in error_line(server, 400, body=json.dumps(ASKED | {"prompt": "sofa bed"}))
+    # A comma is no word, and no word has the tokens that pad a caption or end it.
+    for prompt in ("sofa bed", "sofa bed ,", "<pad>", "</s> .", ", ."):
+        assert "none of these words" in error_line(server, 400, body=json.dumps(ASKED | {"prompt": prompt}))
 
 
 @pytest.mark.parametrize("prompt, include, exclude", [
@@ -189,6 +193,74 @@ def test_a_full_queue_refuses_and_goes_on_afterwards(monkeypatch):
     assert jobs[play.MAX_WAITING - 1].events.get(timeout=60) is None
 
 
+def test_who_has_gone_holds_no_place_in_the_queue(server, monkeypatch):
+    gate = threading.Event()
+    monkeypatch.setattr(play, "draw_all", lambda job: gate.wait())
+    body = json.dumps(ASKED).encode()
+    head = (f"POST /draw HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n").encode()
+
+    def asked():
+        """Ask for a picture; return the connection, once the server has accepted the request."""
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+        connection.sendall(head + body)
+        answer = b""
+        while b"queued" not in answer and b"503" not in answer:
+            answer += connection.recv(65536)
+        return connection, b"queued" in answer
+
+    # One is being drawn, the others fill the queue.
+    try:
+        pages = [asked()[0] for _ in range(play.MAX_WAITING + 1)]
+        refused_page, accepted = asked()
+        assert not accepted
+        for page in [*pages, refused_page]:
+            page.close()
+        time.sleep(0.5)
+        late, accepted = asked()
+        assert accepted
+        late.close()
+    finally:
+        gate.set()
+
+
+def test_two_threads_never_use_the_tokenizer_at_once():
+    inside = []
+    most = []
+
+    def slow(text):
+        inside.append(text)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+
+    slow.unk_token_id = 2
+    shared = play.SharedTokenizer(slow)
+    threads = [threading.Thread(target=shared, args=("ring",)) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 5
+    assert shared.unk_token_id == 2
+
+
+def test_all_threads_share_the_tokenizer_of_a_text_encoder(server):
+    tokenizers = {id(painter.pipeline.tokenizer) for painter in server.painters.values()}
+    assert len(tokenizers) == 1
+    assert isinstance(server.painters["TA"].pipeline.tokenizer, play.SharedTokenizer)
+
+
+def test_checkpoints_that_share_encoders_are_checked_one_by_one(toy_paper, tmp_path):
+    out, _ = toy_paper
+    shutil.copytree(out / "dit", tmp_path / "dit")
+    config = json.loads((tmp_path / "dit/config.json").read_text())
+    config["training"]["T5"] = "0123456789abcdef"
+    (tmp_path / "dit/config.json").write_text(json.dumps(config))
+    with contextlib.chdir(ROOT), pytest.raises(UserError, match="0123456789abcdef"):
+        play.load_painters({"TA": out / "dit", "other": tmp_path / "dit"})
+
+
 def test_nobody_draws_for_a_closed_page(server):
     job = play.Job(ASKED, [server.painters["TA"]])
     job.abandoned.set()
@@ -203,7 +275,7 @@ def test_nobody_draws_for_a_closed_page(server):
 @pytest.mark.parametrize("changes, words", [
     ({"prompt": ""}, "empty"),
     ({"prompt": " \n\t "}, "empty"),
-    ({"prompt": "a red circle " * 60}, "at most 500"),
+    ({"prompt": "a red circle " * 160}, "at most 2000"),
     ({"prompt": 7}, "text"),
     ({"prompt": "a red \x00 circle"}, "cannot be printed"),
     ({"prompt": "a red \ud800 circle"}, "cannot be printed"),
@@ -311,6 +383,106 @@ def test_the_page_learns_the_worlds_words_and_checkpoints(server):
     assert [model["name"] for model in known["models"]] == ["TA", "TA + IA"]
     assert all(model["toy"] for model in known["models"])
     assert "circle" in known["words"] and "sofa" not in known["words"]
+
+
+# Enough of a browser for the page's script: elements that remember, sliders that keep their bounds.
+BROWSER = """
+class Element {
+  constructor(id) { Object.assign(this, { id, dataset: {}, style: {}, children: [], text: "" }); }
+  get value() { return this.text; }
+  set value(value) {
+    const [low, high] = { steps: [2, 100], guidance: [0, 15] }[this.id] || [-Infinity, Infinity];
+    this.text = isNaN(Number(value)) ? value : String(Math.min(high, Math.max(low, Number(value))));
+  }
+  get nextElementSibling() { return document.getElementById(this.id + "-output"); }
+  get classList() { return { toggle() {} }; }
+  append(...children) { this.children.push(...children); }
+  replaceChildren(...children) { this.children = children; }
+  setAttribute() {}
+}
+const elements = {};
+const document = {
+  getElementById: id => elements[id] ||= new Element(id),
+  createElement: tag => new Element(tag),
+  createElementNS: (namespace, tag) => new Element(tag),
+  querySelectorAll: selector => selector === "#models input:checked" ? [{ value: "TA" }] : [],
+};
+const model = { name: "TA", kind: "", folder: "", toy: false, pixels: 256 };
+const about = { models: [model], words: [], steps: 50, guidance: 8 };
+const bodies = [];
+let reply;
+async function fetch(path, options) {
+  if (path === "/world") return { json: async () => about };
+  bodies.push(JSON.parse(options.body));
+  return reply(options);
+}
+const location = { search: SEARCH };
+const pause = milliseconds => new Promise(done => setTimeout(done, milliseconds));
+const refusal = () => ({ ok: false, json: async () => ({ error: "8 requests wait already" }) });
+const line = { event: "step", model: 0, step: 1, of: 2, t: 0.5, x_t: "", x_0: "" };
+
+// The answer to a request: one step, and no more until the page aborts it.
+function unfinished({ signal }) {
+  const pieces = [new TextEncoder().encode(JSON.stringify(line) + "\\n")];
+  const aborted = new Promise((_, fail) => {
+    signal.addEventListener("abort", () => fail(Object.assign(new Error(), { name: "AbortError" })));
+  });
+  const read = async () => pieces.length ? { done: false, value: pieces.pop() } : aborted;
+  return { ok: true, body: { getReader: () => ({ read }) } };
+}
+"""
+
+
+def in_the_page(what_happens, search=""):
+    """Run the page's script and then `what_happens` in node; return what that puts out as JSON."""
+    node = shutil.which("node")
+    if not node:
+        pytest.skip("node runs the page's script")
+    script = re.search(r"<script>(.*)</script>", play.PAGE.read_text(), re.DOTALL)[1]
+    whole = (f"{BROWSER.replace('SEARCH', json.dumps(search))}\nreply = refusal;\n{script}\n"
+             f"(async () => {{ await pause(50); {what_happens} }})();")
+    done = subprocess.run([node, "-e", whole], text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_key_held_down_on_the_seed_asks_for_one_picture():
+    bodies = in_the_page("""
+        for (let seed = 1; seed <= 5; seed++) {
+            $("seed-slider").value = seed;
+            $("seed-slider").oninput();
+            $("seed-slider").onchange();
+            await pause(20);
+        }
+        await pause(300);
+        console.log(JSON.stringify(bodies));""")
+    assert [body["seed"] for body in bodies] == [5]
+
+
+def test_the_page_shows_the_steps_that_it_asks_for():
+    shown, asked = in_the_page("""
+        console.log(JSON.stringify([$("steps-output").textContent, bodies[0].steps]));""",
+                               "?prompt=a&steps=999")
+    assert shown == "100" and asked == 100
+
+
+def test_after_an_aborted_and_a_refused_picture_the_first_one_can_be_replayed():
+    disabled = in_the_page("""
+        reply = unfinished;
+        draw();
+        await pause(50);
+        reply = refusal;
+        await draw();
+        console.log(JSON.stringify([$("frame").disabled, $("play").disabled]));""")
+    assert disabled == [False, False]
+
+
+def test_without_a_toy_there_is_no_prompt_by_chance():
+    assert in_the_page('console.log(JSON.stringify($("surprise").hidden));') is True
+
+
+def test_a_long_prompt_is_left_to_the_server_which_says_what_is_wrong():
+    assert "maxLength" not in play.PAGE.read_text()
 
 
 def test_only_this_computer_is_served(server):

@@ -1,5 +1,6 @@
 """The samplers against exact solutions, and the command as people use it."""
 
+import copy
 import json
 import re
 import signal
@@ -15,7 +16,7 @@ from scipy.integrate import solve_ivp
 
 import evaluate
 import sample
-from common import only_command, read_jsonl, write_jsonl
+from common import UserError, only_command, read_json, read_jsonl, write_jsonl
 
 # --------------------------------------------------------------------------------------
 # Models whose answers are known
@@ -231,6 +232,41 @@ def test_dpm_solver_converges_to_the_exact_flow_with_order_two_and_ddim_with_ord
     assert 0.9 < order(sample.ddim) < 1.1
 
 
+def test_with_guidance_dpm_solver_is_of_first_order_because_the_first_step_has_none():
+    noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    cond = texts(0.2, 1)
+    null = texts(-0.1, 1)
+
+    def end(steps):
+        return sample.dpm_solver(Known(0.5), noise, cond, null, steps, 1.5, None, "cosine")
+
+    exact = end(8192)
+    errors = [float((end(steps) - exact).abs().mean()) for steps in (16, 128)]
+    assert 0.9 < np.log(errors[0] / errors[1]) / np.log(128 / 16) < 1.2
+
+
+@pytest.mark.parametrize("steps", [10, 20, 40])
+def test_rounding_does_not_take_an_end_from_the_guidance_interval(steps):
+    model = Spy()
+    noise = torch.randn(2, 1, 2, 2)
+    sample.ddim(model, noise, texts(0.2, 2), texts(-0.1, 1, 1), steps, interval=(0.0, 0.3))
+    # The steps that begin at t = 0.3 and below.
+    assert model.rows.count(4) == 3 * steps // 10
+
+
+def test_a_clamp_of_zero_is_none():
+    noise = torch.randn(2, 1, 2, 2)
+    free, none = [sample.ddim(Known(0.3), noise, texts(0.1, 2), texts(0.0, 1), 4, clamp=clamp)
+                  for clamp in (0, None)]
+    assert torch.equal(free, none)
+    assert free.abs().max() > 0
+
+
+def test_an_unknown_spacing_is_refused():
+    with pytest.raises(UserError, match="'quadratic': must be one of linear, cosine"):
+        sample.times(4, "quadratic")
+
+
 def test_the_cosine_spacing_is_that_of_the_release():
     t = sample.times(250, "cosine")
     u = torch.arange(250, -1, -1, dtype=torch.float64) / 250
@@ -318,6 +354,27 @@ def test_one_text_in_place_of_a_list_of_prompts_is_refused(pipeline):
         sample.generate(pipeline, "ring", steps=3)
 
 
+@pytest.mark.parametrize("wrong, words", [
+    ({"prompts": []}, "0 prompts"),
+    ({"seeds": [1, 2]}, "2 seeds"),
+    ({"negative_prompts": ["a", "b"]}, "2 negative prompts"),
+    ({"negative_prompts": []}, "0 negative prompts"),
+    ({"steps": 0}, "at least 1"),
+    ({"max_tokens": 0}, "at least 1"),
+    ({"guidance": -1}, "at least 0"),
+    ({"guidance": float("nan")}, "at least 0"),
+    ({"clamp": -1}, "at least 0"),
+    ({"guidance_interval": (0.8, 0.2)}, "the lower first"),
+    ({"solver": "euler"}, "one of ddim, dpm"),
+    ({"spacing": "quadratic"}, "one of linear, cosine"),
+    ({"precision": "fp16"}, "one of auto, fp32, bf16"),
+])
+def test_generate_refuses_what_means_nothing(pipeline, wrong, words):
+    with pytest.raises(UserError, match=words) as error:
+        sample.generate(pipeline, **{"prompts": ["ring"], "steps": 2, **wrong})
+    assert "\n" not in str(error.value)
+
+
 def test_a_prompt_of_too_many_tokens_loses_its_end(pipeline):
     # One token a word, and the end-of-text token.
     long = sample.generate(pipeline, ["a large red circle"], steps=2, max_tokens=3)
@@ -338,6 +395,54 @@ def copy_checkpoint(toy_paper, folder):
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_bytes((toy_paper[0] / "dit" / name).read_bytes())
     return folder
+
+
+def trained_with(folder, **fingerprints):
+    """Change what a checkpoint says of its training; None is not said."""
+    config = read_json(folder / "config.json", "a checkpoint's config.json")
+    for key, value in fingerprints.items():
+        config["training"].pop(key)
+        if value:
+            config["training"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    return config
+
+
+@pytest.mark.parametrize("key, option, name", [
+    ("vae_fingerprint", "--vae", "vae"), ("T5", "--text-encoder", "text_encoder")])
+def test_other_encoders_than_the_checkpoints_are_refused_unless_they_are_named(
+        toy_paper, tmp_path, key, option, name):
+    folder = copy_checkpoint(toy_paper, tmp_path / "checkpoint")
+    config = trained_with(folder, **{key: "0123456789abcdef"})
+    line = refused("sample.py", *options(toy_paper, tmp_path / "out", "--prompt", "ring",
+                                         "--checkpoint", folder))
+    assert "0123456789abcdef" in line and option in line
+    assert not (tmp_path / "out").exists()
+    assert sample.load_pipeline(folder, **{name: config[name]})
+    # A checkpoint from before there were fingerprints.
+    trained_with(folder, **{key: None})
+    assert sample.load_pipeline(folder)
+
+
+def test_the_precision_of_t5_does_not_make_it_another_one(pipeline):
+    t5 = copy.deepcopy(pipeline.text_encoder).bfloat16()
+    assert sample.fingerprints(pipeline._replace(text_encoder=t5)) == sample.fingerprints(pipeline)
+
+
+def test_the_encoders_fingerprints_belong_to_the_folder(toy_paper, tmp_path):
+    folder = copy_checkpoint(toy_paper, tmp_path / "checkpoint")
+    config = trained_with(folder)
+    out = tmp_path / "out"
+    words = options(toy_paper, out, "--prompt", "ring", "--checkpoint", folder)
+    sample.main(words)
+    path = out / "settings.json"
+    settings = read_json(path, "settings")
+    assert settings["vae_fingerprint"] == config["training"]["vae_fingerprint"]
+    assert settings["T5"] == config["training"]["T5"]
+    # As if the rest had been made with other weights below the same path.
+    path.write_text(json.dumps({**settings, "T5": "0123456789abcdef"}))
+    (out / "000000.png").unlink()
+    assert "other settings (T5" in refused("sample.py", *words)
 
 
 TINY = {"dim": 8, "heads": 2, "depth": 1, "text_dim": 8}
@@ -484,6 +589,34 @@ def test_a_command_that_failed_leaves_nothing_and_the_corrected_one_works(toy_pa
     assert (out / "000000.png").exists()
 
 
+def test_images_of_which_nobody_knows_how_they_were_made_are_not_adopted(toy_paper, tmp_path):
+    out = tmp_path / "out"
+    words = options(toy_paper, out, "--prompt", "ring")
+    sample.main(words)
+    (out / "settings.json").unlink()
+    before = (out / "000000.png").read_bytes()
+    line = refused("sample.py", *options(toy_paper, out, "--prompt", "a star"))
+    assert "000000.png is there, but no settings.json" in line
+    assert (out / "000000.png").read_bytes() == before
+    assert not (out / "settings.json").exists()
+
+
+def test_the_settings_remember_which_prompt_has_which_name(toy_paper, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    out = tmp_path / "out"
+    words = options(toy_paper, out, "--prompts", path, *DPG)
+    write_jsonl(path, [{"prompt": "ring", "name": "a"}, {"prompt": "ring"}])
+    sample.main(words)
+    write_jsonl(path, [{"prompt": "ring"}, {"prompt": "ring", "name": "a"}])
+    assert "other settings (names" in refused("sample.py", *words)
+
+
+def test_a_limit_without_a_file_of_prompts_is_refused(toy_paper, tmp_path):
+    line = refused("sample.py", *options(toy_paper, tmp_path / "out", "--prompt", "ring",
+                                         "--limit", 1))
+    assert "--limit" in line and "--prompts" in line
+
+
 def test_a_second_command_on_the_same_folder_is_refused(toy_paper, tmp_path):
     out = tmp_path / "out"
     with only_command(out):
@@ -525,12 +658,21 @@ DPG = ("--format", "dpg", "--images-per-prompt", 4)
 def test_dpg_grids_have_the_names_of_their_prompts(toy_paper, tmp_path):
     folder = tmp_path / "dpg-prompts"
     folder.mkdir()
-    for name in ("12", "COCO_7"):
+    # macOS puts such files beside those of other file systems.
+    for name in ("12", "COCO_7", "._12"):
         (folder / f"{name}.txt").write_text("a red circle\n")
     out = tmp_path / "out"
     sample.main(options(toy_paper, out, "--prompts", folder, *DPG))
     assert {path.name for path in out.glob("*.png")} == {"12.png", "COCO_7.png"}
     assert Image.open(out / "12.png").size == (128, 128)
+
+
+def test_a_refused_name_of_a_prompt_names_its_file(toy_paper, tmp_path):
+    folder = tmp_path / "dpg-prompts"
+    folder.mkdir()
+    (folder / "sheet.txt").write_text("a red circle\n")
+    words = options(toy_paper, tmp_path / "out", "--prompts", folder, *DPG)
+    assert str(folder / "sheet.txt") in refused("sample.py", *words)
 
 
 @pytest.mark.parametrize("name", ["../../escaped", "a/b", "a\\b", "..", ".hidden", "", " ",

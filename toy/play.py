@@ -12,6 +12,7 @@ works, the real ones too, only slower and without a detector.
 
 import argparse
 import base64
+import contextlib
 import errno
 import functools
 import io
@@ -19,6 +20,8 @@ import json
 import math
 import os
 import queue
+import select
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,15 +34,16 @@ from PIL import Image
 from common import (HelpFormatter, UserError, between, command_line, local_device, one_line,
                     read_json, to_images)
 from evaluate import geneval_verdict
-from sample import MODELS, encoder_names, generate, load_model, load_pipeline
+from sample import (MODELS, check_encoders, encoder_names, generate, load_model,
+                    load_pipeline)
 from toy.detector import detect
 from toy.recipe import GUIDANCE
 from toy.world import BACKGROUNDS, COLORS, GREYS, PLACES, SHAPES, SIZE
 
 PAGE = Path(__file__).with_suffix(".html")
-MAX_BODY = 8192             # bytes of a request
+MAX_BODY = 32768            # bytes of a request
 MAX_DISCARDED = 2 ** 20     # bytes of a refused request that are read before the answer
-MAX_PROMPT = 500            # characters
+MAX_PROMPT = 2000           # characters; T5 reads 256 tokens of them
 MAX_STEPS = 250
 MAX_GUIDANCE = 30
 MAX_MODELS = 4              # checkpoints that draw side by side
@@ -49,6 +53,7 @@ MAX_WAITING = 8             # requests that may wait while one is being drawn
 # ------------------------------------------------------------------------------------------
 # What a prompt asks for, as GenEval's metadata
 
+MARKS = (",", ".")
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = ("left of", "right of", "above", "below")
 
@@ -205,6 +210,21 @@ def what_the_detector_sees(image, prompt):
 # ------------------------------------------------------------------------------------------
 # Checkpoints
 
+class SharedTokenizer:
+    """A tokenizer that one thread uses at a time; the fast ones fail if two do."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.lock = threading.Lock()
+
+    def __call__(self, *arguments, **options):
+        with self.lock:
+            return self.tokenizer(*arguments, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
 class Painter:
     """A checkpoint with its autoencoder and text encoder: draws a picture, showing each step."""
 
@@ -232,11 +252,13 @@ class Painter:
     def unknown_words(self, prompt):
         """Return the words of a prompt that the tokenizer has no token for, each once."""
         tokenizer = self.pipeline.tokenizer
+        # The token of unknown words, and those like <pad>, which mean no word.
+        special = set(tokenizer.all_special_ids)
         unknown = []
         for word in prompt.split():
-            # A word may become several tokens; one unknown token among them is enough.
+            # A word may become several tokens; one of these among them is enough.
             tokens = tokenizer(word, add_special_tokens=False).input_ids
-            if tokenizer.unk_token_id in tokens and word not in unknown:
+            if special.intersection(tokens) and word not in unknown:
                 unknown.append(word)
         return unknown
 
@@ -253,7 +275,7 @@ class Painter:
         def after_step(i, x_t, x_0):
             step = i + 1
             if step % every == 0 or step == steps:
-                # The decoder is called once for both pictures.
+                # As at the end of sample.py's `generate`; once for both pictures.
                 latents = torch.cat([x_t, x_0]).float()                      # (2, C, h, w)
                 noisy, clean = to_images(vae.decode(latents / vae.scaling_factor))
                 # The time t falls from 1, pure noise, to 0.
@@ -277,8 +299,11 @@ def load_painters(named):
             # This is a copy of the tuple with another network: the autoencoder
             # and the text encoder in it are the ones that are loaded already.
             pipeline = pipelines[encoders]._replace(model=model)
+            check_encoders(folder, pipeline)
         else:
             pipeline = load_pipeline(folder)
+            # Connections and checkpoints that draw at the same time ask the same tokenizer.
+            pipeline = pipeline._replace(tokenizer=SharedTokenizer(pipeline.tokenizer))
             pipelines[encoders] = pipeline
 
         painters[name] = Painter(name, folder, pipeline)
@@ -412,14 +437,15 @@ def as_read(prompt, painter):
     prompt = " ".join(prompt.split())
     if painter.is_toy:
         # The toy's tokenizer splits at spaces and knows lower case only.
-        for mark in (",", "."):
+        for mark in MARKS:
             prompt = prompt.replace(mark, f" {mark} ")
         prompt = " ".join(prompt.lower().split())
 
     # Some unknown words do no harm, and the page is told of them. With nothing
     # else in the prompt, the picture would have nothing to do with it.
     unknown = painter.unknown_words(prompt)
-    if all(word in unknown for word in prompt.split()):
+    words = [word for word in prompt.split() if word not in MARKS]
+    if all(word in unknown for word in words):
         raise BadRequest(400, f"{painter.name} knows none of these words")
     return prompt, unknown
 
@@ -446,23 +472,29 @@ class Studio:
     """Draws one request at a time, in the order of their arrival, in a thread of its own."""
 
     def __init__(self):
-        self.jobs = queue.Queue(maxsize=MAX_WAITING)
+        self.waiting = []
+        self.changed = threading.Condition()
         # A daemon thread does not keep the program alive after Ctrl-C.
         threading.Thread(target=self.work, daemon=True).start()
 
     def submit(self, job):
         """Put a job at the end of the queue. Raises BadRequest if too many wait already."""
-        try:
-            # `put` would wait for room, and the browser with it, without a word.
-            self.jobs.put_nowait(job)
-        except queue.Full:
-            raise BadRequest(503, f"{MAX_WAITING} requests wait already: try again in a "
-                                  "moment") from None
+        with self.changed:
+            # Whoever has gone holds no place.
+            self.waiting = [one for one in self.waiting if not one.abandoned.is_set()]
+            # To wait for room would keep the browser waiting, too, without a word.
+            if len(self.waiting) >= MAX_WAITING:
+                raise BadRequest(503, f"{MAX_WAITING} requests wait already: try again in a "
+                                      "moment")
+            self.waiting.append(job)
+            self.changed.notify()
 
     def work(self):
         """Draw the jobs for ever. The event None ends each."""
         while True:
-            job = self.jobs.get()
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting)
+                job = self.waiting.pop(0)
             # The browser may have gone while its request was waiting.
             if not job.abandoned.is_set():
                 draw_all(job)
@@ -680,13 +712,21 @@ class Handler(BaseHTTPRequestHandler):
     def next_event(self, job):
         """Return a job's next event, or a sign of life after a second without one.
 
-        None: there will be no more.
+        None: there will be no more. Raises ConnectionError if the browser has gone.
         """
-        try:
-            return job.events.get(timeout=1)
-        except queue.Empty:
-            # Only by sending something does the server notice that the browser has gone.
-            return {"event": "waiting"}
+        # Looked for often: until it is noticed, such a request holds a place in the queue.
+        for _ in range(10):
+            if self.browser_has_gone():
+                raise ConnectionAbortedError
+            with contextlib.suppress(queue.Empty):
+                return job.events.get(timeout=0.1)
+        return {"event": "waiting"}
+
+    def browser_has_gone(self):
+        """Tell whether the other end has closed the connection."""
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        # A closed connection can be read, and has nothing. What else may come stays there.
+        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
 
     def send_chunk(self, data):
         """Send one chunk of a body; an empty one ends it."""
@@ -750,7 +790,7 @@ def about(painters):
     return {"models": [painter.about() for painter in painters.values()],
             "words": [word for word in words if not word.startswith("<")],
             "shapes": SHAPES, "colors": COLORS, "greys": GREYS, "backgrounds": BACKGROUNDS,
-            "places": places, "max_prompt": MAX_PROMPT, "size": SIZE,
+            "places": places, "size": SIZE,
             "steps": 25 if toys else 50, "guidance": GUIDANCE if toys else 8}
 
 
