@@ -268,22 +268,25 @@ def section(out, name, seeds, steps):
     return "\n".join(parts)
 
 
-def has_scores(out, name, seeds):
-    """Tell whether a run of a table has been scored, in this command or in an earlier one."""
-    return any(ended_runs(out, line, "long") for line in lines_of(name, seeds))
+def is_there(out, name, seeds):
+    """Tell whether every line of a table has a result, from this command or an earlier one."""
+    # Tables share runs, so a table that nobody asked for may have some of its lines.
+    file = "distance.json" if name == "1" else "scores-long.jsonl"
+    return all(any((out / "runs" / name_of(run) / file).exists() for run in line.runs)
+               for line in lines_of(name, seeds))
 
 
 def write_tables(out, asked_for, seeds, settings):
     """Write OUT/tables.html, and for each run that has ended the pages of its pictures.
 
-    asked_for: names of tables. Others that have scores from an earlier command stay on the page.
+    asked_for: names of tables. Others that an earlier command has made stay on the page.
     settings: the "steps", "images", "prompts" and "seed" of all runs.
     """
     # The whole page is written anew each time, from what lies in the folders.
     error = 0.5 / math.sqrt(settings["prompts"])
     parts = [INTRODUCTION.format(error=error, **settings)]
     for name in TITLES:
-        if name not in asked_for and not has_scores(out, name, seeds):
+        if name not in asked_for and not is_there(out, name, seeds):
             continue
         parts.append(section(out, name, seeds, settings["steps"]))
         for line in lines_of(name, seeds):
