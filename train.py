@@ -483,6 +483,8 @@ def check(args):
         raise UserError("--clip 0: must be above 0; a large number is no clipping")
     if not all(0 <= beta < 1 for beta in args.betas):
         raise UserError(f"--betas {args.betas[0]} {args.betas[1]}: must be in [0, 1)")
+    if args.init and args.preset is not None:
+        raise UserError("--preset: with --init the network is the checkpoint's")
     presets = MODELS[args.model].presets
     if args.preset is not None and args.preset not in presets:
         raise UserError(f"--preset {args.preset}: {args.model} has {', '.join(presets)}")
@@ -537,8 +539,6 @@ def make_network(args, meta):
                 raise UserError(f"--init {args.init}: its {name} is {start.config[name]}, the "
                                 f"data's is {data_sizes[name]}: encode with its encoders")
         refuse_other_training(args.init, start, meta)
-        if args.preset is not None:
-            raise UserError("--preset: with --init the network is the checkpoint's")
         args.model = next(name for name, family in MODELS.items()
                           if isinstance(start, family.network))
         args.preset = "as --init"

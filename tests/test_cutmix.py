@@ -428,7 +428,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
 
 
 def test_ctrl_c_ends_a_run_without_a_traceback(tmp_path):
-    images = photos(tmp_path / "photos", each=60, size=(20, 16))
+    images = photos(tmp_path / "photos", each=200, size=(20, 16))
     process = subprocess.Popen([sys.executable, "-c", SLOW, "--images", images, "--out",
                                 tmp_path / "out", "--workers", "2"], cwd=ROOT, text=True,
                                stderr=subprocess.PIPE, start_new_session=True)

@@ -639,6 +639,9 @@ def test_a_run_is_not_resumed_on_data_of_other_encoders(toy_paper, tmp_path):
     line = refused("train.py", *others, *SMALL[2:], "--out", tmp_path / "tuned", "--steps", "6",
                    "--init", tmp_path / "out")
     assert "its autoencoder is not the data's" in line
+    line = refused("train.py", *data(toy_paper), *SMALL, "--out", tmp_path / "tuned", "--steps", "6",
+                   "--init", tmp_path / "out")
+    assert "--preset" in line
 
 
 def test_a_state_in_which_a_bit_has_flipped_is_refused(toy_paper, tmp_path):
