@@ -869,6 +869,25 @@ def grid_left(column, size=192):
 
 
 # --------------------------------------------------------------------------------------
+# A checkpoint's encoders
+
+def encoders_of(meta):
+    """Return the fingerprints in an encoded set's meta.json, named as in a config.json."""
+    return {"vae_fingerprint": meta.get("autoencoder"), "T5": meta.get("T5")}
+
+
+def changed_encoders(checkpoint, found):
+    """Return the keys of fingerprints `found` that the config of a checkpoint contradicts."""
+    # Old checkpoints, and those from elsewhere, have no fingerprints.
+    training = checkpoint.get("training") or {}
+    changed = []
+    for key, fingerprint in found.items():
+        if fingerprint and training.get(key) and training[key] != fingerprint:
+            changed.append(key)
+    return changed
+
+
+# --------------------------------------------------------------------------------------
 # Models, from a folder or from the Hugging Face hub
 
 def fetch(path_or_repo, *names):

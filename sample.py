@@ -36,9 +36,9 @@ from tqdm import tqdm
 import model_cad
 import model_dit
 from common import (HelpFormatter, UserError, at_least, autocast, begin_or_resume,
-                    between, command_line, complete, contact_sheet, fetch, is_last_rank,
-                    local_device, one_line, only_command, peak_flops, rank_and_world,
-                    read_coco_captions, read_json, read_jsonl,
+                    between, changed_encoders, command_line, complete, contact_sheet,
+                    fetch, is_last_rank, local_device, one_line, only_command,
+                    peak_flops, rank_and_world, read_coco_captions, read_json, read_jsonl,
                     refuse_other_settings, sha256, to_images, write_jsonl)
 from encode import (encode_text, fingerprint, fingerprint_of_t5, load_text_encoder,
                     load_vae)
@@ -461,15 +461,14 @@ def check_encoders(path_or_repo, pipeline, vae=None, text_encoder=None):
             raise UserError(f"{path_or_repo}: its encoder has {wanted} channels, and not "
                             f"{size}: give {option} the one it was trained with")
 
-    # Old checkpoints, and those from elsewhere, have no fingerprints.
-    training = model.checkpoint.get("training") or {}
+    found = fingerprints(pipeline)
     options = {"vae_fingerprint": ("--vae", vae), "T5": ("--text-encoder", text_encoder)}
-    for key, found in fingerprints(pipeline).items():
+    for key in changed_encoders(model.checkpoint, found):
         option, named = options[key]
-        expected = training.get(key)
-        if expected and not named and found != expected:
-            raise UserError(f"{path_or_repo}: its encoder has changed ({key} {expected}, now "
-                            f"{found}): give {option} the one it was trained with")
+        if not named:
+            before = model.checkpoint["training"][key]
+            raise UserError(f"{path_or_repo}: its encoder has changed ({key} {before}, now "
+                            f"{found[key]}): give {option} the one it was trained with")
 
 
 @torch.no_grad()

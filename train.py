@@ -36,10 +36,10 @@ from tqdm import tqdm
 
 import model_cad
 from common import (HelpFormatter, StopRequest, UserError, at_least, autocast, between,
-                    command_line, complete, contact_sheet, end_workers, ignore_signals,
-                    local_device, on_any_rank, one_line, only_command, pad_text, padded_length, peak_flops,
-                    rank_and_world, read_jsonl, refuse_other_settings, report_lost_rank, to_images,
-                    write_jsonl)
+                    changed_encoders, command_line, complete, contact_sheet, encoders_of,
+                    end_workers, ignore_signals, local_device, on_any_rank, one_line, only_command,
+                    pad_text, padded_length, peak_flops, rank_and_world, read_jsonl,
+                    refuse_other_settings, report_lost_rank, to_images, write_jsonl)
 from encode import Encoded, load_vae, refuse_other_encoders
 from metrics.charts import draw_progress
 from sample import MODELS, ddim, gamma, load_model, save_checkpoint
@@ -538,7 +538,10 @@ def make_network(args, meta):
             if start.config[name] != data_sizes[name]:
                 raise UserError(f"--init {args.init}: its {name} is {start.config[name]}, the "
                                 f"data's is {data_sizes[name]}: encode with its encoders")
-        refuse_other_training(args.init, start, meta)
+        changed = changed_encoders(start.checkpoint, encoders_of(meta))
+        if changed:
+            name = changed[0].replace("vae_fingerprint", "autoencoder")
+            raise UserError(f"--init {args.init}: its {name} is not the data's: encode with its encoders")
         args.model = next(name for name, family in MODELS.items()
                           if isinstance(start, family.network))
         args.preset = "as --init"
@@ -561,15 +564,6 @@ def make_network(args, meta):
             weights = model_cad.resize_positions(weights, sizes["size"], sizes["patch"])
         model.load_state_dict(weights)
     return model, optimizer
-
-
-def refuse_other_training(path, start, meta):
-    """Raise UserError if a checkpoint was trained with other encoders than the data's."""
-    training = start.checkpoint.get("training", {})
-    for name, key in (("vae_fingerprint", "autoencoder"), ("T5", "T5")):
-        # The released CAD-I and older checkpoints do not say.
-        if training.get(name) and meta.get(key) and training[name] != meta[key]:
-            raise UserError(f"--init {path}: its {key} is not the data's: encode with its encoders")
 
 
 def compile_blocks(model):
@@ -596,8 +590,7 @@ def checkpoint_config(args, meta, original, augmented, model, step):
                 "composites": len(augmented or ()),
                 "batch_size": args.batch_size, "steps": step,
                 "parameters": sum(p.numel() for p in model.parameters()),
-                "vae_fingerprint": meta.get("autoencoder"), "T5": meta.get("T5"),
-                "init": args.init}
+                "init": args.init, **encoders_of(meta)}
     if augmented and args.p > 0:
         settings = augmented.meta.get("cutmix") or ["unknown"]
         training["IA"] = settings[0] if len(settings) == 1 else "all"
@@ -636,9 +629,11 @@ def load_state(path, args, device):
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location=device, weights_only=True)
         state = {key: state[key] for key in needed}
-        before = {"lr": state["settings"]["lr"], **state["settings"]}
+        before = dict(state["settings"])
         if type(state["step"]) is not int or state["step"] < 0 or state["sums"].shape != (5,):
             raise ValueError("no step, or no sums")
+        if "lr" not in before:
+            raise ValueError("no learning rate")
     except FileNotFoundError:
         raise UserError(f"--resume {path}: no such file") from None
     # Empty, cut off, text, a picture: torch raises almost anything.
@@ -935,6 +930,15 @@ def save_grid(path, ema, vae, data, args, device):
 # --------------------------------------------------------------------------------------
 # How fast it is
 
+def random_batch(model, B, length):
+    """Return B samples of random numbers, as `as_batch` does, with captions of `length` tokens."""
+    latents = (B, model.config["channels"], model.config["size"], model.config["size"])
+    return {"t": torch.rand(B), "mean": torch.randn(latents), "std": torch.rand(latents),
+            "tokens": torch.randn(length * B, model.config["text_dim"]).bfloat16(),
+            "lengths": torch.full((B,), length), "coherence": torch.ones(B),
+            "coin": torch.rand(B), "noise_seed": torch.arange(B)}
+
+
 def benchmark(args, device):
     """Time training steps on random data, captions of 160 tokens: in words and as JSON."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -945,11 +949,7 @@ def benchmark(args, device):
     model.to(device)
     averages = {p: p.detach().clone() for p in model.parameters()}
     B = args.batch_size
-    latents = (B, model.config["channels"], model.config["size"], model.config["size"])
-    batch = {"t": torch.rand(B), "mean": torch.randn(latents), "std": torch.rand(latents),
-             "tokens": torch.randn(160 * B, model.config["text_dim"]).bfloat16(),
-             "lengths": torch.full((B,), 160), "coherence": torch.ones(B),
-             "coin": torch.rand(B), "noise_seed": torch.arange(B)}
+    batch = random_batch(model, B, 160)
     inputs = draw_inputs(batch, 1.0, device)
     one = {name: tensor[:1] for name, tensor in inputs.items()}
     with FlopCounterMode(display=False) as counter:

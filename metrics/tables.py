@@ -31,6 +31,10 @@ class Table(NamedTuple):
     columns: dict           # {score: heading}
     prefixes: dict          # {how the scores' names begin: mark behind the name of a row}
 
+    def scores(self):
+        """Return the names of all scores that have a place in the table."""
+        return {prefix + column for prefix in self.prefixes for column in self.columns}
+
 
 TABLES = [
     Table("Table 1: image quality, alignment (ImageNet, where COCO is not named)", ("TA", "IA"),
@@ -283,8 +287,7 @@ def cell_texts(scores, rivals, lowest, digits):
 
 def rows_of_table(table, rows, paper):
     """Return the rows that have a score of a table; none if the table is not to be printed."""
-    columns = [prefix + column for prefix in table.prefixes for column in table.columns]
-    chosen = [row for row in rows if row.scores.keys() & set(columns)]
+    chosen = [row for row in rows if row.scores.keys() & table.scores()]
 
     if table.columns is ABLATION:
         # Only a study of what varies: two settings of CutMix, or two probabilities.
@@ -345,9 +348,8 @@ def print_tables(rows, paper=False):
         for i, name in enumerate(names):
             cells = [texts[heading][i] for heading in shown]
             print(f"| {' | '.join([*name, *cells])} |")
-        columns = {prefix + column for prefix in table.prefixes for column in table.columns}
         measured = [row for row in chosen if not row.published]
-        for note, names in notes_of(measured, columns).items():
+        for note, names in notes_of(measured, table.scores()).items():
             # Named are only those whose note is not that of all.
             about = "" if len(names) == len(measured) else f"{', '.join(names)}: "
             print(f"\n- {about}{note}")
@@ -396,10 +398,7 @@ def published_row(cells):
     """
     name = cells.pop("model")
     source = cells.pop("source", None) or ""
-    known = set()
-    for table in TABLES:
-        known.update(prefix + column for prefix in table.prefixes for column in table.columns)
-
+    known = set().union(*[table.scores() for table in TABLES])
     facts = {}
     scores = {}
     for column, text in cells.items():

@@ -83,14 +83,7 @@ def training_seconds(name):
     args.micro_batch = args.batch_size
     optimizer = train.make_optimizer(model, args)
     averages = {parameter: parameter.detach().clone() for parameter in model.parameters()}
-    batch = {"t": torch.rand(BATCH),
-             "mean": random_latents(model, BATCH),
-             "std": torch.ones(random_latents(model, BATCH).shape),
-             "tokens": torch.randn(BATCH * CAPTION_TOKENS, model.config["text_dim"]),
-             "lengths": torch.full((BATCH,), CAPTION_TOKENS),
-             "coherence": torch.ones(BATCH),
-             "coin": torch.rand(BATCH),
-             "noise_seed": torch.arange(BATCH)}
+    batch = train.random_batch(model, BATCH, CAPTION_TOKENS)
 
     def step():
         inputs = train.draw_inputs(batch, 1.0, torch.device("cpu"))

@@ -39,10 +39,15 @@ training sees more noise at the same t.</p>
 # --------------------------------------------------------------------------------------------
 # Scores of the runs that have ended so far
 
+def scores_file(out, run, kind):
+    """Return the path of the verdicts on a run's samples for short or long prompts."""
+    return out / "runs" / name_of(run) / f"scores-{kind}.jsonl"
+
+
 def read_scores(out, run, kind):
     """Return the verdicts on a run's samples for short or long prompts, or None: not yet there."""
     # The page is made after every run, while the scores of others are still missing.
-    path = out / "runs" / name_of(run) / f"scores-{kind}.jsonl"
+    path = scores_file(out, run, kind)
     return read_jsonl(path) if path.exists() else None
 
 
@@ -53,7 +58,7 @@ def columns_of(rows):
 
 def ended_runs(out, line, kind):
     """Return the runs of a table's line whose samples have been scored."""
-    return [run for run in line.runs if read_scores(out, run, kind)]
+    return [run for run in line.runs if scores_file(out, run, kind).exists()]
 
 
 def line_columns(out, line, kind):
@@ -182,6 +187,11 @@ def same_prompts(out, lines, kind="long", of_each_task=2):
     return table(rows)
 
 
+def distance_file(out, run):
+    """Return the path of a run's distance to the validation pictures."""
+    return out / "runs" / name_of(run) / "distance.json"
+
+
 def distance_table(out, lines):
     """Return Table 1: the Frechet distance and P/R/D/C of each line, mean and spread."""
     names = ["distance", "precision", "recall", "density", "coverage"]
@@ -191,7 +201,7 @@ def distance_table(out, lines):
         found = []
         sheets = []
         for run in line.runs:
-            path = out / "runs" / name_of(run) / "distance.json"
+            path = distance_file(out, run)
             if path.exists():
                 found.append(read_json(path, "the scores of a run"))
                 sheets.append(f'<a href="runs/{name_of(run)}/distance/sheet.png">{run.seed}</a>')
@@ -271,9 +281,10 @@ def section(out, name, seeds, steps):
 def is_there(out, name, seeds):
     """Tell whether every line of a table has a result, from this command or an earlier one."""
     # Tables share runs, so a table that nobody asked for may have some of its lines.
-    file = "distance.json" if name == "1" else "scores-long.jsonl"
-    return all(any((out / "runs" / name_of(run) / file).exists() for run in line.runs)
-               for line in lines_of(name, seeds))
+    lines = lines_of(name, seeds)
+    if name == "1":
+        return all(any(distance_file(out, run).exists() for run in line.runs) for line in lines)
+    return all(ended_runs(out, line, "long") for line in lines)
 
 
 def write_tables(out, asked_for, seeds, settings):
