@@ -55,7 +55,7 @@ def main(argv=None):
     # The autoencoder's weights come with the project. Training them
     # again is another task, which needs none of the checks below.
     if args.train_vae is not None:
-        at_least(args, train_vae=1)
+        at_least(args, train_vae=0.01)
         train_vae(VAE, args.train_vae)
         return
 
