@@ -22,7 +22,9 @@ SETTINGS = ("1/2", "1/4", "1/9", "1/16")
 # cutmix.py as a command, with folders of 40 composites and some rest after each: so a
 # test can kill it in the middle without making thousands.
 SLOW = """
-import sys, time, common, cutmix
+import signal, sys, time, common, cutmix
+# A shell starts what it runs in the background deaf to Ctrl-C, and so are these tests then.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 cutmix.A_FOLDER = 40
 compose = cutmix.Composites.compose
 def compose_slowly(*arguments):
@@ -428,7 +430,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
 
 
 def test_ctrl_c_ends_a_run_without_a_traceback(tmp_path):
-    images = photos(tmp_path / "photos", each=200, size=(20, 16))
+    images = photos(tmp_path / "photos", each=60, size=(20, 16))
     process = subprocess.Popen([sys.executable, "-c", SLOW, "--images", images, "--out",
                                 tmp_path / "out", "--workers", "2"], cwd=ROOT, text=True,
                                stderr=subprocess.PIPE, start_new_session=True)
