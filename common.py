@@ -128,8 +128,7 @@ def complete(path, durable=False):
     bear its final name and be empty after a crash of the whole machine. It is for files
     whose loss would cost work.
 
-    An OSError that names no file gets the name of this one: "No space left on device" alone
-    does not tell the user which disk is full.
+    An OSError that names no file gets the name of this one.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -137,20 +136,32 @@ def complete(path, durable=False):
     rank = os.environ.get("RANK", "0")
     temporary = path.with_name(f".{path.name}.{rank}.tmp")
     try:
-        yield temporary
-        if durable:
-            flush_to_disk(temporary)
-        os.replace(temporary, path)
-        if durable:
-            flush_to_disk(path.parent)
-    except BaseException as error:
+        with errors_name(path):
+            yield temporary
+            if durable:
+                flush_to_disk(temporary)
+            os.replace(temporary, path)
+            if durable:
+                flush_to_disk(path.parent)
+    except BaseException:
         # The temporary path may be a folder; the first error is the one to report.
         with contextlib.suppress(OSError):
             temporary.unlink()
-        names_no_file = isinstance(error, OSError) and error.filename is None
-        if names_no_file and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+@contextlib.contextmanager
+def errors_name(path):
+    """Give an OSError that names no file the name of this one.
+
+    "No space left on device" alone does not tell the user which disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def flush_to_disk(path):
@@ -212,6 +223,13 @@ def write_jsonl(path, rows):
     lines = [json.dumps(row) + "\n" for row in rows]
     with complete(path) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def append_jsonl(path, rows):
+    """Add objects to the end of a JSONL file."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    with errors_name(path), open(path, "a", encoding="utf-8") as file:
+        file.writelines(lines)
 
 
 @functools.cache

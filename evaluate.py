@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import (HelpFormatter, UserError, at_least, between, command_line, complete,
+from common import (HelpFormatter, UserError, append_jsonl, at_least, between, command_line, complete,
                     is_last_rank, list_images, load_ahead, local_device, open_image, pretrained,
                     rank_and_world, read_json, read_jsonl, report_skipped, resize_and_crop,
                     sha256, weights_hash, write_jsonl)
@@ -111,8 +111,7 @@ def judged(folder, files, log, weights, judge, given=None):
         for file, image in batch:
             if file not in rows:
                 rows[file] = {"file": file, **judge(file, image)}
-                with open(path, "a", encoding="utf-8") as lines:
-                    lines.write(json.dumps({**rows[file], **made_of[file]}) + "\n")
+                append_jsonl(path, [{**rows[file], **made_of[file]}])
             yield file, image, rows[file]
     report_skipped(folder, skipped, len(files))
 

@@ -376,6 +376,7 @@ def model_card(config):
     if training["IA"]:
         composites = (f"{training['composites']} of CutMix, setting {training['IA']} (IA), where "
                       f"t > {training['tau']}, with probability {training['p']}")
+    start = f", beginning with the weights of {training['init']}" if training.get("init") else ""
     return f"""---
 pipeline_tag: text-to-image
 ---
@@ -383,7 +384,7 @@ pipeline_tag: text-to-image
 
 Trained after *How far can we go with ImageNet for Text-to-Image generation?* (arXiv
 2502.21318), on {training["images"]} pictures with {captions}. Composites: {composites}.
-{training["steps"]} steps of {training["batch_size"]} samples.
+{training["steps"]} steps of {training["batch_size"]} samples{start}.
 
 Autoencoder: {config["vae"]}. Text encoder: {config["text_encoder"]}. Sample with:
 

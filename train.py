@@ -35,11 +35,11 @@ from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 import model_cad
-from common import (HelpFormatter, StopRequest, UserError, at_least, autocast, between,
-                    changed_encoders, command_line, complete, contact_sheet, encoders_of,
-                    end_workers, ignore_signals, local_device, on_any_rank, one_line, only_command,
-                    pad_text, padded_length, peak_flops, rank_and_world, read_jsonl,
-                    refuse_other_settings, report_lost_rank, to_images, write_jsonl)
+from common import (HelpFormatter, StopRequest, UserError, append_jsonl, at_least, autocast,
+                    between, changed_encoders, command_line, complete, contact_sheet,
+                    encoders_of, end_workers, ignore_signals, local_device, on_any_rank, one_line,
+                    only_command, pad_text, padded_length, peak_flops, rank_and_world,
+                    read_jsonl, refuse_other_settings, report_lost_rank, to_images, write_jsonl)
 from encode import Encoded, load_vae, refuse_other_encoders
 from metrics.charts import draw_progress
 from sample import MODELS, ddim, gamma, load_model, save_checkpoint
@@ -705,6 +705,8 @@ def train(args, rank, world, device, stack):
 
     What must be undone at the end, however it comes, is put on the ExitStack `stack`.
     """
+    # Whoever is stopped while it starts makes its first step, saves, and leaves like any other.
+    stop = stack.enter_context(StopRequest())
     cuda = device.type == "cuda"
     out = Path(args.out)
     state_path = out / "state.pt"
@@ -759,7 +761,6 @@ def train(args, rank, world, device, stack):
         return every and (done % every == 0 or done == args.steps)
 
     bar = tqdm(total=args.steps, initial=first, desc="training", unit="step", disable=rank > 0)
-    stop = stack.enter_context(StopRequest())
     stopping = False
     clock, since = time.perf_counter(), first
     for step, batch in enumerate(reader, first):
@@ -813,8 +814,7 @@ def train(args, rank, world, device, stack):
             bins = validation_losses(ema, val, args, rank, world, device)
             rows.append({"step": done, "val_loss": sum(bins) / len(bins), "val_bins": bins})
         if rank == 0 and rows:
-            with open(out / "log.jsonl", "a", encoding="utf-8") as log:
-                log.writelines(json.dumps(row) + "\n" for row in rows)
+            append_jsonl(out / "log.jsonl", rows)
 
         # The state comes last: a kill before it repeats steps, but loses no file.
         if sampling:

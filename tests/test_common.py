@@ -83,6 +83,10 @@ def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path):
         with common.complete(tmp_path / "captions.jsonl"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
+    # A device that is always full.
+    with pytest.raises(OSError, match="No space left.*/dev/full"):
+        common.append_jsonl("/dev/full", [{"step": 1}])
+
 
 def test_jsonl_with_a_torn_last_line_is_read(tmp_path):
     path = tmp_path / "a.jsonl"

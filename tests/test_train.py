@@ -452,6 +452,8 @@ def test_fine_tuning_starts_from_a_released_checkpoint_at_another_size(tmp_path,
     ours = load_file(tmp_path / "out/model.safetensors")
     assert torch.equal(ours["text_embed.weight"], released["map_text_tokens.weight"])
     assert len(ours["position"]) == (size // 2) ** 2
+    # The model card says so.
+    assert "beginning with the weights of" in (tmp_path / "out/README.md").read_text()
 
 
 def test_fine_tuning_refuses_data_of_another_text_encoder(tmp_path):
@@ -523,6 +525,20 @@ def test_a_signal_ends_the_step_saves_and_exits_with_0(toy_paper, tmp_path, numb
         train.main(words("whole"))
         train.main(words("stopped"))
         same_end(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_signal_during_the_start_is_heard_after_the_first_step(toy_paper, tmp_path, monkeypatch):
+    real = train.make_network
+
+    def slow_start(*values):
+        signal.raise_signal(signal.SIGTERM)
+        return real(*values)
+
+    monkeypatch.setattr(train, "make_network", slow_start)
+    with pytest.raises(SystemExit) as ended:
+        train.main([*data(toy_paper), *SMALL, "--out", str(tmp_path), "--steps", "4"])
+    assert ended.value.code == 0
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 1
 
 
 def test_a_kill_while_the_state_is_written_loses_no_grid_and_no_lasting_copy(toy_paper, tmp_path,
