@@ -233,17 +233,27 @@ class CAD(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Initialise as the release does; the untrained network ignores previous latents."""
+        """Initialise for learning from the first step; the untrained network predicts zero.
+
+        Linear layers, registers and `previous_norm` start as the release's do.
+        """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        learned_tokens = [self.position, self.latents, self.registers, self.coherence_position]
-        for parameter in learned_tokens:
+        for parameter in (self.registers, self.coherence_position):
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+        # In the release all latents start within 0.02 of zero. They are then nearly alike, read
+        # nearly the same, and it takes long until they share the work; so do places.
+        nn.init.normal_(self.latents)
+        nn.init.normal_(self.position)
         # Training lets the previous latents in little by little.
         nn.init.zeros_(self.previous_norm.weight)
         nn.init.zeros_(self.previous_norm.bias)
+        # The release's last layer starts at random. What it predicts then has to be unlearned
+        # first, and LAMB, which changes a matrix by a thousandth of its norm a step, stays at
+        # predicting nothing for hundreds of steps. From zero it learns at once.
+        nn.init.zeros_(self.out[1].weight)
 
     def to_latents(self, patches):
         """Put patches (B, N, p * p * C) back to their places: (B, C, size, size)."""
