@@ -151,9 +151,11 @@ def main(argv=None):
         ended.append(job)
         used = time.time() - begin
 
-        # The rest is as much faster or slower than expected as what has ended.
+        # The rest is as much faster or slower than expected as what has
+        # ended, if that was long enough to tell.
         so_far = sorted(expected)[len(ended) - 1]
-        rest = used / so_far * (max(expected) - so_far)
+        pace = used / so_far if so_far > 60 else 1.0
+        rest = pace * (max(expected) - so_far)
         print(f"{len(ended)} of {len(todo)}: {job.name}; {spoken_time(used)} used, "
               f"{spoken_time(rest)} left", flush=True)
 
