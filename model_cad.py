@@ -233,9 +233,10 @@ class CAD(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Initialise for learning from the first step; the untrained network predicts zero.
+        """Initialise so that training learns from the first step.
 
-        Linear layers, registers and `previous_norm` start as the release's do.
+        The untrained network leaves image tokens as they are, predicts zero, and ignores
+        previous latents. All else but latents and positions starts as in the release.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -250,9 +251,12 @@ class CAD(nn.Module):
         # Training lets the previous latents in little by little.
         nn.init.zeros_(self.previous_norm.weight)
         nn.init.zeros_(self.previous_norm.bias)
-        # The release's last layer starts at random. What it predicts then has to be unlearned
-        # first, and LAMB, which changes a matrix by a thousandth of its norm a step, stays at
-        # predicting nothing for hundreds of steps. From zero it learns at once.
+        # The release starts the following at random, too. What untrained latents write then
+        # drowns the image, and has to be unlearned first. LAMB, which changes a matrix by a
+        # thousandth of its norm a step, predicts nothing but zero for hundreds of steps.
+        for block in self.blocks:
+            nn.init.zeros_(block.write_data.out.weight)
+            nn.init.zeros_(block.write_data.mlp[-1].weight)
         nn.init.zeros_(self.out[1].weight)
 
     def to_latents(self, patches):
