@@ -244,7 +244,7 @@ class CAD(nn.Module):
                 nn.init.zeros_(module.bias)
         for parameter in (self.registers, self.coherence_position):
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
-        # In the release all latents start within 0.02 of zero. They are then nearly alike, read
+        # In the release all latents start within 0.04 of zero. They are then nearly alike, read
         # nearly the same, and it takes long until they share the work; so do places.
         nn.init.normal_(self.latents)
         nn.init.normal_(self.position)
@@ -253,7 +253,7 @@ class CAD(nn.Module):
         nn.init.zeros_(self.previous_norm.bias)
         # The release starts the following at random, too. What untrained latents write then
         # drowns the image, and has to be unlearned first. LAMB, which changes a matrix by a
-        # thousandth of its norm a step, predicts nothing but zero for hundreds of steps.
+        # thousandth of its norm a step, predicts nothing but zero for 200 steps at least.
         for block in self.blocks:
             nn.init.zeros_(block.write_data.out.weight)
             nn.init.zeros_(block.write_data.mlp[-1].weight)

@@ -20,6 +20,7 @@ from conftest import FIXTURES, ROOT, refused, run
 from safetensors.torch import load_file, save_file
 
 import encode
+import model_cad
 import train
 from common import UserError, only_command, read_jsonl
 from encode import Encoded
@@ -350,6 +351,16 @@ def test_each_model_learns_with_the_optimiser_it_takes_by_itself(toy_paper, tmp_
                 "--batch-size", "8", "--steps", "80", "--warmup", "5", "--log-every", "20",
                 "--save-every", "1000", "--sample-every", "0"])
     assert losses(tmp_path)[-1] < 0.5
+
+
+def test_cad_as_deep_as_the_real_one_learns_from_the_start(toy_paper, tmp_path, monkeypatch):
+    # As the release starts it, it stays at a loss of 1 for 200 steps and more.
+    deep = {**model_cad.PRESETS["toy"], "depth": 4, "layers": 4}
+    monkeypatch.setitem(model_cad.PRESETS, "toy", deep)
+    train.main([*data(toy_paper), "--out", str(tmp_path), "--model", "cad", "--preset", "toy",
+                "--batch-size", "8", "--steps", "40", "--warmup", "5", "--log-every", "20",
+                "--save-every", "1000", "--sample-every", "0"])
+    assert losses(tmp_path)[-1] < 0.7
 
 
 def test_a_run_leaves_a_checkpoint_lasting_copies_a_grid_and_a_page_to_look_at(toy_paper, tmp_path):
