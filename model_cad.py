@@ -236,7 +236,7 @@ class CAD(nn.Module):
         """Initialise so that training learns from the first step.
 
         The untrained network leaves image tokens as they are, predicts zero, and ignores
-        previous latents. All else but latents and positions starts as in the release.
+        previous latents. Comments say what differs from the release.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -244,8 +244,9 @@ class CAD(nn.Module):
                 nn.init.zeros_(module.bias)
         for parameter in (self.registers, self.coherence_position):
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
-        # In the release all latents start within 0.04 of zero. They are then nearly alike, read
-        # nearly the same, and it takes long until they share the work; so do places.
+        # In the release latents and positions start within 0.04 of zero. Latents are then nearly
+        # alike, read nearly the same, and take long until they share the work; and the image
+        # tokens hardly know where they are.
         nn.init.normal_(self.latents)
         nn.init.normal_(self.position)
         # Training lets the previous latents in little by little.
