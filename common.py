@@ -603,13 +603,15 @@ class StopRequest:
     """Remembers that SIGTERM or Ctrl-C came, so that the step in hand is finished first.
 
     Use it as a context; `name` is "" until a signal comes. A second signal changes nothing:
-    torchrun passes on to its ranks those that they got already.
+    torchrun passes on to its ranks those that they got already. Before `worth_saving` is set
+    to True, a signal ends the program at once: a long start must not be waited for.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self):
         self.name = ""
+        self.worth_saving = False
 
     def __enter__(self):
         self.before = [signal.signal(number, self.receive) for number in self.SIGNALS]
@@ -621,12 +623,28 @@ class StopRequest:
 
     def receive(self, number, frame):
         self.name = signal.Signals(number).name
+        if self.worth_saving:
+            return
+        if rank_and_world()[0] == 0:
+            close_progress_bars()
+            print(f"{program_name()}: stopped by {self.name} before its first step, nothing to save")
+        sys.exit(0)
 
 
 def ignore_signals(worker):
     """Leave the end of a data worker to its parent: Ctrl-C reaches all processes at once."""
     for number in StopRequest.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def signals_wait():
+    """Let signals wait until the end of the block; processes started in it never receive them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, StopRequest.SIGNALS)
 
 
 def end_workers(iterator):

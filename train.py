@@ -39,7 +39,8 @@ from common import (HelpFormatter, StopRequest, UserError, append_jsonl, at_leas
                     between, changed_encoders, command_line, complete, contact_sheet,
                     encoders_of, end_workers, ignore_signals, local_device, on_any_rank, one_line,
                     only_command, pad_text, padded_length, peak_flops, rank_and_world,
-                    read_jsonl, refuse_other_settings, report_lost_rank, to_images, write_jsonl)
+                    read_jsonl, refuse_other_settings, report_lost_rank, signals_wait, to_images,
+                    write_jsonl)
 from encode import Encoded, load_vae, refuse_other_encoders
 from metrics.charts import draw_progress
 from sample import MODELS, ddim, gamma, load_model, save_checkpoint
@@ -212,21 +213,19 @@ def trust_ratio(w_norm, u_norm):
     return torch.where(usable, w_norm / u_norm, 1.0)
 
 
-def lamb_update(w, average, g, m, v, numbers, beta1, beta2, eps, decay, trust):
+def lamb_update(w, average, g, m, v, numbers, beta1, beta2, eps, decay):
     """Make one step of LAMB (You et al. 2020) for one tensor, in place.
 
-    LAMB is AdamW whose step for each tensor is rescaled to the norm of the tensor itself;
-    without `trust` it is AdamW. w: the weights; average: their moving average (or None);
-    g: the gradient; m, v: its moments. On CUDA this is compiled.
+    LAMB is AdamW whose step for each tensor is rescaled to the norm of the tensor itself.
+    w: the weights; average: their moving average (or None); g: the gradient; m, v: its
+    moments. On CUDA this is compiled.
     """
     go = numbers.go
     g = torch.where(go > 0, numbers.scale * g, 0.0)
     m.lerp_(g, go * (1 - beta1))
     v.lerp_(g * g, go * (1 - beta2))
     u = (m / numbers.young_m) / ((v / numbers.young_v).sqrt() + eps) + decay * w
-    rate = go * numbers.lr
-    if trust:
-        rate = rate * trust_ratio(w.norm(), u.norm())
+    rate = go * numbers.lr * trust_ratio(w.norm(), u.norm())
     w.sub_(rate * u)
     if average is not None:
         average.lerp_(w, go * numbers.forget)
@@ -254,18 +253,25 @@ def lamb_update_on_cpu(w, average, g, m, v, numbers, beta1, beta2, eps, decay):
         average.lerp_(w, float(numbers.forget))
 
 
-def adamw_update_on_cpu(ws, averages, gs, ms, vs, numbers, beta1, beta2, eps, decay):
-    """Do what `lamb_update` does without `trust`, for lists of tensors.
+def adamw_update(ws, averages, gs, ms, vs, numbers, beta1, beta2, eps, decay):
+    """Make one step of AdamW, LAMB without its trust ratio, for lists of tensors, in place.
 
-    One call for all of them: of a small network's step, calls would be the larger part.
+    One call for all of them: for small tensors, calls would be the larger part of the time.
     """
     # torch counts up the number of steps by itself, a number for each tensor.
     updates = list((numbers.updates - 1).repeat(len(ws)).unbind())
-    adamw(ws, gs, ms, vs, [], updates, fused=True, grad_scale=1 / numbers.scale, amsgrad=False,
-          beta1=beta1, beta2=beta2, lr=float(numbers.lr), weight_decay=decay, eps=eps,
-          maximize=False)
-    if averages[0] is not None:
-        torch._foreach_lerp_(averages, ws, float(numbers.forget))
+    adamw(ws, gs, ms, vs, [], updates, fused=True, grad_scale=1 / numbers.scale,
+          found_inf=1 - numbers.go, amsgrad=False, beta1=beta1, beta2=beta2, lr=numbers.lr,
+          weight_decay=decay, eps=eps, maximize=False)
+    if averages[0] is None:
+        return
+    forget = numbers.go * numbers.forget
+    if forget.device.type == "cpu":
+        torch._foreach_lerp_(averages, ws, float(forget))
+    else:
+        # One by one, because for a list the CPU would have to know the number.
+        for average, w in zip(averages, ws):
+            average.lerp_(w, forget)
 
 
 class Lamb(torch.optim.Optimizer):
@@ -314,14 +320,12 @@ class Lamb(torch.optim.Optimizer):
             constants = (beta1, beta2, group["eps"], group["weight_decay"])
             trust = group["trust_ratio"] and group["weight_decay"] > 0
             tensors = [self.tensors_of(w, averages) for w in group["params"] if w.grad is not None]
-            if on_cpu and not trust and tensors:
-                adamw_update_on_cpu(*map(list, zip(*tensors)), numbers, *constants)
+            if not trust and tensors:
+                adamw_update(*map(list, zip(*tensors)), numbers, *constants)
                 continue
+            rule = lamb_update_on_cpu if on_cpu else self.rule
             for each in tensors:
-                if on_cpu:
-                    lamb_update_on_cpu(*each, numbers, *constants)
-                else:
-                    self.rule(*each, numbers, *constants, trust)
+                rule(*each, numbers, *constants)
 
     def tensors_of(self, w, averages):
         """Return (weights, moving average or None, gradient, m, v) of a parameter, all flat."""
@@ -567,16 +571,22 @@ def make_network(args, meta):
 
 
 def compile_blocks(model):
-    """Let torch.compile translate a network, block by block.
+    """Let torch.compile translate a network: the captions' part, then block by block.
 
     DDP sends a gradient as soon as it is there. Those of a compiled block are sent while the
     backward pass goes on below it. A network compiled as a whole hands over all of them at
     its end, and torch's way of splitting it for DDP knows neither activation checkpoints nor
     CAD's first pass without gradients. Besides, equal blocks are translated only once.
     """
+    from torch._inductor.async_compile import AsyncCompile
+    # torch's compiler works in processes of its own. Where a signal reaches all processes of a
+    # job, the step in hand would wait for dead ones for ever.
+    with signals_wait():
+        AsyncCompile.warm_pool()
     # One version for each length of text, with and without gradients.
     torch._dynamo.config.recompile_limit = 64
-    for block in [*model.refine, *model.blocks]:
+    model.condition = torch.compile(model.condition, dynamic=False)
+    for block in model.blocks:
         block.compile(dynamic=False)
 
 
@@ -705,7 +715,6 @@ def train(args, rank, world, device, stack):
 
     What must be undone at the end, however it comes, is put on the ExitStack `stack`.
     """
-    # Whoever is stopped while it starts makes its first step, saves, and leaves like any other.
     stop = stack.enter_context(StopRequest())
     cuda = device.type == "cuda"
     out = Path(args.out)
@@ -775,6 +784,7 @@ def train(args, rank, world, device, stack):
         sums[:4] += outcome
         sums[4] = (sums[4] + 1) * outcome[3]
         done = step + 1
+        stop.worth_saving = True
         bar.update()
         stopping = on_any_rank(bool(stop.name), world)
         logging = due(done, args.log_every)
@@ -854,7 +864,12 @@ def can_go_on(model, ema, inputs, args):
     """Tell whether the weights and their average are worth saving: their loss is not far above 1."""
     # If a sample is broken, that is not the weights' fault.
     part = {name: tensor[:args.micro_batch].nan_to_num() for name, tensor in inputs.items()}
-    with autocast(inputs["t"].device, args.precision):
+    device = inputs["t"].device
+    # Translating the network without gradients, too, would take longer than this does.
+    as_it_is = contextlib.nullcontext()
+    if device.type == "cuda":
+        as_it_is = torch.compiler.set_stance("force_eager")
+    with as_it_is, autocast(device, args.precision):
         losses = [diffusion_losses(network, **part).mean() for network in (model, ema)]
     return all(loss < DIVERGED for loss in losses)
 
@@ -962,22 +977,28 @@ def benchmark(args, device):
         optimizer.compile()
 
     def now():
+        # As in training, the CPU does not wait for the GPU: the GPU looks at its clock itself.
         if cuda:
-            torch.cuda.synchronize()
+            tick = torch.cuda.Event(enable_timing=True)
+            tick.record()
+            return tick
         return time.perf_counter()
 
     warmup, steps = (5, 20) if cuda else (1, 3)
-    times = []
+    ticks = []
     for step in range(warmup + steps):
-        ticks = [now()]
+        ticks.append(now())
         inputs = draw_inputs(batch, 1.0, device)
         ticks.append(now())
         loss = add_gradient(model, inputs, args)
         ticks.append(now())
         finish_step(optimizer, averages, loss, step, args)
-        ticks.append(now())
-        times.append(np.diff(ticks))
-    data, network, update = np.mean(times[warmup:], axis=0).tolist()
+    ticks.append(now())
+    if cuda:
+        torch.cuda.synchronize()
+        ticks = [ticks[0].elapsed_time(tick) / 1000 for tick in ticks]
+    times = np.diff(ticks).reshape(-1, 3)
+    data, network, update = times[warmup:].mean(axis=0).tolist()
     seconds = data + network + update
     peak, peak_is = peak_flops(device, args.precision)
     share = flops * B / seconds / peak

@@ -11,7 +11,10 @@ from unittest import mock
 
 # Before torch is imported: the networks here are tiny, and a second thread would only make a
 # busy machine much slower.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
+# The numbers that are expected are a CPU's. test_cuda.py, run alone, sees the GPU.
+if os.environ.get("GPU_TESTS") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

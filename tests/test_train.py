@@ -1,6 +1,5 @@
 """Algorithm 1 and the equations, the optimiser, and what a run promises whatever happens to it."""
 
-import functools
 import json
 import math
 import multiprocessing
@@ -211,15 +210,12 @@ def lamb_in_float64(x, gradients, lr, decay, trust, betas=(0.9, 0.999), eps=1e-8
 
 
 def adamw_of_one_tensor(w, average, g, m, v, *settings):
-    train.adamw_update_on_cpu([w], [average], [g], [m], [v], *settings)
+    train.adamw_update([w], [average], [g], [m], [v], *settings)
 
 
 @pytest.mark.parametrize("rule, trust", [
-    (functools.partial(train.lamb_update, trust=True), True),
-    (functools.partial(train.lamb_update, trust=False), False),
-    (train.lamb_update_on_cpu, True),
-    (adamw_of_one_tensor, False)],
-    ids=["lamb", "adamw", "lamb on a CPU", "adamw on a CPU"])
+    (train.lamb_update, True), (train.lamb_update_on_cpu, True), (adamw_of_one_tensor, False)],
+    ids=["lamb", "lamb on a CPU", "adamw"])
 def test_every_way_to_compute_a_step_equals_the_formula_in_float64(rule, trust):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(5, 7))
@@ -270,7 +266,8 @@ def test_a_skipped_step_changes_nothing_even_if_it_is_the_first():
     values = (0.1, math.nan, 0.0, 1.0, 0.1, 0.001, 0.5)
     numbers = train.Numbers(*(torch.tensor(value) for value in values))
     g = torch.tensor([math.nan, math.inf, 1, 2, 3, 4])
-    train.lamb_update(w, average, g, m, v, numbers, 0.9, 0.999, 1e-8, 0.1, True)
+    train.lamb_update(w, average, g, m, v, numbers, 0.9, 0.999, 1e-8, 0.1)
+    adamw_of_one_tensor(w, average, g, m, v, numbers, 0.9, 0.999, 1e-8, 0.1)
     for old, new in zip(before, (w, average, m, v)):
         assert torch.equal(old, new)
 
@@ -538,7 +535,7 @@ def test_a_signal_ends_the_step_saves_and_exits_with_0(toy_paper, tmp_path, numb
         same_end(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_a_signal_during_the_start_is_heard_after_the_first_step(toy_paper, tmp_path, monkeypatch):
+def test_a_signal_during_the_start_ends_the_run_at_once(toy_paper, tmp_path, monkeypatch, capsys):
     real = train.make_network
 
     def slow_start(*values):
@@ -549,7 +546,8 @@ def test_a_signal_during_the_start_is_heard_after_the_first_step(toy_paper, tmp_
     with pytest.raises(SystemExit) as ended:
         train.main([*data(toy_paper), *SMALL, "--out", str(tmp_path), "--steps", "4"])
     assert ended.value.code == 0
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 1
+    assert "stopped by SIGTERM before its first step, nothing to save" in capsys.readouterr().out
+    assert not (tmp_path / "state.pt").exists()
 
 
 def test_a_kill_while_the_state_is_written_loses_no_grid_and_no_lasting_copy(toy_paper, tmp_path,
