@@ -30,7 +30,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
@@ -195,16 +194,13 @@ def add_gradient(network, inputs, args):
 class Numbers(NamedTuple):
     """What one step does to every tensor, as tensors without dimensions on its device.
 
-    Plain numbers would make torch.compile translate the rule again at every step.
+    The CPU does not know these numbers: to ask for them, it would have to wait for the GPU.
     """
 
     lr: torch.Tensor
     scale: torch.Tensor         # of the gradient: below 1 where it is clipped
     go: torch.Tensor            # 1, or 0 for a step that is skipped
     updates: torch.Tensor       # steps made, this one included, without skipped ones
-    young_m: torch.Tensor       # 1 - beta1 ** updates: m and v begin at zero,
-    young_v: torch.Tensor       # 1 - beta2 ** updates: and are too small at first
-    forget: torch.Tensor        # 1 - decay of the moving average
 
 
 def trust_ratio(w_norm, u_norm):
@@ -213,65 +209,34 @@ def trust_ratio(w_norm, u_norm):
     return torch.where(usable, w_norm / u_norm, 1.0)
 
 
-def lamb_update(w, average, g, m, v, numbers, beta1, beta2, eps, decay):
-    """Make one step of LAMB (You et al. 2020) for one tensor, in place.
+def adamw_update(ws, gs, ms, vs, numbers, beta1, beta2, eps, decay):
+    """Make one step of AdamW for lists of tensors, in place: torch's own, in one pass.
 
-    LAMB is AdamW whose step for each tensor is rescaled to the norm of the tensor itself.
-    w: the weights; average: their moving average (or None); g: the gradient; m, v: its
-    moments. On CUDA this is compiled.
-    """
-    go = numbers.go
-    g = torch.where(go > 0, numbers.scale * g, 0.0)
-    m.lerp_(g, go * (1 - beta1))
-    v.lerp_(g * g, go * (1 - beta2))
-    u = (m / numbers.young_m) / ((v / numbers.young_v).sqrt() + eps) + decay * w
-    rate = go * numbers.lr * trust_ratio(w.norm(), u.norm())
-    w.sub_(rate * u)
-    if average is not None:
-        average.lerp_(w, go * numbers.forget)
-
-
-def lamb_update_on_cpu(w, average, g, m, v, numbers, beta1, beta2, eps, decay):
-    """Do what `lamb_update` does in a third of its time: torch's own Adam makes one pass."""
-    u = torch.empty_like(w)
-    w_square = torch.zeros(())
-    u_square = torch.zeros(())
-    # In pieces of 2 MB, which stay in the cache from one line to the next.
-    pieces = [tensor.split(2 ** 19) for tensor in (u, w, g, m, v)]
-    for u_part, w_part, g_part, m_part, v_part in zip(*pieces):
-        # Adam moves a tensor of zeros by minus its step.
-        u_part.zero_()
-        adam([u_part], [g_part], [m_part], [v_part], [], [numbers.updates - 1], fused=True,
-             grad_scale=1 / numbers.scale, amsgrad=False, beta1=beta1, beta2=beta2, lr=1.0,
-             weight_decay=0.0, eps=eps, maximize=False)
-        u_part.sub_(w_part, alpha=decay)
-        w_square += torch.dot(w_part, w_part)
-        u_square += torch.dot(u_part, u_part)
-    rate = numbers.lr * trust_ratio(w_square.sqrt(), u_square.sqrt())
-    w.add_(u, alpha=float(rate))
-    if average is not None:
-        average.lerp_(w, float(numbers.forget))
-
-
-def adamw_update(ws, averages, gs, ms, vs, numbers, beta1, beta2, eps, decay):
-    """Make one step of AdamW, LAMB without its trust ratio, for lists of tensors, in place.
-
-    One call for all of them: for small tensors, calls would be the larger part of the time.
+    ws: the weights; gs: the gradients; ms, vs: their moments.
     """
     # torch counts up the number of steps by itself, a number for each tensor.
     updates = list((numbers.updates - 1).repeat(len(ws)).unbind())
     adamw(ws, gs, ms, vs, [], updates, fused=True, grad_scale=1 / numbers.scale,
           found_inf=1 - numbers.go, amsgrad=False, beta1=beta1, beta2=beta2, lr=numbers.lr,
           weight_decay=decay, eps=eps, maximize=False)
-    if averages[0] is None:
-        return
-    forget = numbers.go * numbers.forget
-    if forget.device.type == "cpu":
-        torch._foreach_lerp_(averages, ws, float(forget))
-    else:
-        # One by one, because for a list the CPU would have to know the number.
-        for average, w in zip(averages, ws):
-            average.lerp_(w, forget)
+
+
+def lamb_update(ws, gs, ms, vs, numbers, beta1, beta2, eps, decay):
+    """Make one step of LAMB (You et al. 2020) for lists of tensors, in place.
+
+    LAMB is AdamW whose step for each tensor is rescaled to the norm of the tensor itself.
+    """
+    # Adam at a rate of 1 moves zeros by its step; the weights' decay belongs to the step.
+    us = [torch.zeros_like(w) for w in ws]
+    whole = numbers._replace(lr=torch.ones_like(numbers.lr))
+    adamw_update(us, gs, ms, vs, whole, beta1, beta2, eps, 0.0)
+    torch._foreach_sub_(us, ws, alpha=decay)
+
+    w_norms = torch.stack(torch._foreach_norm(ws))                       # (number of tensors,)
+    u_norms = torch.stack(torch._foreach_norm(us))
+    rates = numbers.go * numbers.lr * trust_ratio(w_norms, u_norms)
+    for w, u, rate in zip(ws, us, rates.unbind()):
+        w.addcmul_(u, rate)
 
 
 class Lamb(torch.optim.Optimizer):
@@ -281,61 +246,60 @@ class Lamb(torch.optim.Optimizer):
                  trust_ratio=True):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps,
                                   "weight_decay": weight_decay, "trust_ratio": trust_ratio})
-        self.rule = lamb_update
-
-    def compile(self):
-        """Let torch.compile fuse the rule, once for flat tensors of any length."""
-        self.rule = torch.compile(lamb_update, dynamic=True)
 
     @torch.no_grad()
-    def step(self, scale=1.0, go=True, averages=None, average_decay=1.0):
-        """Make a step, with gradients times `scale`, if `go` (both may be tensors).
-
-        averages: {parameter: its moving average}, average_decay: of those.
-        """
+    def step(self, scale=1.0, go=True):
+        """Make a step, with gradients times `scale`, if `go` (both may be tensors)."""
         device = self.param_groups[0]["params"][0].device
-        on_cpu = device.type == "cpu"
-        if on_cpu and not go:
-            return
 
         def number(value):
             # Filling, unlike copying a number to a GPU, does not wait for it.
             if isinstance(value, torch.Tensor):
-                return value.double()
-            return torch.full((), float(value), dtype=torch.float64, device=device)
+                return value.float()
+            return torch.full((), float(value), device=device)
 
         go = number(go)
         if "updates" not in self.state:
             self.state["updates"] = number(0)
         self.state["updates"] += go
-        # A first step that is skipped divides by 1 - beta ** updates, too.
-        updates = self.state["updates"].clamp(min=1)
 
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            numbers = Numbers(number(group["lr"]), number(scale), go, updates,
-                              1 - beta1 ** updates, 1 - beta2 ** updates,
-                              number(1 - average_decay))
-            numbers = Numbers(*(value.float() for value in numbers))
-            constants = (beta1, beta2, group["eps"], group["weight_decay"])
-            trust = group["trust_ratio"] and group["weight_decay"] > 0
-            tensors = [self.tensors_of(w, averages) for w in group["params"] if w.grad is not None]
-            if not trust and tensors:
-                adamw_update(*map(list, zip(*tensors)), numbers, *constants)
+            tensors = [self.tensors_of(w) for w in group["params"] if w.grad is not None]
+            if not tensors:
                 continue
-            rule = lamb_update_on_cpu if on_cpu else self.rule
-            for each in tensors:
-                rule(*each, numbers, *constants)
+            updates = number(self.state["updates"])
+            numbers = Numbers(number(group["lr"]), number(scale), go, updates)
+            settings = (numbers, *group["betas"], group["eps"], group["weight_decay"])
+            if not group["trust_ratio"] or group["weight_decay"] == 0:
+                adamw_update(*map(list, zip(*tensors)), *settings)
+            elif device.type == "cuda":
+                lamb_update(*map(list, zip(*tensors)), *settings)
+            else:
+                # One by one: all that the step of a matrix reads then stays in the CPU's cache.
+                for tensor in tensors:
+                    lamb_update(*([part] for part in tensor), *settings)
 
-    def tensors_of(self, w, averages):
-        """Return (weights, moving average or None, gradient, m, v) of a parameter, all flat."""
+    def tensors_of(self, w):
+        """Return (weights, gradient, m, v) of a parameter."""
         state = self.state[w]
         if not state:
             state["m"] = torch.zeros_like(w)
             state["v"] = torch.zeros_like(w)
-        average = averages[w].view(-1) if averages else None
-        return (w.detach().view(-1), average, w.grad.view(-1), state["m"].view(-1),
-                state["v"].view(-1))
+        return w.detach(), w.grad, state["m"], state["v"]
+
+
+@torch.no_grad()
+def update_averages(averages, forget):
+    """Move the averages, {weights: their moving average}, towards the weights, in place.
+
+    forget: 1 - the decay of the average, a tensor without dimensions.
+    """
+    if forget.device.type == "cpu":
+        torch._foreach_lerp_(list(averages.values()), list(averages), float(forget))
+        return
+    # One by one, because for a list the CPU would have to know the number.
+    for w, average in averages.items():
+        average.lerp_(w, forget)
 
 
 def make_optimizer(model, args):
@@ -388,8 +352,9 @@ def finish_step(optimizer, averages, loss, step, args):
         group["lr"] = lr_at(step + 1, args.lr, args.warmup, args.schedule_steps, args.rate)
     # A young average forgets faster.
     decay = min(args.ema, (1 + step) / (10 + step))
-    optimizer.step(scale, go, averages, decay)
+    optimizer.step(scale, go)
     optimizer.zero_grad()
+    update_averages(averages, go * (1 - decay))
     made = go.double()
     return torch.stack([torch.where(go, loss, 0.0).double(),
                         torch.where(go, norm, 0.0).double(), made, 1 - made])   # (4,)
@@ -757,7 +722,6 @@ def train(args, rank, world, device, stack):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if cuda and not args.no_compile:
         compile_blocks(model)
-        optimizer.compile()
     network = DistributedDataParallel(model) if world > 1 else model
     batches = torch.utils.data.DataLoader(
         Batches(original, augmented, args, rank, world), batch_size=None,
@@ -965,6 +929,8 @@ def benchmark(args, device):
     averages = {p: p.detach().clone() for p in model.parameters()}
     B = args.batch_size
     batch = random_batch(model, B, 160)
+    if device.type == "cuda":
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     inputs = draw_inputs(batch, 1.0, device)
     one = {name: tensor[:1] for name, tensor in inputs.items()}
     with FlopCounterMode(display=False) as counter:
@@ -974,7 +940,6 @@ def benchmark(args, device):
     cuda = device.type == "cuda"
     if cuda and not args.no_compile:
         compile_blocks(model)
-        optimizer.compile()
 
     def now():
         # As in training, the CPU does not wait for the GPU: the GPU looks at its clock itself.

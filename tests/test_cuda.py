@@ -87,8 +87,6 @@ def test_the_optimiser_makes_the_steps_that_it_makes_on_a_cpu(name):
         model = copy.deepcopy(ours)
         optimizer = train.make_optimizer(model, args)
         model.to(device)
-        if device == "cuda":
-            optimizer.compile()
         averages = {p: p.detach().clone() for p in model.parameters()}
         random = torch.Generator().manual_seed(1)
         for step in range(6):

@@ -59,7 +59,12 @@ def test_frechet_distance_of_shifted_and_scaled_copies_has_a_closed_form():
 def test_frechet_distance_bears_features_that_never_vary():
     a, b = RNG(0).normal(size=(300, 24)), RNG(1).normal(size=(300, 24)) * 2
     a[:, :10], b[:, 5:12] = 0.5, 0
-    assert evaluate.frechet_distance(a, b) == pytest.approx(sqrtm_distance(a, b), rel=1e-6)
+    # The trace of a root is the sum of the roots of the eigenvalues. (scipy's sqrtm of a singular
+    # matrix depends on its version.)
+    S_a, S_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    roots = np.sqrt(np.linalg.eigvals(S_a @ S_b).real.clip(0))
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(S_a + S_b) - 2 * roots.sum()
+    assert evaluate.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_distance_names_what_it_cannot_do():
@@ -698,7 +703,7 @@ def confident_detector(models, folder):
         model.class_predictor.bias[[16, 41]] = torch.tensor([20.0, 19.9])
         for name, x in model.named_parameters():
             if "mask_embedder.2" in name:
-                x.mul_(1000)
+                x.mul_(100_000)
     model.save_pretrained(folder)
     return folder
 
@@ -744,12 +749,13 @@ def test_detections_are_those_of_transformers_where_masks_have_its_size(models, 
     theirs = [(segment["score"], evaluate.COCO[segment["label_id"]], mask.bool().numpy())
               for segment, mask in zip(expected["segments_info"], expected["segmentation"])]
     assert len(theirs) == len(things) == len(found["cup"]) == 10
-    for (score, name, thing), (other_score, other_name, mask) in zip(
-            sorted(things, key=lambda x: -x[0]), sorted(theirs, key=lambda x: -x[0])):
+    for score, name, thing in things:
+        # Sure as they are, their scores are nearly equal: pairs are found by their masks.
+        other_score, other_name, mask = max(theirs, key=lambda other: (thing["mask"] == other[2]).mean())
+        assert (thing["mask"] == mask).mean() > 0.9999
         assert score == pytest.approx(other_score, abs=1e-5) and name == other_name
         ys, xs = np.nonzero(thing["mask"])
         assert thing["box"] == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-        assert (thing["mask"] == mask).mean() > 0.9999
 
 
 def test_a_crowd_is_cut_to_the_sixteen_most_confident(geneval, tmp_path):
