@@ -192,9 +192,9 @@ def add_gradient(network, inputs, args):
 # The optimiser
 
 class Numbers(NamedTuple):
-    """What one step does to every tensor, as tensors without dimensions on its device.
+    """The numbers of one step, as tensors without dimensions on the weights' device.
 
-    The CPU does not know these numbers: to ask for them, it would have to wait for the GPU.
+    Some of them only the GPU knows: to ask for them, the CPU would have to wait for it.
     """
 
     lr: torch.Tensor
@@ -226,7 +226,7 @@ def lamb_update(ws, gs, ms, vs, numbers, beta1, beta2, eps, decay):
 
     LAMB is AdamW whose step for each tensor is rescaled to the norm of the tensor itself.
     """
-    # Adam at a rate of 1 moves zeros by its step; the weights' decay belongs to the step.
+    # Adam at a rate of 1 moves zeros by its step, to which the decay is added.
     us = [torch.zeros_like(w) for w in ws]
     whole = numbers._replace(lr=torch.ones_like(numbers.lr))
     adamw_update(us, gs, ms, vs, whole, beta1, beta2, eps, 0.0)

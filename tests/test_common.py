@@ -6,6 +6,8 @@ import csv
 import errno
 import json
 import random
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -422,3 +424,21 @@ def test_fetch_finds_the_first_name_in_a_folder(tmp_path):
     (tmp_path / "b").touch()
     (tmp_path / "c").touch()
     assert common.fetch(tmp_path, "a", "b", "c") == tmp_path / "b"
+
+
+# --------------------------------------------------------------------------------------
+# Signals
+
+def test_a_process_started_while_signals_wait_outlives_those_that_all_processes_get():
+    with common.StopRequest() as stop:
+        stop.worth_saving = True
+        with common.signals_wait():
+            helper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.name == ""
+        assert stop.name == "SIGTERM"
+    helper.send_signal(signal.SIGTERM)
+    helper.send_signal(signal.SIGINT)
+    # It ends as it would have, without an error.
+    helper.communicate(b"\n", timeout=60)
+    assert helper.returncode == 0
