@@ -604,7 +604,7 @@ class StopRequest:
 
     Use it as a context; `name` is "" until a signal comes. A second signal changes nothing:
     torchrun passes on to its ranks those that they got already. Before `worth_saving` is set
-    to True, a signal ends the program at once: a long start must not be waited for.
+    to True, a signal ends the program: a long start must not be waited for.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -639,12 +639,12 @@ def ignore_signals(worker):
 
 @contextlib.contextmanager
 def signals_wait():
-    """Let signals wait until the end of the block; processes started in it never receive them."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
+    """Let this thread receive signals at the end of the block, and processes started in it never."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, StopRequest.SIGNALS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_workers(iterator):

@@ -57,7 +57,7 @@ def choose(t, rng, tau, p):
     return (t > tau) & (rng.random(len(t)) < p)
 
 
-# Two sets, and a batch may span the end of an epoch of each.
+# Two sets, and a batch may span two epochs of each: four orders.
 @functools.lru_cache(maxsize=4)
 def epoch_order(seed, which, epoch, count):
     """Return the order in which an epoch goes through a set (which: 0 originals, 1 composites)."""
@@ -68,7 +68,8 @@ class Batches(torch.utils.data.Dataset):
     """Algorithm 1, the lines that choose and read: a step -> this rank's share of its batch.
 
     Which set a sample comes from is decided before anything is read: the picture that
-    Algorithm 1 does not choose costs nothing.
+    Algorithm 1 does not choose costs nothing. The orders of both sets move on at every sample,
+    so that an epoch leaves out the pictures that are not chosen.
     """
 
     def __init__(self, original, augmented, args, rank, world):
@@ -212,9 +213,10 @@ def trust_ratio(w_norm, u_norm):
 def adamw_update(ws, gs, ms, vs, numbers, beta1, beta2, eps, decay):
     """Make one step of AdamW for lists of tensors, in place: torch's own, in one pass.
 
-    ws: the weights; gs: the gradients; ms, vs: their moments.
+    ws: the weights; gs: the gradients, which are left scaled; ms, vs: their moments.
     """
-    # torch counts up the number of steps by itself, a number for each tensor.
+    # torch divides the gradients by grad_scale, and changes nothing where found_inf is 1. It adds
+    # 1 to the number of steps by itself, which it keeps for each tensor.
     updates = list((numbers.updates - 1).repeat(len(ws)).unbind())
     adamw(ws, gs, ms, vs, [], updates, fused=True, grad_scale=1 / numbers.scale,
           found_inf=1 - numbers.go, amsgrad=False, beta1=beta1, beta2=beta2, lr=numbers.lr,
@@ -226,10 +228,10 @@ def lamb_update(ws, gs, ms, vs, numbers, beta1, beta2, eps, decay):
 
     LAMB is AdamW whose step for each tensor is rescaled to the norm of the tensor itself.
     """
-    # Adam at a rate of 1 moves zeros by its step, to which the decay is added.
+    # At a rate of 1, Adam turns zeros into its step. Decay makes that LAMB's, before it is rescaled.
     us = [torch.zeros_like(w) for w in ws]
-    whole = numbers._replace(lr=torch.ones_like(numbers.lr))
-    adamw_update(us, gs, ms, vs, whole, beta1, beta2, eps, 0.0)
+    at_rate_1 = numbers._replace(lr=torch.ones_like(numbers.lr))
+    adamw_update(us, gs, ms, vs, at_rate_1, beta1, beta2, eps, 0.0)
     torch._foreach_sub_(us, ws, alpha=decay)
 
     w_norms = torch.stack(torch._foreach_norm(ws))                       # (number of tensors,)
@@ -259,25 +261,23 @@ class Lamb(torch.optim.Optimizer):
             return torch.full((), float(value), device=device)
 
         go = number(go)
-        if "updates" not in self.state:
-            self.state["updates"] = number(0)
-        self.state["updates"] += go
+        updates = number(self.state.get("updates", 0)) + go
+        self.state["updates"] = updates
 
         for group in self.param_groups:
             tensors = [self.tensors_of(w) for w in group["params"] if w.grad is not None]
             if not tensors:
                 continue
-            updates = number(self.state["updates"])
             numbers = Numbers(number(group["lr"]), number(scale), go, updates)
-            settings = (numbers, *group["betas"], group["eps"], group["weight_decay"])
+            constants = (*group["betas"], group["eps"], group["weight_decay"])
             if not group["trust_ratio"] or group["weight_decay"] == 0:
-                adamw_update(*map(list, zip(*tensors)), *settings)
+                adamw_update(*map(list, zip(*tensors)), numbers, *constants)
             elif device.type == "cuda":
-                lamb_update(*map(list, zip(*tensors)), *settings)
+                lamb_update(*map(list, zip(*tensors)), numbers, *constants)
             else:
                 # One by one: all that the step of a matrix reads then stays in the CPU's cache.
                 for tensor in tensors:
-                    lamb_update(*([part] for part in tensor), *settings)
+                    lamb_update(*([part] for part in tensor), numbers, *constants)
 
     def tensors_of(self, w):
         """Return (weights, gradient, m, v) of a parameter."""
@@ -292,7 +292,8 @@ class Lamb(torch.optim.Optimizer):
 def update_averages(averages, forget):
     """Move the averages, {weights: their moving average}, towards the weights, in place.
 
-    forget: 1 - the decay of the average, a tensor without dimensions.
+    forget: 1 - the decay of the average, or 0 for a step that is skipped; a tensor without
+    dimensions.
     """
     if forget.device.type == "cpu":
         torch._foreach_lerp_(list(averages.values()), list(averages), float(forget))
@@ -306,8 +307,8 @@ def make_optimizer(model, args):
     """Return the optimiser of a model whose weights are those it starts with.
 
     As in the released configuration, biases and norms have no weight decay and no trust ratio.
-    A matrix that starts at zero gets no trust ratio either: its norm would keep its steps
-    tiny, they its norm, and nothing that it multiplies would learn for thousands of steps.
+    A matrix that starts at zero gets no trust ratio either, or it would stay close to zero: its
+    steps would be as small as its norm, and its norm grows by its steps alone.
     """
     norms = (nn.LayerNorm, nn.RMSNorm)
     plain, zeros, decayed = [], [], []
@@ -548,6 +549,8 @@ def compile_blocks(model):
     # job, the step in hand would wait for dead ones for ever.
     with signals_wait():
         AsyncCompile.warm_pool()
+    # Blocks are small enough for DDP: torch need not cut them up once more.
+    torch._dynamo.config.optimize_ddp = False
     # One version for each length of text, with and without gradients.
     torch._dynamo.config.recompile_limit = 64
     model.condition = torch.compile(model.condition, dynamic=False)
@@ -615,6 +618,9 @@ def load_state(path, args, device):
     except Exception as error:  # noqa: BLE001
         raise UserError(f"{path}: not a training state ({one_line(error, 100)})") from None
 
+    # A run that is prolonged stays on the schedule that it was begun with.
+    if args.schedule_steps == 2 * args.steps:
+        args.schedule_steps = before.get("schedule_steps", args.schedule_steps)
     now = {key: getattr(args, key) for key in before if key not in FREE and hasattr(args, key)}
     refuse_other_settings(path, {key: before[key] for key in now}, now)
     return state
@@ -688,6 +694,9 @@ def train(args, rank, world, device, stack):
     original, augmented, val = open_data(args)
     meta = original.meta
     model, optimizer = make_network(args, meta)
+    # From here on the folder is this run's: no other one writes the state that is read now.
+    if rank == 0:
+        stack.enter_context(only_command(out))
     # A run that began from another one's state goes on from its own.
     begin_from = args.resume if args.resume and not state_path.exists() else state_path
     state = load_state(begin_from, args, device)
@@ -706,9 +715,8 @@ def train(args, rank, world, device, stack):
     averages = dict(zip(model.parameters(), ema.parameters()))
     vae = load_vae(meta["vae"], device) if args.sample_every and rank == 0 else None
 
-    # From here on the folder is this run's. One rank writes.
+    # One rank writes.
     if rank == 0:
-        stack.enter_context(only_command(out))
         begin_log(out / "log.jsonl", state, args)
         count = sum(p.numel() for p in model.parameters())
         print(f"{args.model} {args.preset}: {count / 1e6:.1f} M parameters, {len(original)} "
@@ -720,9 +728,13 @@ def train(args, rank, world, device, stack):
     if world > 1:
         # NCCL for what GPUs exchange, gloo for what CPUs do.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        of_rank_0 = torch.tensor(first)
+        dist.broadcast(of_rank_0, 0)
+        if on_any_rank(int(of_rank_0) != first, world):
+            raise UserError(f"{begin_from}: ranks found different states; all nodes must share --out")
     if cuda and not args.no_compile:
         compile_blocks(model)
-    network = DistributedDataParallel(model) if world > 1 else model
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     batches = torch.utils.data.DataLoader(
         Batches(original, augmented, args, rank, world), batch_size=None,
         sampler=range(first, args.steps), num_workers=args.workers, pin_memory=cuda,
@@ -748,9 +760,9 @@ def train(args, rank, world, device, stack):
         sums[:4] += outcome
         sums[4] = (sums[4] + 1) * outcome[3]
         done = step + 1
-        stop.worth_saving = True
         bar.update()
         stopping = on_any_rank(bool(stop.name), world)
+        stop.worth_saving = True
         logging = due(done, args.log_every)
         saving = stopping or due(done, args.save_every)
         keeping = done % args.keep_every == 0
@@ -769,6 +781,8 @@ def train(args, rank, world, device, stack):
             bad = on_any_rank(not can_go_on(model, ema, inputs, args), world)
             if bad and done == args.steps:
                 refuse_divergence(done, math.inf, in_a_row, state_path)
+            if bad and rank == 0:
+                print(f"step {done}: not saved, as the weights' loss is above {DIVERGED}")
             saving = saving and not bad
             keeping = keeping and not bad
         if logging:
@@ -806,7 +820,7 @@ def train(args, rank, world, device, stack):
             break
     bar.close()
     if stopping and rank == 0:
-        saved = f"saved after step {done}" if saving else "not saved, as the weights have diverged"
+        saved = f"saved after step {done}" if saving else f"step {done} was not saved"
         print(f"train.py: stopped by {stop.name or 'a signal'}, {saved}; the same command goes on")
     if world > 1:
         # All ranks leave together, and DDP lets go of the group first: if it were the last to, it
@@ -830,10 +844,10 @@ def can_go_on(model, ema, inputs, args):
     part = {name: tensor[:args.micro_batch].nan_to_num() for name, tensor in inputs.items()}
     device = inputs["t"].device
     # Translating the network without gradients, too, would take longer than this does.
-    as_it_is = contextlib.nullcontext()
+    not_compiled = contextlib.nullcontext()
     if device.type == "cuda":
-        as_it_is = torch.compiler.set_stance("force_eager")
-    with as_it_is, autocast(device, args.precision):
+        not_compiled = torch.compiler.set_stance("force_eager")
+    with not_compiled, autocast(device, args.precision):
         losses = [diffusion_losses(network, **part).mean() for network in (model, ema)]
     return all(loss < DIVERGED for loss in losses)
 

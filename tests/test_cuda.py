@@ -79,7 +79,7 @@ def test_a_compiled_network_has_the_gradient_of_one_that_is_not(name, checkpoint
 @pytest.mark.parametrize("name", ["lamb", "adamw"])
 def test_the_optimiser_makes_the_steps_that_it_makes_on_a_cpu(name):
     torch.manual_seed(0)
-    ours = torch.nn.Sequential(torch.nn.Linear(33, 70), torch.nn.Linear(70, 5))
+    ours = torch.nn.Sequential(torch.nn.Linear(33, 70), torch.nn.Linear(70, 5), torch.nn.Linear(5, 9))
     torch.nn.init.zeros_(ours[1].weight)
     args = train.arguments(["--data", "x", "--out", "y", "--optimizer", name, "--warmup", "0"])
     runs = []

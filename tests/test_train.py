@@ -702,6 +702,29 @@ def test_the_logged_loss_of_a_prolonged_run_is_a_mean_over_its_own_steps(toy_pap
     assert losses(tmp_path) == pytest.approx(means, rel=1e-6)
 
 
+def test_a_prolonged_run_stays_on_the_schedule_that_it_was_begun_with(toy_paper, tmp_path):
+    def words(out, *more):
+        return [*data(toy_paper), *SMALL, "--out", str(tmp_path / out), *more]
+    train.main(words("twice", "--steps", "4"))
+    train.main(words("twice", "--steps", "8"))
+    train.main(words("once", "--steps", "8", "--schedule-steps", "8"))
+    rates = [[row["lr"] for row in read_jsonl(tmp_path / out / "log.jsonl")] for out in ("twice", "once")]
+    assert rates[0] == rates[1]
+
+
+def test_ranks_that_find_different_states_are_refused(toy_paper, tmp_path):
+    train.main([*data(toy_paper), *SMALL, "--out", str(tmp_path / "0"), "--steps", "4"])
+    # As on two nodes, whose folders of one name are two.
+    each = "import os, sys, train, common; sys.argv[0] = 'train.py'; " \
+           "common.command_line(lambda: train.main(sys.argv[1:] + " \
+           "['--out', os.path.join(%r, os.environ['RANK'])]))" % str(tmp_path)
+    (tmp_path / "each.py").write_text(each)
+    done = run(*TORCHRUN, 2, tmp_path / "each.py", *data(toy_paper), *SMALL, "--steps", 8,
+               PYTHONPATH=str(ROOT))
+    assert "all nodes must share --out" in done.stderr
+    assert not (tmp_path / "1/log.jsonl").exists()
+
+
 def test_a_full_disk_leaves_the_last_state_whole_and_is_told_in_one_line(toy_paper, tmp_path):
     words = [*data(toy_paper), *SMALL, "--out", str(tmp_path), "--schedule-steps", "8"]
     train.main([*words, "--steps", "4"])
