@@ -187,11 +187,12 @@ def job_of(out, run, steps, tables, first_seed=0):
 def distance_commands(out, run, checkpoint, scores):
     """Return the commands that measure how far a checkpoint's pictures are from validation pictures.
 
-    The prompts are the long captions of those pictures.
+    The prompts are the captions of those pictures, of the kind that the run was trained on.
     """
     # The samples lie beside their scores, in a folder of the same name.
     samples = scores.with_suffix("")
-    prompts = quoted(out / "val/captions.jsonl")
+    kind = "captions-aio" if run.captions == "aio" else "captions"
+    prompts = quoted(out / f"val/{kind}.jsonl")
 
     # Captions are no GenEval prompts, so the plain layout is asked for instead.
     options = sample_command(quoted(checkpoint), prompts, quoted(samples), run.seed, more="")
