@@ -631,12 +631,6 @@ class StopRequest:
         sys.exit(0)
 
 
-def ignore_signals(worker):
-    """Leave the end of a data worker to its parent: Ctrl-C reaches all processes at once."""
-    for number in StopRequest.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 @contextlib.contextmanager
 def signals_wait():
     """Let this thread receive signals at the end of the block, and processes started in it never."""
@@ -650,7 +644,7 @@ def signals_wait():
 def end_workers(iterator):
     """End the workers of a DataLoader's iterator, also where an error's traceback still holds it.
 
-    Otherwise they would only be ended when Python exits, by the signal that they ignore.
+    Otherwise they would only be ended when Python exits, by a signal that they do not receive.
     """
     shut_down = getattr(iterator, "_shutdown_workers", None)
     if shut_down:

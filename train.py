@@ -36,10 +36,9 @@ from tqdm import tqdm
 import model_cad
 from common import (HelpFormatter, StopRequest, UserError, append_jsonl, at_least, autocast,
                     between, changed_encoders, command_line, complete, contact_sheet,
-                    encoders_of, end_workers, ignore_signals, local_device, on_any_rank, one_line,
-                    only_command, pad_text, padded_length, peak_flops, rank_and_world,
-                    read_jsonl, refuse_other_settings, report_lost_rank, signals_wait, to_images,
-                    write_jsonl)
+                    encoders_of, end_workers, local_device, on_any_rank, one_line, only_command,
+                    pad_text, padded_length, peak_flops, rank_and_world, read_jsonl,
+                    refuse_other_settings, report_lost_rank, signals_wait, to_images, write_jsonl)
 from encode import Encoded, load_vae, refuse_other_encoders
 from metrics.charts import draw_progress
 from sample import MODELS, ddim, gamma, load_model, save_checkpoint
@@ -270,10 +269,11 @@ class Lamb(torch.optim.Optimizer):
                 continue
             numbers = Numbers(number(group["lr"]), number(scale), go, updates)
             constants = (*group["betas"], group["eps"], group["weight_decay"])
+            lists = [list(part) for part in zip(*tensors)]               # ws, gs, ms, vs
             if not group["trust_ratio"] or group["weight_decay"] == 0:
-                adamw_update(*map(list, zip(*tensors)), numbers, *constants)
+                adamw_update(*lists, numbers, *constants)
             elif device.type == "cuda":
-                lamb_update(*map(list, zip(*tensors)), numbers, *constants)
+                lamb_update(*lists, numbers, *constants)
             else:
                 # One by one: all that the step of a matrix reads then stays in the CPU's cache.
                 for tensor in tensors:
@@ -292,8 +292,7 @@ class Lamb(torch.optim.Optimizer):
 def update_averages(averages, forget):
     """Move the averages, {weights: their moving average}, towards the weights, in place.
 
-    forget: 1 - the decay of the average, or 0 for a step that is skipped; a tensor without
-    dimensions.
+    forget: 1 - decay, or 0 for a step that is skipped: a tensor without dimensions.
     """
     if forget.device.type == "cpu":
         torch._foreach_lerp_(list(averages.values()), list(averages), float(forget))
@@ -432,7 +431,8 @@ def arguments(argv):
 
     args = parser.parse_args(argv)
     check(args)
-    if args.schedule_steps is None:
+    args.own_schedule = args.schedule_steps is not None
+    if not args.own_schedule:
         # The paper stops half-way through its schedule.
         args.schedule_steps = 2 * args.steps
     if args.preset is None:
@@ -466,7 +466,7 @@ def check(args):
 FREE = {"out", "data", "augmented", "val", "init", "resume", "steps", "lr", "workers",
         "log_every", "save_every", "keep_every", "val_every", "val_images", "micro_batch",
         "checkpoint_activations", "sample_every", "sample_steps", "guidance", "clamp",
-        "no_compile", "benchmark"}
+        "no_compile", "benchmark", "own_schedule"}
 
 
 # --------------------------------------------------------------------------------------
@@ -545,8 +545,7 @@ def compile_blocks(model):
     CAD's first pass without gradients. Besides, equal blocks are translated only once.
     """
     from torch._inductor.async_compile import AsyncCompile
-    # torch's compiler works in processes of its own. Where a signal reaches all processes of a
-    # job, the step in hand would wait for dead ones for ever.
+    # If a signal to the whole job ended torch's compiler processes, the step would wait for ever.
     with signals_wait():
         AsyncCompile.warm_pool()
     # Blocks are small enough for DDP: torch need not cut them up once more.
@@ -619,7 +618,7 @@ def load_state(path, args, device):
         raise UserError(f"{path}: not a training state ({one_line(error, 100)})") from None
 
     # A run that is prolonged stays on the schedule that it was begun with.
-    if args.schedule_steps == 2 * args.steps:
+    if not args.own_schedule:
         args.schedule_steps = before.get("schedule_steps", args.schedule_steps)
     now = {key: getattr(args, key) for key in before if key not in FREE and hasattr(args, key)}
     refuse_other_settings(path, {key: before[key] for key in now}, now)
@@ -737,9 +736,10 @@ def train(args, rank, world, device, stack):
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     batches = torch.utils.data.DataLoader(
         Batches(original, augmented, args, rank, world), batch_size=None,
-        sampler=range(first, args.steps), num_workers=args.workers, pin_memory=cuda,
-        worker_init_fn=ignore_signals)
-    reader = iter(batches)
+        sampler=range(first, args.steps), num_workers=args.workers, pin_memory=cuda)
+    # Ctrl-C reaches all processes at once, but the end of the workers is this one's to decide.
+    with signals_wait():
+        reader = iter(batches)
     stack.callback(end_workers, reader)
 
     def due(done, every):
@@ -942,8 +942,9 @@ def benchmark(args, device):
     model.to(device)
     averages = {p: p.detach().clone() for p in model.parameters()}
     B = args.batch_size
+    cuda = device.type == "cuda"
     batch = random_batch(model, B, 160)
-    if device.type == "cuda":
+    if cuda:
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     inputs = draw_inputs(batch, 1.0, device)
     one = {name: tensor[:1] for name, tensor in inputs.items()}
@@ -951,7 +952,6 @@ def benchmark(args, device):
         add_gradient(model, one, args)
     model.zero_grad()
     flops = counter.get_total_flops()
-    cuda = device.type == "cuda"
     if cuda and not args.no_compile:
         compile_blocks(model)
 

@@ -52,6 +52,13 @@ def refused(stage, *words):
     return lines[0]
 
 
+def relative(a, b):
+    """Return the error of tensor a against b, relative to b's norm."""
+    a = a.cpu().double()
+    b = b.cpu().double()
+    return float((a - b).norm() / b.norm())
+
+
 def photo(seed, size=(60, 45)):
     """Return a PIL image of smooth random colours, different for each seed."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)

@@ -11,7 +11,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import relative, run
 
 import encode
 import sample
@@ -23,12 +23,6 @@ pytestmark = pytest.mark.skipif(
     reason="needs a GPU: GPU_TESTS=1 python -m pytest tests/test_cuda.py")
 
 MODELS = pytest.mark.parametrize("name", ["dit", "cad"])
-
-
-def relative(a, b):
-    """Return how far a is from b, in parts of b."""
-    a, b = a.cpu().double(), b.cpu().double()
-    return float((a - b).norm() / b.norm())
 
 
 def network(name):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, photo, refused
+from conftest import FIXTURES, ROOT, photo, refused, relative
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -29,11 +29,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 WORDS = ["a", "red", "blue", "circle", "square", "star", "cat", "on", "the", "left", "of", ",",
          ".", "two"]
 COUNT = 24
-
-
-def relative(a, b):
-    """Return the error of a against b, relative to b's norm."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def sentence(seed):

@@ -710,6 +710,8 @@ def test_a_prolonged_run_stays_on_the_schedule_that_it_was_begun_with(toy_paper,
     train.main(words("once", "--steps", "8", "--schedule-steps", "8"))
     rates = [[row["lr"] for row in read_jsonl(tmp_path / out / "log.jsonl")] for out in ("twice", "once")]
     assert rates[0] == rates[1]
+    # Another schedule is refused, also the one that a new run of this length would take by itself.
+    assert "schedule steps" in refused("train.py", *words("once", "--steps", "9", "--schedule-steps", "18"))
 
 
 def test_ranks_that_find_different_states_are_refused(toy_paper, tmp_path):
