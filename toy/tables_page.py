@@ -257,8 +257,8 @@ def section(out, name, seeds, steps):
 
     # Distances have a table of their own, and no verdicts for the pieces below.
     if name == "1":
-        parts.append("<p>Of samples for the captions of validation pictures (AIO captions for AIO), on the toy "
-                     "autoencoder's latents, averaged over each quarter of a picture.</p>")
+        parts.append("<p>Of samples for the captions of validation pictures (AIO captions for AIO), on "
+                     "the toy autoencoder's latents, averaged over each quarter of a picture.</p>")
         parts.append(distance_table(out, lines))
         return "\n".join(parts)
 
