@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 from common import (HelpFormatter, UserError, at_least, begin_or_resume, class_of,
                     command_line, complete, list_images, local_device, one_line,
-                    open_image, rank_and_world, read_captions, read_coco_captions,
-                    read_jsonl, resize_and_crop)
+                    open_image, rank_and_world, read_captions, read_jsonl, resize_and_crop)
+from metrics.coco import read_coco_captions
 
 # --------------------------------------------------------------------------------------
 # aio: 'An image of <class-name>' (paper 3.1)
@@ -129,7 +129,7 @@ def read_class_table(path):
 
 
 # --------------------------------------------------------------------------------------
-# llava: long captions, with the visual tokens pruned (paper 4.1)
+# llava: long captions, with the visual tokens pruned (paper 3.1, Appendix B)
 
 # Appendix B, word for word.
 PROMPT = "Describe this image"

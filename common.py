@@ -3,9 +3,10 @@
 Every stage promises its user the same things. A mistake ends in one line, not in a
 traceback. A file that bears its final name is whole. A killed command goes on when it is
 started again, and refuses to mix two kinds of data in one output. Several processes share
-the work without talking to each other. This file keeps those promises in one place, and
-draws the pictures that people look at. It imports no stage, and torch only where it is
-needed: cutmix.py works without, and its many worker processes stay small.
+the work, and but for training they need not talk to each other. This file keeps those
+promises in one place, and draws the pictures that people look at. It imports no stage, and
+torch only where it is needed: cutmix.py works without, and its many worker processes stay
+small.
 """
 
 import argparse
@@ -48,16 +49,30 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter,
 
 
 def command_line(main):
-    """Run a stage's `main()`; a UserError or a failing file system becomes one line, exit code 2."""
+    """Run a stage's `main()`. A mistake becomes one line and exit code 2.
+
+    So does a failing file system, and a GPU whose memory is too small.
+    """
     try:
         main()
     except (UserError, OSError) as error:
-        close_progress_bars()
-        print(f"{program_name()}: {one_line(error, 500)}", file=sys.stderr)
-        sys.exit(2)
+        end_with(error)
+    except RuntimeError as error:
+        # By its name, because this file does without torch.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        end_with(f"{one_line(error)} A smaller --batch-size (of train.py: --micro-batch, "
+                 f"--checkpoint-activations) needs less")
     except KeyboardInterrupt:
         close_progress_bars()
         sys.exit(128 + signal.SIGINT)
+
+
+def end_with(error):
+    """End the program with an error's message in one line, and exit code 2."""
+    close_progress_bars()
+    print(f"{program_name()}: {one_line(error, 500)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def program_name():
@@ -314,70 +329,6 @@ def read_csv_captions(path):
         raise UserError(f"{path} line {line}: not CSV ({error})") from None
 
 
-def read_coco_captions(path, limit=None, seed=0):
-    """Return COCO's captions (captions_val2014.json) as prompts, one for each image.
-
-    Returns dicts {"prompt", "name", "file"} in order of the images' ids; `name` is the
-    file's name without its suffix. Of an image's captions, the one with the smallest id
-    that is not blank becomes the prompt; an image without any is left out.
-
-    `limit` takes at most so many images. Each image draws a lot that depends on nothing but
-    `seed` and its id, and the lowest lots are taken: a lower limit gives a part of what a
-    higher one gives. Raises UserError if the file is not such a file, or damaged.
-    """
-    data = read_json(path, "COCO's captions")
-    images = coco_entries(path, data, "images", {"id": int, "file_name": str})
-    fields = {"id": int, "image_id": int, "caption": str}
-    annotations = coco_entries(path, data, "annotations", fields)
-    files = {image["id"]: image["file_name"] for image in images}
-    captions = {}
-    for annotation in sorted(annotations, key=lambda annotation: annotation["id"]):
-        image_id = annotation["image_id"]
-        caption = annotation["caption"].strip()
-        if image_id not in files:
-            raise UserError(f"{path}: annotation {annotation['id']} describes image "
-                            f"{image_id}, which is not among its images")
-        if caption:
-            captions.setdefault(image_id, caption)
-
-    def lot(image_id):
-        return hashlib.sha256(f"{seed} {image_id}".encode()).digest()
-
-    chosen = sorted(captions, key=lot)[:limit]
-    prompts = []
-    for image_id in sorted(chosen):
-        file = files[image_id]
-        name = Path(file).stem
-        # Samples are saved under this name, so it must be one.
-        if not name or name.startswith(".") or "\0" in name:
-            raise UserError(f"{path}: image {image_id} is called {file!r}: no file name")
-        prompts.append({"prompt": captions[image_id], "name": name, "file": file})
-    if not prompts:
-        raise UserError(f"{path}: no image in it has a caption")
-    names = {prompt["name"] for prompt in prompts}
-    if len(names) < len(prompts) or len(files) < len(images):
-        raise UserError(f"{path}: two images have the same id or the same name")
-    return prompts
-
-
-def coco_entries(path, data, key, fields):
-    """Return the list `data[key]` of an annotation file, after a look at every entry.
-
-    fields: {name: type}, what each entry must have. Raises UserError.
-    """
-    entries = data.get(key)
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: not COCO's captions (no list of {key!r})")
-    for number, entry in enumerate(entries, 1):
-        for name, kind in fields.items():
-            value = entry.get(name) if isinstance(entry, dict) else None
-            if type(value) is not kind:
-                wanted = "whole number" if kind is int else "text"
-                raise UserError(f"{path}: entry {number} of {key!r} needs {name!r}, a "
-                                f"{wanted}, and has {shorten(value)}")
-    return entries
-
-
 # --------------------------------------------------------------------------------------
 # An output belongs to the settings it was begun with
 
@@ -429,16 +380,7 @@ def only_command(folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".lock.{os.environ.get('RANK', '0')}"
-    with open(path, "a+", encoding="utf-8") as lock:
-        holder = lock_holder(lock)
-        # Workers of a command that was killed keep its lock until they notice, within seconds.
-        deadline = time.monotonic() + 15
-        while not acquired(lock):
-            if is_gone(holder) and time.monotonic() < deadline:
-                time.sleep(0.1)
-                continue
-            raise UserError(f"{folder}: another command is writing to it ({holder}); wait until it "
-                            f"has ended, or choose another --out")
+    with take_lock(path) as lock:
         # What a killed command left here is overwritten.
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}")
@@ -451,7 +393,26 @@ def only_command(folder):
                 folder.rmdir()
 
 
-def acquired(lock):
+def take_lock(path):
+    """Return the open file `path`, locked by this process. Raises UserError if another one has it."""
+    begun = time.monotonic()
+    while True:
+        lock = open(path, "a+", encoding="utf-8")                    # noqa: SIM115
+        locked = is_locked_by_us(lock)
+        # Another command may have deleted the file after it was opened here.
+        deleted = os.fstat(lock.fileno()).st_nlink == 0
+        if locked and not deleted:
+            return lock
+        lock.seek(0)
+        holder = lock.read()
+        lock.close()
+        if not deleted and time.monotonic() - begun > patience(holder):
+            raise UserError(f"{path.parent}: another command is writing to it ({holder}); wait until "
+                            f"it has ended, or choose another --out")
+        time.sleep(0.1)
+
+
+def is_locked_by_us(lock):
     """Try to lock an open file, and tell whether it is ours now."""
     import fcntl
     try:
@@ -459,29 +420,25 @@ def acquired(lock):
     except BlockingIOError:
         return False
     except OSError:
-        return True         # A file system without locks: there is nothing to ask.
-    # The other command may have deleted the file just before it released the lock.
-    return os.fstat(lock.fileno()).st_nlink > 0
+        pass                # A file system without locks: there is nothing to ask.
+    return True
 
 
-def lock_holder(lock):
-    """Return who wrote his name into an open lock file last: "process 12 on node7", or ""."""
-    lock.seek(0)
-    return lock.read()
-
-
-def is_gone(holder):
-    """Tell whether a lock's holder is a process of this machine that has ended."""
+def patience(holder):
+    """Return for how many seconds to wait for a lock: "process 12 on node7" was written into it."""
     words = holder.split()
-    if len(words) != 4 or words[3] != platform.node() or not words[1].isdigit():
-        return False
+    if len(words) != 4 or not words[1].isdigit():
+        return 0
+    # A file server keeps the lock of a node that has crashed for a minute or two.
+    if words[3] != platform.node():
+        return 120
     try:
         os.kill(int(words[1]), 0)
     except ProcessLookupError:
-        return True
+        return 15           # Its workers, which keep the lock, notice within seconds that it was killed.
     except OSError:
         pass                # It lives, and belongs to somebody else.
-    return False
+    return 0
 
 
 # --------------------------------------------------------------------------------------
@@ -546,11 +503,19 @@ def default_workers():
 
 
 def local_device():
-    """Return this process's device: the GPU of its rank on this node, or the CPU."""
+    """Return this process's device: the GPU of its rank on this node, or the CPU.
+
+    Raises UserError if there are more ranks than GPUs.
+    """
     import torch
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    count = torch.cuda.device_count()
+    if number >= count:
+        raise UserError(f"rank {number} of this node has no GPU: there are {count} "
+                        f"(torchrun --nproc-per-node {count})")
+    return torch.device("cuda", number)
 
 
 def autocast(device, precision):
@@ -596,6 +561,31 @@ def peak_flops(device, precision):
     return 2 * n ** 3 / seconds, f"a {n} x {n} matrix product"
 
 
+def compile_blocks(model, dynamic=None):
+    """Let torch.compile translate a network: the captions' part, then block by block.
+
+    Equal blocks are translated only once. And DDP sends a gradient as soon as it is there:
+    those of a compiled block are sent while the backward pass goes on below it. A network
+    compiled as a whole hands over all of them at its end, and torch's way of splitting it for
+    DDP knows neither activation checkpoints nor CAD's first pass without gradients.
+
+    dynamic: False makes one version for each batch size and length of text; None, torch's
+    default, makes a version for all of them when the second one comes.
+    """
+    import torch
+    from torch._inductor.async_compile import AsyncCompile
+    # If a signal to the whole job ended torch's compiler processes, the step would wait for ever.
+    with signals_wait():
+        AsyncCompile.warm_pool()
+    # Blocks are small enough for DDP: torch need not cut them up once more.
+    torch._dynamo.config.optimize_ddp = False
+    # One version for each length of text, with and without gradients.
+    torch._dynamo.config.recompile_limit = 64
+    model.condition = torch.compile(model.condition, dynamic=dynamic)
+    for block in model.blocks:
+        block.compile(dynamic=dynamic)
+
+
 # --------------------------------------------------------------------------------------
 # Long runs of several processes: signals, ranks that fail
 
@@ -623,7 +613,9 @@ class StopRequest:
 
     def receive(self, number, frame):
         self.name = signal.Signals(number).name
-        if self.worth_saving:
+        # `signals_wait` holds back a signal to this thread, but it may have reached another one.
+        held = number in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        if self.worth_saving or held:
             return
         if rank_and_world()[0] == 0:
             close_progress_bars()
@@ -649,6 +641,9 @@ def end_workers(iterator):
     shut_down = getattr(iterator, "_shutdown_workers", None)
     if shut_down:
         shut_down()
+        # One that does not answer would keep the program from ending, too.
+        for worker in iterator._workers:
+            worker.kill()
 
 
 def on_any_rank(flag, world):
@@ -670,11 +665,14 @@ def report_lost_rank(rank, world):
         if "DataLoader worker" in str(error):
             raise UserError(f"a process that reads data has ended ({one_line(error, 80)}): was there "
                             f"too little memory? Fewer --workers need less") from None
+        if "DataLoader timed out" in str(error):
+            raise UserError(f"{one_line(error)}: is /dev/shm full? A container needs more of it than "
+                            f"64 MB (docker run --shm-size 16g), or --workers 0") from None
         signs = ("Connection", "gloo", "NCCL", "peer")
         if world == 1 or not any(sign in str(error) for sign in signs):
             raise
-        raise UserError(f"rank {rank}: another rank has ended, see its line "
-                        f"({one_line(error, 80)})") from None
+        raise UserError(f"rank {rank}: another rank has ended, see its line, or cannot be reached "
+                        f"({one_line(error, 300)})") from None
 
 
 # --------------------------------------------------------------------------------------

@@ -2,11 +2,11 @@
 
     python encode.py --images imagenet/train --captions captions.jsonl --out encoded/train
 
-Training reads every image some 200 times, so the work of the two frozen encoders is done
-once, here. What is kept of an image is the mean and the standard deviation of its latents:
-training draws x_0 from them, anew each time. What is kept of a caption is the last hidden
-states of T5's encoder, at most 256 tokens, without padding. There are no flipped copies,
-because captions say left and right.
+Training reads every image many dozens of times, so the work of the two frozen encoders is
+done once, here. What is kept of an image is the mean and the standard deviation of its
+latents: training draws x_0 from them, anew each time. What is kept of a caption is the last
+hidden states of T5's encoder, at most 256 tokens, without padding. There are no flipped
+copies, because captions say left and right.
 
 The folder OUT gets 00000.safetensors, ... (shards of images in sorted order),
 null.safetensors (the empty prompt), skipped.jsonl (what was left out, and why) and at last
@@ -378,6 +378,7 @@ META_KINDS = {
 }
 
 REMEDY = "delete it and run its encode.py command again"
+FOREIGN = "of another list of images and captions, or of other encoders"
 
 
 def shard_name(k):
@@ -445,7 +446,7 @@ def read_tensors(path):
 def hash_of_header(path):
     """Return 16 hexadecimal digits that tell one shard from another.
 
-    A file begins with its header's length and the header: files, captions and shapes.
+    A file begins with its header's length and the header: files, captions, shapes, settings.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -463,7 +464,7 @@ def open_shard(folder, meta, k):
     fault = fault_of_shard(tensors, meta, meta["counts"][k])
     hashes = meta.get("shard_hashes")
     if not fault and hashes and hash_of_header(path) != hashes[k]:
-        fault = "of another list of images and captions"
+        fault = FOREIGN
     if fault:
         raise UserError(f"{path}: damaged ({fault}): {REMEDY}")
     return tensors
@@ -514,17 +515,20 @@ def read_null(folder, meta):
     fault = fault_of_tensors(tensors, {"text": (torch.bfloat16, [tokens, meta["text_dim"]])})
     if not fault and not tensors["text"].isfinite().all():
         fault = "values are not finite"
+    if not fault and meta.get("null_hash", hash_of_header(path)) != hash_of_header(path):
+        fault = FOREIGN
     if fault:
         raise UserError(f"{path}: damaged ({fault}): {REMEDY}")
     return tensors["text"].clone()
 
 
 def samples_of(path):
-    """Return a shard's lists {"files", "captions", "skipped"}. Raises UserError."""
+    """Return a shard's lists "files", "captions", "skipped", and its "settings". Raises UserError."""
     try:
         with safe_open(path, "pt") as file:
             samples = json.loads(file.metadata()["samples"])
-        return {key: samples[key] for key in ("files", "captions", "skipped")}
+        samples.setdefault("settings", None)                         # as in older shards
+        return {key: samples[key] for key in ("files", "captions", "skipped", "settings")}
     except (SafetensorError, OSError, TypeError, ValueError, KeyError):
         raise UserError(f"{path}: damaged (no list of samples): {REMEDY}") from None
 
@@ -669,14 +673,6 @@ class Pictures(Dataset):
         return pixels.reshape(-1, self.size, self.size, 3), kept, skipped
 
 
-def unchanged(batch):
-    """Return a batch as it is, so that numpy arrays come from the workers through a pipe.
-
-    Tensors, which a DataLoader would make of them, wait for ever where shared memory is full.
-    """
-    return batch
-
-
 def encode_captions(tokenizer, t5, captions, args):
     """Return the tensors that keep the tokens of a shard's captions, by name.
 
@@ -709,7 +705,7 @@ def split(rows, size):
 
 
 @torch.no_grad()
-def make_shards(args, parts, shards, vae, tokenizer, t5, bar):
+def make_shards(args, settings, parts, shards, vae, tokenizer, t5, bar):
     """Make the shards with these numbers, while the workers decode what comes next.
 
     parts: for each shard of the data set, its list of (file, caption).
@@ -717,7 +713,9 @@ def make_shards(args, parts, shards, vae, tokenizer, t5, bar):
     device = vae.quant_conv.weight.device
     batches = {k: split(parts[k], args.batch_size) for k in shards}
     pictures = Pictures(args.images, args.size, list(itertools.chain(*batches.values())))
-    decoded = iter(DataLoader(pictures, batch_size=None, collate_fn=unchanged,
+    # As they are (a tuple), numpy arrays come from the workers through a pipe. Tensors, which a
+    # DataLoader would make of them, wait for ever where shared memory is full.
+    decoded = iter(DataLoader(pictures, batch_size=None, collate_fn=tuple,
                               num_workers=args.workers))
 
     for k in shards:
@@ -741,15 +739,15 @@ def make_shards(args, parts, shards, vae, tokenizer, t5, bar):
                    **encode_captions(tokenizer, t5, captions, args)}
         # One entry of metadata: safetensors writes several in random order, and a shard that
         # is made again must have the same bytes.
-        samples = json.dumps({"files": files, "captions": captions, "skipped": skipped})
+        samples = {"files": files, "captions": captions, "skipped": skipped, "settings": settings}
         with complete(args.out / shard_name(k), durable=True) as temporary:
-            temporary.write_bytes(save(tensors, {"samples": samples}))
+            temporary.write_bytes(save(tensors, {"samples": json.dumps(samples)}))
 
 
-def describe_shards(out, parts):
+def describe_shards(out, settings, parts):
     """Return what meta.json says of finished shards, and their rows of skipped.jsonl.
 
-    Raises UserError if a shard is torn, or does not hold its part of the list.
+    Raises UserError if a shard is torn, or does not hold its part of this data set.
     """
     counts = []
     hashes = []
@@ -762,15 +760,15 @@ def describe_shards(out, parts):
         broken = {row["file"] for row in samples["skipped"]}
         expected = [pair for pair in part if pair[0] not in broken]
         found = list(zip(samples["files"], samples["captions"]))
-        if found != expected or "offset" not in tensors:
-            raise UserError(f"{path}: damaged (of another list of images and captions): {REMEDY}")
+        of_others = found != expected or samples["settings"] not in (None, settings)
+        if of_others or "offset" not in tensors:
+            raise UserError(f"{path}: damaged ({FOREIGN}): {REMEDY}")
         counts.append(len(expected))
         hashes.append(hash_of_header(path))
         skipped += samples["skipped"]
         lengths += tensors["offset"].diff().tolist()
     # The paper's short captions are "An image of <class-name>".
-    pairs = itertools.chain.from_iterable(parts)
-    all_aio = all(caption.startswith("An image of ") for _, caption in pairs)
+    all_aio = all(caption.startswith("An image of ") for part in parts for _, caption in part)
     description = {
         "shards": len(parts),
         "counts": counts,
@@ -915,11 +913,9 @@ def arguments(argv):
 def main(argv=None):
     args = arguments(argv)
     if args.check:
-        check(args.check)
-        return
+        return check(args.check)
     rank, world = rank_and_world()
 
-    # What is to be encoded.
     captions = {}
     for path in args.captions:
         captions.update(read_captions(path))
@@ -966,15 +962,16 @@ def main(argv=None):
     mine = [k for k in range(rank, count, world) if shard_name(k) not in there]
     total = sum(len(parts[k]) for k in mine)
     with tqdm(total=total, desc="encode", unit="img", disable=rank > 0) as bar:
-        make_shards(args, parts, mine, vae, tokenizer, t5, bar)
+        make_shards(args, settings, parts, mine, vae, tokenizer, t5, bar)
     null, mask = encode_text(tokenizer, t5, [""])                    # (1, 1, D), (1, 1)
     with complete(out / "null.safetensors", durable=True) as temporary:
-        temporary.write_bytes(save(store_text(null[mask].cpu(), "bfloat16")))
+        tensors = store_text(null[mask].cpu(), "bfloat16")
+        temporary.write_bytes(save(tensors, {"settings": json.dumps(settings)}))
     if not is_last_rank(rank, [out / name for name in needed], out / "meta.json"):
         return
 
     # The last rank to end finds all shards, and describes them.
-    description, broken = describe_shards(out, parts)
+    description, broken = describe_shards(out, settings, parts)
     side = args.size // vae.downscale
     meta = {
         **settings,
@@ -983,6 +980,7 @@ def main(argv=None):
         "latent_shape": [vae.config["latent_channels"], side, side],
         "text_dim": null.shape[-1],
         "scaling_factor": vae.scaling_factor,
+        "null_hash": hash_of_header(out / "null.safetensors"),
         "cutmix": cutmix_settings(args.images),
         **description,
     }

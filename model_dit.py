@@ -86,13 +86,10 @@ class Attention(nn.Module):
             mask = mask[:, None, None]                               # (B, 1, 1, S)
 
         # Under autocast the values are bfloat16 and the normalised q and k float32; attention
-        # wants one type. On a CPU that is float32: its fused attention has a backward that
-        # is five times slower in bfloat16.
-        dtype = v.dtype
-        fast = torch.float32 if x.device.type == "cpu" else dtype
-        h = F.scaled_dot_product_attention(q.to(fast), k.to(fast), v.to(fast), mask)
+        # wants one type.
+        h = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, mask)
         h = h.transpose(1, 2).flatten(2)                             # (B, N, D)
-        return self.out(h.to(dtype))
+        return self.out(h)
 
 
 def mlp(dim, ratio=4):

@@ -36,12 +36,12 @@ from tqdm import tqdm
 import model_cad
 import model_dit
 from common import (HelpFormatter, UserError, at_least, autocast, begin_or_resume,
-                    between, changed_encoders, command_line, complete, contact_sheet,
-                    fetch, is_last_rank, local_device, one_line, only_command,
-                    peak_flops, rank_and_world, read_coco_captions, read_json, read_jsonl,
-                    refuse_other_settings, sha256, to_images, write_jsonl)
-from encode import (encode_text, fingerprint, fingerprint_of_t5, load_text_encoder,
-                    load_vae)
+                    between, changed_encoders, command_line, compile_blocks, complete,
+                    contact_sheet, fetch, is_last_rank, local_device, one_line, only_command,
+                    peak_flops, rank_and_world, read_json, read_jsonl, refuse_other_settings, sha256,
+                    to_images, write_jsonl)
+from encode import encode_text, fingerprint, fingerprint_of_t5, load_text_encoder, load_vae
+from metrics.coco import is_coco, read_coco_captions
 
 # Encoders of a checkpoint whose config.json names none, as the released CAD-I's.
 VAE = "stabilityai/sd-vae-ft-ema"
@@ -58,9 +58,13 @@ class TextToImageModel(Protocol):
 
     config: the arguments that build the network again, a dict that JSON can store.
     Among them are `channels`, `size` (height and width of the latents) and `text_dim`.
+    blocks: the layers that are alike; on a GPU, torch.compile translates them.
+    checkpoint_activations: what `train.py --checkpoint-activations` sets.
     """
 
     config: dict
+    blocks: torch.nn.ModuleList
+    checkpoint_activations: bool
 
     def condition(self, text, mask, coherence):
         """Return the context, all that depends on the caption alone, for `denoise`.
@@ -172,11 +176,11 @@ class GuidedModel:
         B = len(noise)
         ones = torch.ones(B, device=noise.device)
         text, mask = repeat(cond, B)                            # (B, L, D), (B, L)
-        self.captions = model.condition(text, mask, ones)
+        self.context = model.condition(text, mask, ones)
         if guidance:
             text, mask = join(cond, null, B)                    # (2 B, L, D), (2 B, L)
             coherence = torch.cat([ones, 0 * ones])             # (2 B,)
-            self.captions_and_nulls = model.condition(text, mask, coherence)
+            self.guided_context = model.condition(text, mask, coherence)
 
     def __call__(self, x, t, first):
         """Return x_0 and eps at the time t, both like x: (B, C, H, W) in float64.
@@ -186,11 +190,11 @@ class GuidedModel:
         """
         if self.guidance and not first and is_within(t, self.interval):
             x_twice = torch.cat([x, x])                         # (2 B, C, H, W)
-            both = self.denoise(x_twice, t, self.captions_and_nulls)
+            both = self.denoise(x_twice, t, self.guided_context)
             eps_cond, eps_null = both.chunk(2)
             eps = eps_cond + self.guidance * (eps_cond - eps_null)
         else:
-            eps = self.denoise(x, t, self.captions)
+            eps = self.denoise(x, t, self.context)
 
         # Solved for x_0: x_t = sqrt(gamma) x_0 + sqrt(1 - gamma) eps.
         g = gamma(t)
@@ -362,7 +366,7 @@ def save_checkpoint(folder, model, config):
     """
     with complete(folder / "model.safetensors", durable=True) as path:
         path.write_bytes(save(model.state_dict()))
-    with complete(folder / "config.json") as path:
+    with complete(folder / "config.json", durable=True) as path:
         path.write_text(json.dumps(config, indent=1), encoding="utf-8")
     with complete(folder / "README.md") as path:
         path.write_text(model_card(config), encoding="utf-8")
@@ -581,19 +585,6 @@ def read_prompts(path, limit=None, seed=0):
     return rows
 
 
-def is_coco(path):
-    """Tell whether `path` is a file of COCO's: one JSON object with `annotations`."""
-    path = Path(path)
-    if path.suffix != ".json" or not path.is_file():
-        return False
-    try:
-        content = json.loads(path.read_bytes())
-    # JSONL in a file called .json.
-    except ValueError:
-        return False
-    return isinstance(content, dict) and "annotations" in content
-
-
 def read_text(path):
     """Return the text of a UTF-8 file. Raises UserError."""
     # Some editors put a mark (BOM) before the text; utf-8-sig takes it off.
@@ -698,8 +689,7 @@ def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = partial(parser.add_argument, metavar="X")
     flag = partial(parser.add_argument, action="store_true")
-    add("--checkpoint", required=True,
-        help="folder or hub repository with config.json and model.safetensors")
+    add("--checkpoint", required=True, help="folder or hub repository with config.json and model.safetensors")
     add("--out", help="folder for the images, samples.jsonl and sheet.png")
     add("--prompt", action="append", help="a prompt (may be given again)")
     add("--prompts", help=".txt or .jsonl file, COCO's captions, folder of .txt files")
@@ -725,16 +715,14 @@ def arguments(argv):
     add("--clamp", type=float, default=1.2,
         help="bound of |x_0| at every step, 0 is none; 1.2 cuts a fifth of the values of "
              "ImageNet's latents (calculated), 3 cuts under 1%%")
-    add("--max-tokens", type=int, default=256,
-        help="of a prompt (paper: 256, released CAD-I: 128)")
+    add("--max-tokens", type=int, default=256, help="of a prompt (paper: 256, released CAD-I: 128)")
     add("--seed", type=int, default=0, help="image i has seed + i")
 
     # The rest changes no image, unless --vae or --text-encoder names other weights.
     add("--vae", help=f"folder or hub repository (default: the checkpoint's own, or {VAE})")
     add("--text-encoder", help=f"folder or hub repository (default: likewise, {TEXT_ENCODER})")
     add("--batch-size", type=int, default=16, help="images at once")
-    add("--precision", choices=PRECISIONS, default="auto",
-        help="auto: bf16 on CUDA, else fp32")
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA, else fp32")
     flag("--no-compile", help="CUDA: do not torch.compile the network")
     flag("--benchmark", help="only time one batch with these options; needs no --out")
     args = parser.parse_args(argv)
@@ -839,10 +827,10 @@ def make_images(args, out, todo, settings, show_progress):
     """Generate the images of the jobs `todo` and save each in the folder `out`."""
     pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
     settings = settings | fingerprints(pipeline)
-    # Compiling takes a minute: not for a few images.
+    # Compiling takes a while: not for a few images.
     worth_compiling = len(todo) >= 4 * args.batch_size
     if local_device().type == "cuda" and not args.no_compile and worth_compiling:
-        pipeline.model.denoise = torch.compile(pipeline.model.denoise)
+        compile_blocks(pipeline.model)
 
     bar = tqdm(total=len(todo) * args.steps, desc="sampling", disable=not show_progress,
                bar_format="{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]")
@@ -940,7 +928,7 @@ def benchmark(args):
     flops = counter.get_total_flops() / B * evaluations
 
     if device.type == "cuda" and not args.no_compile:
-        model.denoise = torch.compile(model.denoise)
+        compile_blocks(model)
     # Of two steps the second one has guidance: both kinds of step are warm then.
     seconds_of(device, generate, pipeline, prompts, **{**options, "steps": 2})
     total = seconds_of(device, generate, pipeline, prompts, **options)

@@ -35,9 +35,9 @@ from tqdm import tqdm
 
 import model_cad
 from common import (HelpFormatter, StopRequest, UserError, append_jsonl, at_least, autocast,
-                    between, changed_encoders, command_line, complete, contact_sheet,
-                    encoders_of, end_workers, local_device, on_any_rank, one_line, only_command,
-                    pad_text, padded_length, peak_flops, rank_and_world, read_jsonl,
+                    between, changed_encoders, command_line, compile_blocks, complete,
+                    contact_sheet, encoders_of, end_workers, local_device, on_any_rank, one_line,
+                    only_command, pad_text, padded_length, peak_flops, rank_and_world, read_jsonl,
                     refuse_other_settings, report_lost_rank, signals_wait, to_images, write_jsonl)
 from encode import Encoded, load_vae, refuse_other_encoders
 from metrics.charts import draw_progress
@@ -50,7 +50,7 @@ def choose(t, rng, tau, p):
     """Return which samples come from the augmented set (eq. 3). t (B,) in [0, 1] -> bool (B,).
 
     A composite has seams, and noise hides them only where t > tau. There, a coin of
-    probability p decides.
+    probability p decides: with the paper's tau = 0.4 and p = 0.5, 30% of all samples.
     """
     t = np.asarray(t)
     return (t > tau) & (rng.random(len(t)) < p)
@@ -85,14 +85,14 @@ class Batches(torch.utils.data.Dataset):
         # Each rank draws for the whole batch, and keeps its share.
         rng = np.random.default_rng([args.seed, 0, step])
         t = rng.random(size)                                             # t ~ U(0, 1)
-        augmented = choose(t, rng, args.tau, args.p)                     # eq. 3
+        from_composites = choose(t, rng, args.tau, args.p)               # eq. 3
         dropped = rng.random(size) < args.drop               # for classifier-free guidance
         coin = rng.random(size)
         noise_seed = rng.integers(2 ** 63, size=size)
 
         picks = []
         for index in self.mine:
-            which = int(augmented[index])
+            which = int(from_composites[index])
             data = self.augmented if which else self.original
             epoch, position = divmod(step * size + index, len(data))
             i = int(epoch_order(args.seed, which, epoch, len(data))[position])
@@ -437,7 +437,7 @@ def arguments(argv):
         args.schedule_steps = 2 * args.steps
     if args.preset is None:
         args.preset = MODELS[args.model].default_preset
-    if args.augmented is None:
+    if not args.augmented:
         args.p = 0.0
     return args
 
@@ -534,27 +534,6 @@ def make_network(args, meta):
             weights = model_cad.resize_positions(weights, sizes["size"], sizes["patch"])
         model.load_state_dict(weights)
     return model, optimizer
-
-
-def compile_blocks(model):
-    """Let torch.compile translate a network: the captions' part, then block by block.
-
-    DDP sends a gradient as soon as it is there. Those of a compiled block are sent while the
-    backward pass goes on below it. A network compiled as a whole hands over all of them at
-    its end, and torch's way of splitting it for DDP knows neither activation checkpoints nor
-    CAD's first pass without gradients. Besides, equal blocks are translated only once.
-    """
-    from torch._inductor.async_compile import AsyncCompile
-    # If a signal to the whole job ended torch's compiler processes, the step would wait for ever.
-    with signals_wait():
-        AsyncCompile.warm_pool()
-    # Blocks are small enough for DDP: torch need not cut them up once more.
-    torch._dynamo.config.optimize_ddp = False
-    # One version for each length of text, with and without gradients.
-    torch._dynamo.config.recompile_limit = 64
-    model.condition = torch.compile(model.condition, dynamic=False)
-    for block in model.blocks:
-        block.compile(dynamic=False)
 
 
 # --------------------------------------------------------------------------------------
@@ -660,6 +639,14 @@ def begin_log(path, state, args):
 # --------------------------------------------------------------------------------------
 # The run
 
+# Predicting no noise at all costs 1, and a network that has learned nothing up to 2.5.
+DIVERGED = 10
+
+# Seconds after which a batch is missed. If the memory that processes share is full, torch's
+# workers lose theirs and wait for ever.
+DATA_TIMEOUT = 600
+
+
 def main(argv=None):
     args = arguments(argv)
     rank, world = rank_and_world()
@@ -687,6 +674,10 @@ def train(args, rank, world, device, stack):
     """
     stop = stack.enter_context(StopRequest())
     cuda = device.type == "cuda"
+    if world > 1:
+        # NCCL for what GPUs exchange, gloo for what CPUs do. First of all: if one rank is refused
+        # below, the others' connections to it end, and they do too.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     out = Path(args.out)
     state_path = out / "state.pt"
     # The data, the network and its optimiser, and the state of a run that is resumed.
@@ -725,18 +716,17 @@ def train(args, rank, world, device, stack):
 
     # Ranks, compilation, and the loader, which reads ahead in its workers.
     if world > 1:
-        # NCCL for what GPUs exchange, gloo for what CPUs do.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         of_rank_0 = torch.tensor(first)
         dist.broadcast(of_rank_0, 0)
         if on_any_rank(int(of_rank_0) != first, world):
             raise UserError(f"{begin_from}: ranks found different states; all nodes must share --out")
     if cuda and not args.no_compile:
-        compile_blocks(model)
+        compile_blocks(model, dynamic=False)
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     batches = torch.utils.data.DataLoader(
         Batches(original, augmented, args, rank, world), batch_size=None,
-        sampler=range(first, args.steps), num_workers=args.workers, pin_memory=cuda)
+        sampler=range(first, args.steps), num_workers=args.workers, pin_memory=cuda,
+        timeout=DATA_TIMEOUT if args.workers else 0)
     # Ctrl-C reaches all processes at once, but the end of the workers is this one's to decide.
     with signals_wait():
         reader = iter(batches)
@@ -751,6 +741,11 @@ def train(args, rank, world, device, stack):
     for step, batch in enumerate(reader, first):
         # The step: Algorithm 1, equations 1 and 2, the optimiser.
         inputs = draw_inputs(batch, meta["scaling_factor"], device)
+        if world > 1 and step == first:
+            # After its first backward pass DDP lays out anew in which order gradients are summed.
+            # Made once for nothing, it lets a resumed run round as one that was never stopped.
+            add_gradient(network, inputs, args)
+            optimizer.zero_grad()
         loss = add_gradient(network, inputs, args)
         if world > 1:
             dist.all_reduce(loss)
@@ -758,7 +753,8 @@ def train(args, rank, world, device, stack):
         outcome = finish_step(optimizer, averages, loss, step, args)
 
         sums[:4] += outcome
-        sums[4] = (sums[4] + 1) * outcome[3]
+        # Ten in a row stay ten until somebody looks.
+        sums[4] = torch.where(sums[4] < 10, (sums[4] + 1) * outcome[3], sums[4])
         done = step + 1
         bar.update()
         stopping = on_any_rank(bool(stop.name), world)
@@ -792,12 +788,17 @@ def train(args, rank, world, device, stack):
             bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{lr:.1e}", images_s=f"{rate:.0f}")
             clock = time.perf_counter()
             since = done
-            row = {"step": done, "loss": mean_loss, "grad_norm": total_norm / max(1, made), "lr": lr}
-            if skipped:
-                row["skipped"] = int(skipped)
+            row = {"step": done}
             # Nothing is known of a loss where all steps were skipped.
             if made:
-                rows.append(row)
+                row.update(loss=mean_loss, grad_norm=total_norm / made)
+            row["lr"] = lr
+            if skipped:
+                row["skipped"] = int(skipped)
+                if rank == 0:
+                    print(f"step {done}: {skipped:.0f} steps were skipped, as their loss or gradient "
+                          f"was not finite; `encode.py --check` tells whether the data are damaged")
+            rows.append(row)
         if validating:
             bins = validation_losses(ema, val, args, rank, world, device)
             rows.append({"step": done, "val_loss": sum(bins) / len(bins), "val_bins": bins})
@@ -814,8 +815,8 @@ def train(args, rank, world, device, stack):
                 save_checkpoint(out / f"step-{done:07d}", ema, config)
             if saving:
                 save_checkpoint(out, ema, config)
-                save_state(state_path, model, ema, optimizer, done, sums, args)
                 draw_progress(out)
+                save_state(state_path, model, ema, optimizer, done, sums, args)
         if stopping:
             break
     bar.close()
@@ -833,15 +834,11 @@ def train(args, rank, world, device, stack):
         sys.exit(0)         # also of a program that called `main`, as the toy does
 
 
-# Predicting no noise at all costs 1, and a network that has learned nothing up to 2.5.
-DIVERGED = 10
-
-
 @torch.no_grad()
 def can_go_on(model, ema, inputs, args):
     """Tell whether the weights and their average are worth saving: their loss is not far above 1."""
     # If a sample is broken, that is not the weights' fault.
-    part = {name: tensor[:args.micro_batch].nan_to_num() for name, tensor in inputs.items()}
+    part = {name: tensor[:args.micro_batch].nan_to_num(0, 0, 0) for name, tensor in inputs.items()}
     device = inputs["t"].device
     # Translating the network without gradients, too, would take longer than this does.
     not_compiled = contextlib.nullcontext()
@@ -937,7 +934,6 @@ def benchmark(args, device):
     from torch.utils.flop_counter import FlopCounterMode
     torch.manual_seed(args.seed)
     model = MODELS[args.model].network(**MODELS[args.model].presets[args.preset])
-    model.checkpoint_activations = args.checkpoint_activations
     optimizer = make_optimizer(model, args)
     model.to(device)
     averages = {p: p.detach().clone() for p in model.parameters()}
@@ -948,12 +944,15 @@ def benchmark(args, device):
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     inputs = draw_inputs(batch, 1.0, device)
     one = {name: tensor[:1] for name, tensor in inputs.items()}
+    # What checkpointing computes again is no progress, and does not count.
+    model.checkpoint_activations = False
     with FlopCounterMode(display=False) as counter:
         add_gradient(model, one, args)
+    model.checkpoint_activations = args.checkpoint_activations
     model.zero_grad()
     flops = counter.get_total_flops()
     if cuda and not args.no_compile:
-        compile_blocks(model)
+        compile_blocks(model, dynamic=False)
 
     def now():
         # As in training, the CPU does not wait for the GPU: the GPU looks at its clock itself.

@@ -18,6 +18,7 @@ from PIL import Image
 import caption
 import common
 import cutmix
+from metrics.coco import read_coco_captions
 
 WORDS = """a an the dog cat two red blue left of right image features is on table photo in
 and small large with seven clocks . , ! describe this USER : ASSISTANT""".split()
@@ -489,7 +490,7 @@ def test_cocos_captions_keep_the_names_of_their_images(tiny_llm, tmp_path):
     do("extend", "--prompts", prompts, "--limit", 3, "--out", tmp_path / "long.jsonl",
        "--model", tiny_llm, "--max-new-tokens", 3, "--attempts", 1)
     rows = common.read_jsonl(tmp_path / "long.jsonl")
-    chosen = common.read_coco_captions(prompts, limit=3)
+    chosen = read_coco_captions(prompts, limit=3)
     assert len(rows) == 3
     for row, image in zip(rows, chosen):
         assert row["short_prompt"] == image["prompt"]

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import errno
 import json
+import os
 import random
 import signal
 import subprocess
@@ -12,12 +13,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import photo
 from PIL import Image
 from tqdm import tqdm
 
 import common
 from common import UserError
+from metrics.coco import read_coco_captions
 
 # --------------------------------------------------------------------------------------
 # Errors and options
@@ -187,7 +190,7 @@ def coco_file(path, numbers, changes=None):
 
 
 def test_cocos_prompts_are_each_images_first_caption_in_order(tmp_path):
-    prompts = common.read_coco_captions(coco_file(tmp_path / "coco.json", range(50)))
+    prompts = read_coco_captions(coco_file(tmp_path / "coco.json", range(50)))
     assert len(prompts) == 50
     for k, prompt in enumerate(prompts):
         name = f"COCO_val2014_{k:012d}"
@@ -197,28 +200,28 @@ def test_cocos_prompts_are_each_images_first_caption_in_order(tmp_path):
 
 def test_a_limit_of_cocos_images_chooses_by_seed_and_nothing_else(tmp_path):
     path = coco_file(tmp_path / "coco.json", range(50))
-    ten = common.read_coco_captions(path, limit=10)
+    ten = read_coco_captions(path, limit=10)
     files = [prompt["file"] for prompt in ten]
     assert len(set(files)) == 10 and files == sorted(files)
-    assert ten == common.read_coco_captions(path, limit=10, seed=0)
-    assert ten != common.read_coco_captions(path, limit=10, seed=1)
+    assert ten == read_coco_captions(path, limit=10, seed=0)
+    assert ten != read_coco_captions(path, limit=10, seed=1)
 
     # A lower limit takes a part of it; one above the number of images takes all.
-    five = common.read_coco_captions(path, limit=5)
+    five = read_coco_captions(path, limit=5)
     assert len(five) == 5 and all(prompt in ten for prompt in five)
-    assert len(common.read_coco_captions(path, limit=99)) == 50
+    assert len(read_coco_captions(path, limit=99)) == 50
 
     # In a file of these ten only, the same five are taken.
     numbers = [int(prompt["name"][-12:]) for prompt in ten]
     few = coco_file(tmp_path / "few.json", numbers)
-    assert common.read_coco_captions(few, limit=5) == five
+    assert read_coco_captions(few, limit=5) == five
 
 
 def test_cocos_images_without_a_caption_are_left_out(tmp_path):
     blank = {"id": 1, "image_id": 1, "caption": " \n"}
     other = {"id": 2, "image_id": 1, "caption": "a "}
     path = coco_file(tmp_path / "coco.json", range(2), {"annotations": [blank, other]})
-    assert [prompt["prompt"] for prompt in common.read_coco_captions(path)] == ["a"]
+    assert [prompt["prompt"] for prompt in read_coco_captions(path)] == ["a"]
 
 
 @pytest.mark.parametrize("changes, expected", [
@@ -235,7 +238,7 @@ def test_cocos_images_without_a_caption_are_left_out(tmp_path):
 def test_a_damaged_annotation_file_is_refused_with_the_reason(tmp_path, changes, expected):
     path = coco_file(tmp_path / "coco.json", range(2), changes)
     with pytest.raises(UserError, match=expected) as error:
-        common.read_coco_captions(path)
+        read_coco_captions(path)
     assert "\n" not in str(error.value)
 
 
@@ -268,6 +271,42 @@ def test_two_commands_do_not_write_to_one_folder_at_once(tmp_path, monkeypatch):
     with common.only_command(folder):
         pass
     assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert common.local_device() == torch.device("cuda", 3)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UserError, match="--nproc-per-node 4"):
+        common.local_device()
+
+
+def test_a_gpu_without_enough_memory_is_one_line(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...")
+
+    with pytest.raises(SystemExit) as ended:
+        common.command_line(main)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--micro-batch" in message
+
+
+def test_a_lock_that_was_deleted_after_it_was_opened_is_opened_again(tmp_path, monkeypatch):
+    real = common.is_locked_by_us
+    seen = []
+
+    def deleted_meanwhile(lock):
+        if not seen:
+            os.unlink(lock.name)
+        seen.append(lock.name)
+        return real(lock)
+
+    monkeypatch.setattr(common, "is_locked_by_us", deleted_meanwhile)
+    with common.only_command(tmp_path):
+        assert len(seen) == 2 and os.path.exists(seen[0])
 
 
 @pytest.mark.parametrize("rank, world", [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "0")])

@@ -412,6 +412,26 @@ def test_the_same_command_does_not_accept_a_shard_of_another_data_set(data):
         data.encode()
 
 
+def test_files_that_other_encoders_made_of_the_same_images_are_refused(encoded, data, tmp_path):
+    """Their names, captions and shapes are all the same."""
+    vae = shutil.copytree(VAE, tmp_path / "vae")
+    weights = load_file(vae / "diffusion_pytorch_model.safetensors")
+    weights["quant_conv.bias"] += 1
+    save_file(weights, vae / "diffusion_pytorch_model.safetensors")
+    others = data.encode("others", vae=vae)
+    for name in ("00001.safetensors", "null.safetensors"):
+        own = (encoded / name).read_bytes()
+        shutil.copyfile(others / name, encoded / name)
+        with pytest.raises(UserError, match=f"{name}.*or of other encoders"):
+            encode.Encoded(encoded)
+        (encoded / name).write_bytes(own)
+    # Neither does the command itself take such a shard for its own.
+    shutil.copyfile(encoded / "00001.safetensors", others / "00001.safetensors")
+    (others / "meta.json").unlink()
+    with pytest.raises(UserError, match="00001.safetensors.*or of other encoders"):
+        data.encode("others", vae=vae)
+
+
 @pytest.mark.parametrize("damage", ["torn", "empty", "short", "gap", "no samples"])
 def test_a_damaged_shard_is_refused_in_one_line(encoded, damage):
     path = encoded / "00002.safetensors"

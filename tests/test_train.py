@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import encode
 import model_cad
 import train
-from common import UserError, only_command, read_jsonl
+from common import UserError, only_command, pad_text, padded_length, read_jsonl
 from encode import Encoded
 
 # A run of seconds. Six samples a step, so that two and three ranks can share them.
@@ -183,9 +183,9 @@ def test_a_batch_is_a_function_of_seed_and_step_and_ranks_share_it(toy_paper):
 def test_captions_are_padded_to_a_multiple_of_32_of_the_batch_and_masked():
     texts = [torch.randn(n, 4) for n in (3, 1, 33)]
     lengths = torch.tensor([3, 1, 33])
-    assert train.padded_length(lengths) == 64
-    assert train.padded_length(lengths[:2]) == 32
-    text, mask = train.pad_text(torch.cat(texts), lengths, 64)
+    assert padded_length(lengths) == 64
+    assert padded_length(lengths[:2]) == 32
+    text, mask = pad_text(torch.cat(texts), lengths, 64)
     assert text.shape == (3, 64, 4)
     for row, present, tokens in zip(text, mask, texts):
         n = len(tokens)
@@ -438,6 +438,27 @@ def test_two_ranks_and_micro_batches_give_the_losses_of_one(toy_paper, tmp_path,
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
 
 
+def test_three_ranks_go_on_with_the_bits_of_a_run_that_was_never_stopped(toy_paper, tmp_path):
+    def trained(out, steps):
+        run(*TORCHRUN, 3, "train.py", *data(toy_paper), *SMALL, "--schedule-steps", "40", "--steps", steps,
+            "--save-every", "2", "--out", tmp_path / out, check=True)
+
+    trained("whole", 4)
+    trained("parts", 2)
+    trained("parts", 4)
+    for name in ("model.safetensors", "log.jsonl"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_rank_that_is_refused_ends_the_others_at_once(toy_paper, tmp_path):
+    with only_command(tmp_path):
+        done = run(*TORCHRUN, 2, "train.py", *data(toy_paper), *SMALL, "--out", tmp_path, "--steps", "4")
+    assert "another command is writing" in done.stderr
+    # torchrun kills what does not end.
+    assert "SIGKILL" not in done.stderr and "exitcode: -9" not in done.stderr
+    assert "train.py: rank 1: another rank has ended" in done.stderr
+
+
 def test_benchmark_says_where_the_time_goes_in_one_line_of_json(capsys):
     train.main(["--benchmark", "--model", "dit", "--preset", "toy", "--batch-size", "4"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -571,20 +592,61 @@ def test_a_kill_while_the_state_is_written_loses_no_grid_and_no_lasting_copy(toy
     assert not (tmp_path / "state.pt").exists()
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted(toy_paper, tmp_path, monkeypatch):
+def spoil(monkeypatch, *steps):
+    """Make the losses of these steps of the next run, counted from 1, NaN."""
     real = train.add_gradient
+    calls = []
 
-    def bad_at_third(network, inputs, args, calls=[]):  # noqa: B006
+    def add_gradient(network, inputs, args):
         calls.append(1)
-        loss = real(network, inputs, args)
-        return loss * math.nan if len(calls) == 3 else loss
+        return real(network, inputs, args) * (math.nan if len(calls) in steps else 1)
 
-    monkeypatch.setattr(train, "add_gradient", bad_at_third)
-    train.main([*data(toy_paper), *SMALL, "--out", str(tmp_path), "--steps", "6"])
+    monkeypatch.setattr(train, "add_gradient", add_gradient)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(toy_paper, tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, 3, 7, 8)
+    train.main([*data(toy_paper), *SMALL, "--out", str(tmp_path), "--steps", "10"])
     rows = read_jsonl(tmp_path / "log.jsonl")
-    assert [row.get("skipped") for row in rows] == [None, 1, None]
-    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert [row.get("skipped") for row in rows] == [None, 1, None, 2, None]
+    # Of two steps that were both skipped no loss is known.
+    assert ["loss" in row for row in rows] == [True, True, True, False, True]
+    assert all(math.isfinite(loss) for loss in losses(tmp_path))
     assert all(w.isfinite().all() for w in load_file(tmp_path / "model.safetensors").values())
+    assert "step 8: 2 steps were skipped" in capsys.readouterr().out
+
+
+def test_ten_bad_steps_in_a_row_end_the_run_also_if_nobody_looked_at_the_tenth(
+        toy_paper, tmp_path, monkeypatch):
+    # The log looks after steps 10 and 20, and 13 is good.
+    spoil(monkeypatch, *range(3, 13))
+    with pytest.raises(UserError, match="for 10 steps in a row"):
+        train.main([*data(toy_paper), *SMALL, "--out", str(tmp_path), "--steps", "40", "--log-every", "100",
+                    "--save-every", "100"])
+
+
+def test_an_infinite_number_in_the_data_spoils_its_step_alone(toy_paper, tmp_path, monkeypatch):
+    real = train.draw_inputs
+    calls = []
+
+    def infinite_at_last(*words):
+        calls.append(1)
+        inputs = real(*words)
+        if len(calls) == 4:
+            inputs["x_0"][0, 0, 0, 0] = math.inf
+        return inputs
+
+    monkeypatch.setattr(train, "draw_inputs", infinite_at_last)
+    train.main([*data(toy_paper), *SMALL, "--out", str(tmp_path), "--steps", "4"])
+    assert read_jsonl(tmp_path / "log.jsonl")[-1]["skipped"] == 1
+    assert (tmp_path / "state.pt").exists()
+
+
+def test_a_batch_that_never_comes_ends_the_run_in_one_line(toy_paper, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "DATA_TIMEOUT", 1)
+    monkeypatch.setattr(train.Batches, "__getitem__", lambda self, step: time.sleep(60))
+    with pytest.raises(UserError, match="is /dev/shm full"):
+        train.main([*data(toy_paper), *SMALL, "--out", str(tmp_path), "--steps", "4", "--workers", "1"])
 
 
 def test_ten_bad_steps_in_a_row_end_the_run_and_a_lower_rate_goes_on(toy_paper, tmp_path, monkeypatch):
@@ -630,15 +692,7 @@ def test_a_run_without_any_state_says_so_when_it_diverges(toy_paper, tmp_path):
 
 
 def test_a_step_that_is_skipped_keeps_no_state_from_being_saved(toy_paper, tmp_path, monkeypatch):
-    real = train.add_gradient
-    calls = []
-
-    def bad_at_last(network, inputs, args):
-        calls.append(1)
-        loss = real(network, inputs, args)
-        return loss * math.nan if len(calls) == 4 else loss
-
-    monkeypatch.setattr(train, "add_gradient", bad_at_last)
+    spoil(monkeypatch, 4)
     words = [*data(toy_paper), *SMALL, "--keep-every", "4", "--out", str(tmp_path)]
     train.main([*words, "--steps", "4"])
     assert (tmp_path / "state.pt").exists()

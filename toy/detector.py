@@ -1,9 +1,10 @@
 """The toy's detector: which objects are in a picture, found without a network.
 
-Colours first: every pixel is compared with the six colours, and pixels of one colour that touch
+Colours first: every pixel is compared with the five colours, and pixels of one colour that touch
 form a patch. Then shapes: a patch is compared with every shape in every size, drawn clean. An object
 may be partly hidden behind another one, as in a composite: then a rectangle covers a part of it, and
-the rest must agree. Distorted, melted or doubled shapes agree with nothing and count as no object.
+the rest must agree. Most distorted, melted or doubled shapes agree with nothing and count as no
+object: the README has a table of how many pass.
 """
 
 from functools import lru_cache
@@ -37,7 +38,7 @@ def without_grey(colors):
     return colors - colors.mean(-1, keepdims=True)
 
 
-CHROMA = without_grey(list(COLORS.values()))                                        # (6, 3)
+CHROMA = without_grey(list(COLORS.values()))                                        # (5, 3)
 DIRECTIONS = CHROMA / np.linalg.norm(CHROMA, axis=1, keepdims=True)
 
 

@@ -62,14 +62,14 @@ def task_scores(rows):
     return scores
 
 
-def one_background(rows, right_only=True):
-    """Return the share of two-object pictures with one background, among the right ones or all of them.
+def one_background(rows):
+    """Return the share of right pictures of two objects that have one background.
 
-    Among all it proves nothing: pictures in which two objects have melted into one have it, too.
-    NaN where there is no such picture.
+    Among all pictures it would prove nothing: those in which two objects have melted into one
+    have it, too. NaN where no picture is right.
     """
     return mean_of([row["one_background"] for row in rows
-                    if row["tag"] in TWO_OBJECTS and (row["right"] or not right_only)])
+                    if row["tag"] in TWO_OBJECTS and row["right"]])
 
 
 TWO_OBJECTS = ("two_object", "position", "color_attr")

@@ -138,9 +138,8 @@ def score_chart(out, lines):
 
 
 def trade_chart(out, lines):
-    """Return the two-object scores against the share of pictures with one background: a point a line.
-
-    The share is that of all two-object pictures, not only of the right ones.
+    """Return the share of two-object pictures that are right against that of one background among
+    them: a point a line.
     """
     points = []
     for line in lines:
@@ -149,11 +148,12 @@ def trade_chart(out, lines):
         for run in ended_runs(out, line, "long"):
             rows = [row for row in read_scores(out, run, "long") if row["tag"] in TWO_OBJECTS]
             scores.append(statistics.mean(row["right"] for row in rows))
-            shares.append(one_background(rows, right_only=False))
+            shares.append(one_background(rows))
         if scores:
             points.append((statistics.mean(shares), statistics.mean(scores)))
     return line_chart({f"{lines[0].label} to {lines[-1].label}": points},
-                      "share of two-object pictures with one background", "share that is right")
+                      "share of right pictures of two objects with one background",
+                      "share of pictures of two objects that are right")
 
 
 def same_prompts(out, lines, kind="long", of_each_task=2):
@@ -193,7 +193,7 @@ def distance_file(out, run):
 
 
 def distance_table(out, lines):
-    """Return Table 1: the Frechet distance and P/R/D/C of each line, mean and spread."""
+    """Return Table 1: the Fréchet distance and P/R/D/C of each line, mean and spread."""
     names = ["distance", "precision", "recall", "density", "coverage"]
     rows = [["", *names, "pictures"]]
     for line in lines:
@@ -258,7 +258,8 @@ def section(out, name, seeds, steps):
     # Distances have a table of their own, and no verdicts for the pieces below.
     if name == "1":
         parts.append("<p>Of samples for the captions of validation pictures (AIO captions for AIO), on "
-                     "the toy autoencoder's latents, averaged over each quarter of a picture.</p>")
+                     "the toy autoencoder's latents: mean and deviation of each channel in each quarter of a "
+                     "picture, 64 numbers.</p>")
         parts.append(distance_table(out, lines))
         return "\n".join(parts)
 
