@@ -944,10 +944,9 @@ def benchmark(args, device):
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     inputs = draw_inputs(batch, 1.0, device)
     one = {name: tensor[:1] for name, tensor in inputs.items()}
-    # What checkpointing computes again is no progress, and does not count.
-    model.checkpoint_activations = False
     with FlopCounterMode(display=False) as counter:
         add_gradient(model, one, args)
+    # Only from here on: what checkpointing computes again is no progress, and does not count.
     model.checkpoint_activations = args.checkpoint_activations
     model.zero_grad()
     flops = counter.get_total_flops()

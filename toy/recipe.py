@@ -8,7 +8,7 @@ TAU = 0.4               # the paper's; 0.55 was equal on 384 prompts that are no
 P = 0.5                 # the paper's
 
 IMAGES = 6000           # originals, seen 17 times each, and as many composites, seen 7 times
-STEPS = 4500            # about five minutes on two cores
+STEPS = 4500            # about six minutes on two cores
 BATCH = 32
 GUIDANCE = 1.5          # the best of four, up to 5, on prompts that are not the reported ones
 SAMPLE_STEPS = 30       # of DDIM; 100 were no better on a few short prompts
