@@ -1,9 +1,11 @@
 """The toy paper: the whole line in seconds, and the claims that its report stands on."""
 
+import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import common
 import cutmix
 import encode
 from common import read_jsonl
-from toy import autoencoder, detector, estimate, prompts, tables_page, world
+from toy import autoencoder, detector, estimate, prompts, score, side_by_side, tables_page, world
 
 MANY = 60           # pictures on which the detector is measured
 
@@ -57,12 +59,19 @@ def test_the_same_command_again_makes_nothing_again(toy_paper):
     assert times == {path: path.stat().st_mtime_ns for path in made}
 
 
-def test_mistakes_end_in_one_line(toy_paper, tmp_path):
+def test_mistakes_end_in_one_line(toy_paper, tmp_path, monkeypatch):
     out, _ = toy_paper
     assert "other settings" in refused("toy", "--out", out, *TOY, "--seed", "1")
     assert "--images" in refused("toy", "--out", tmp_path / "x", "--images", "3")
     (tmp_path / "file").write_text("")
     assert refused("toy", "--out", tmp_path / "file", *TOY)
+    assert "--seed" in refused("toy", "--out", tmp_path / "x", "--seed", 10 ** 20)
+    monkeypatch.setattr(common, "patience", lambda holder: 0)
+    with common.only_command(out):
+        assert "another command" in refused("toy", "--out", out, *TOY)
+    Image.new("RGB", (256, 256)).save(tmp_path / "large.png")
+    with pytest.raises(common.UserError, match="256 x 256"):
+        score.open_picture(tmp_path / "large.png")
 
 
 # --------------------------------------------------------------------------------------------
@@ -263,11 +272,50 @@ def test_the_detector_knows_a_shape_with_a_wobbly_edge():
     assert np.mean(right) >= 0.8
 
 
-def test_a_seam_between_two_backgrounds_is_seen():
-    dark = one_object("star", "red", grey="dark")
-    light = one_object("star", "red", grey="light")
-    assert detector.has_one_background(world.draw(dark))
-    assert not detector.has_one_background(cut(dark, light))
+@pytest.mark.parametrize("fault", ["two colours", "a third missing behind a blob"])
+def test_only_a_whole_object_hides_a_part_of_another_one(fault):
+    rng = random.Random(fault)
+    right = []
+    for number in range(MANY):
+        color, other_color = rng.sample(list(world.COLORS), 2)
+        radius = rng.uniform(*[(11, 14), (22, 28)][number % 2])
+        scene = one_object(rng.choice(world.SHAPES), color, radius)
+        image = world.draw(scene)
+        columns = (np.asarray(world.mask_of(scene["objects"][0])) > 0).sum(0)
+        # The column behind which a third of the object lies.
+        x = int(np.searchsorted(columns.cumsum(), columns.sum() * 2 / 3)) + 1
+        if fault == "two colours":
+            other = one_object(scene["objects"][0]["shape"], other_color, radius)
+            image.paste(world.draw(other).crop((x, 0, 64, 64)), (x, 0))
+        else:
+            image.paste((world.GREYS[scene["grey"]],) * 3, (x, 0, 64, 64))
+            image.paste(world.COLORS[other_color], (x + 2, 30, x + 6, 34))
+        right.append(finds(image, scene))
+    assert np.mean(right) <= 0.05
+
+
+@pytest.mark.parametrize("setting", list(cutmix.SETTINGS))
+def test_the_seam_of_every_setting_is_seen_also_after_the_autoencoder(setting):
+    rng = random.Random(f"seams {setting}")
+    composites = []
+    originals = []
+    for number in range(MANY):
+        greys = rng.sample(list(world.GREYS), 2)
+        one, two = [{**world.random_scene(rng, kind="large"), "grey": grey} for grey in greys]
+        composites.append(composite(one, two, setting, number))
+        originals.append(world.draw(world.random_scene(rng)))
+    for image in originals + decoded(originals):
+        assert detector.has_one_background(image)
+    for images in (composites, decoded(composites)):
+        assert np.mean([detector.has_one_background(image) for image in images]) <= 0.05
+
+
+def decoded(images):
+    """Return pictures as they come back from the toy's autoencoder."""
+    vae = encode.load_vae(autoencoder.VAE)
+    with torch.no_grad():
+        mean, _ = vae.encode(autoencoder.to_tensor(images))
+        return common.to_images(vae.decode(mean))
 
 
 def test_objects_survive_the_autoencoder():
@@ -281,11 +329,7 @@ def test_objects_survive_the_autoencoder():
             if two["objects"][0]["radius"] / side >= 6:
                 images.append(composite(one, two, setting, number))
                 wanted.append(two)
-    vae = encode.load_vae(autoencoder.VAE)
-    with torch.no_grad():
-        mean, _ = vae.encode(autoencoder.to_tensor(images))
-        decoded = common.to_images(vae.decode(mean))
-    right = [finds(image, scene) for image, scene in zip(decoded, wanted)]
+    right = [finds(image, scene) for image, scene in zip(decoded(images), wanted)]
     assert np.mean(right) >= 0.9
     size = sum(path.stat().st_size for path in (ROOT / "toy/weights").iterdir())
     assert size <= 1.5 * 2 ** 20
@@ -325,6 +369,38 @@ def test_killed_experiments_go_on_and_end_with_every_score(tmp_path):
     tables_page.write_tables(tmp_path, ["tau"], range(1), settings)
     page = (tmp_path / "tables.html").read_text()
     assert tables_page.TITLES["fig5"] in page and tables_page.TITLES["tau"] in page
+
+    # Pictures are judged again where the detector was another one.
+    one = tmp_path / "runs" / "dit-long-small-seed0"
+    scores = (one / "scores-long.jsonl").read_text()
+    pictures = (one / "pictures-long.html").read_text()
+    done = json.loads((one / "done.json").read_text())
+    judged = [line for line in done if "judge" in line]
+    assert len(judged) >= 2
+    (one / "done.json").write_text(json.dumps([line for line in done if line not in judged]
+                                              + [line[:-12] + "another one." for line in judged]))
+    (one / "scores-long.jsonl").write_text(scores.replace("false", "true"))
+    (one / "pictures-long.html").unlink()
+    run("-m", "toy", "tables", "--out", tmp_path, *TABLES, "--jobs", "2", check=True)
+    assert (one / "scores-long.jsonl").read_text() == scores
+    assert (one / "pictures-long.html").read_text() == pictures
+
+    # Seeds that an earlier command made stay, too.
+    shutil.copytree(one, tmp_path / "runs" / "dit-long-small-seed1")
+    tables_page.write_tables(tmp_path, ["fig5"], range(1), settings)
+    assert "&plusmn;" in (tmp_path / "tables.html").read_text().split("<h2>")[-2]
+
+
+def test_a_job_that_was_stopped_has_not_ended(tmp_path, monkeypatch):
+    job = side_by_side.Job("one", tmp_path, [side_by_side.Command("train", "--steps 5")])
+
+    def stopped(job):
+        side_by_side.log_of(job).write_text("train.py: stopped by SIGTERM\n")
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(side_by_side, "start", stopped)
+    with pytest.raises(common.UserError, match="stopped by SIGTERM"):
+        side_by_side.run_side_by_side([job], 1, print)
 
 
 def test_the_time_of_jobs_side_by_side_is_that_of_a_schedule():

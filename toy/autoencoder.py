@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import encode
+from common import complete
 from train import lr_at
 from toy.world import SIZE, draw, random_scene
 
@@ -91,7 +92,8 @@ def train_vae(folder, minutes, seed=0):
     # Saved as diffusers does it, so that encode.py
     # reads this one like Stable Diffusion's.
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(vae.half().state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    with complete(folder / "diffusion_pytorch_model.safetensors") as path:
+        save_file(vae.half().state_dict(), path)
     config = {"_class_name": "AutoencoderKL", **vae.config}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 

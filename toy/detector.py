@@ -2,7 +2,7 @@
 
 Colours first: every pixel is compared with the five colours, and pixels of one colour that touch
 form a patch. Then shapes: a patch is compared with every shape in every size, drawn clean. An object
-may be partly hidden behind another one, as in a composite: then a rectangle covers a part of it, and
+may be partly hidden behind a whole one, as in a composite: then a rectangle covers a part of it, and
 the rest must agree. Most distorted, melted or doubled shapes agree with nothing and count as no
 object: the README has a table of how many pass.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from toy.world import COLORS, GREYS, SHAPES, SIZE, draw
+from toy.world import COLORS, SHAPES, SIZE, draw
 
 RADII = np.linspace(2.1, 5.3, 40) ** 2      # of the templates, in pixels: 4.4 to 28
 THRESHOLD = 0.72            # the score that makes a patch an object
@@ -106,10 +106,10 @@ def as_slices(box):
 class Patch:
     """Pixels of one colour that may be an object."""
 
-    def __init__(self, color, mask, colored):
+    def __init__(self, color, mask):
         self.color = color
         self.mask = mask                                        # (64, 64) bool
-        self.others = colored & ~mask                           # pixels of other objects
+        self.in_front = np.zeros_like(mask)                     # pixels of what may hide a part of it
         self.near = ndimage.binary_dilation(mask, NEIGHBOURS)   # a pixel wider on all sides
         self.core = ndimage.binary_erosion(mask, NEIGHBOURS)    # without the pixels at its edge
         self.area = np.count_nonzero(mask)
@@ -180,10 +180,10 @@ def hidden_box(template, patch, x, y):
     if max(x1 - x0, y1 - y0) <= least:
         return None
 
-    # Nothing hides an object but another one, which must be seen there.
+    # Nothing hides an object but another one, which must be seen there, and whole.
     nearby = as_slices((max(0, x + x0 - NEARBY), max(0, y + y0 - NEARBY),
                         x + x1 + NEARBY, y + y1 + NEARBY))
-    if np.count_nonzero(patch.others[nearby]) < SMALLEST_PATCH:
+    if np.count_nonzero(patch.in_front[nearby]) < SMALLEST_PATCH:
         return None
     return box
 
@@ -263,14 +263,25 @@ def detect(image):
     colored = share > 0.5
     # A clean object is faint at its edge only. Such areas are what melted objects are made of.
     faint = ndimage.binary_erosion((share > 0.2) & (share < 0.65), NEIGHBOURS)
-    found = []
+    patches = []
     for number, color in enumerate(COLORS):
         for mask in groups(colored & (nearest == number)):
-            patch = Patch(color, mask, colored)
-            score, shape = recognise(patch)
-            is_faint = np.count_nonzero(faint[as_slices(patch.box)]) >= 0.1 * patch.area
-            if score and not is_faint:
-                found.append((score, shape, patch))
+            patch = Patch(color, mask)
+            if np.count_nonzero(faint[as_slices(patch.box)]) < 0.1 * patch.area:
+                patches.append(patch)
+
+    # First what is whole. Only that can hide a part of something else: a shape of two colours is
+    # not two objects, and a blob before a torn shape does not mend it.
+    found = [(*recognise(patch), patch) for patch in patches]
+    whole = np.zeros((SIZE, SIZE), bool)
+    for score, _, patch in found:
+        if score:
+            whole |= patch.mask
+    for number, patch in enumerate(patches):
+        patch.in_front = whole & ~patch.mask
+        if patch.in_front.any():
+            found[number] = (*recognise(patch), patch)
+    found = [one for one in found if one[0]]
     found.sort(key=lambda one: -one[0])
 
     # The best explanation of a pixel counts, and no other.
@@ -305,26 +316,25 @@ def groups(mask, largest=3, most=8):
 # --------------------------------------------------------------------------------------------
 # Backgrounds
 
-def background_share(image):
-    """Return which share of the background has the most frequent of the three greys.
-
-    The background is every pixel at least two pixels away from anything coloured. NaN if nothing
-    of it is seen.
-    """
-    _, share = unmix(image)
-    colored = ndimage.binary_dilation(share > 0.2, NEIGHBOURS, iterations=2)
-    levels = np.asarray(image.convert("L"), float)[~colored]
-    if not levels.size:
-        return float("nan")
-    distances = np.abs(levels[:, None] - TYPICAL_GREYS)                             # (n, 3)
-    counts = np.bincount(distances.argmin(1), minlength=3)
-    return counts.max() / levels.size
-
-
-# Half of a patterned background is 14 levels lighter (dark) or darker (the others) than its grey.
-TYPICAL_GREYS = np.array([level + 7 if level < 128 else level - 7 for level in GREYS.values()])
+OTHER_GREY = 25             # levels by which a pixel differs from the background around it
+SEAM = 10                   # pixels of another grey that touch, from which on a seam is seen
 
 
 def has_one_background(image):
-    """Tell whether at least 93% of the background has the same of the three greys: no seam is seen."""
-    return bool(background_share(image) >= 0.93)
+    """Tell whether the background has one grey: no seam of a composite is seen.
+
+    The background is every pixel that touches nothing coloured; False if there is none.
+    """
+    _, share = unmix(image)
+    background = ~ndimage.binary_dilation(share > 0.2, NEIGHBOURS)
+    if not background.any():
+        return False
+    levels = np.asarray(image.convert("L"), float)
+    usual = np.median(levels[background])
+
+    # A small paste shows little of its own background, just the corners that its object leaves.
+    # So any patch of another grey counts, and not its share of the picture.
+    other = background & (np.abs(levels - usual) > OTHER_GREY)
+    labels, _ = ndimage.label(other, NEIGHBOURS)
+    areas = np.bincount(labels.ravel())[1:]                     # label 0: not of another grey
+    return bool(areas.max(initial=0) < SEAM)

@@ -7,12 +7,16 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
+from PIL import Image
 
 import encode
 import train
+from common import UserError, complete
 from sample import MODELS
 from toy.autoencoder import VAE, to_tensor
 from toy.detector import detect
@@ -44,7 +48,7 @@ def seconds_of(function, least=1.0):
 
 
 def data_seconds():
-    """Return the seconds that one picture takes to be drawn, saved and encoded."""
+    """Return the seconds that one picture takes to be drawn, saved, read and encoded."""
     rng = random.Random(0)
 
     vae = encode.load_vae(VAE)
@@ -54,8 +58,16 @@ def data_seconds():
     with torch.no_grad():
         encoding = seconds_of(lambda: vae.encode(pixels)) / 64
 
-    # Drawing includes the choice of a scene, as in the real run.
-    return encoding + seconds_of(lambda: draw(random_scene(rng)), 0.3)
+    with tempfile.TemporaryDirectory() as folder:
+        def draw_and_read():
+            path = Path(folder) / "picture.png"
+            # Drawing includes the choice of a scene, as in the real run.
+            with complete(path) as temporary:
+                draw(random_scene(rng)).save(temporary, "PNG")
+            with Image.open(path) as image:
+                image.convert("RGB")
+
+        return encoding + seconds_of(draw_and_read, 0.3)
 
 
 def make_model(name):
@@ -146,10 +158,19 @@ def seconds_side_by_side(name, processes):
     # One thread for each model, as `side_by_side` runs them. All are started before
     # any is waited for: they are to be timed while they compete for the machine.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+    # In sessions of their own, Ctrl-C reaches this process alone, which then ends them.
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                env=environment, text=True, start_new_session=True)
                for _ in range(processes)]
-
-    outputs = [json.loads(process.communicate()[0]) for process in running]
+    try:
+        written = [process.communicate()[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    if any(process.returncode for process in running):
+        raise UserError(f"{' '.join(command[1:])}: failed; run it alone to see why")
+    outputs = [json.loads(text) for text in written]
 
     seconds = {}
     for key in ("training", "sampling"):

@@ -4,8 +4,10 @@ A `Run` is one model: its network, captions, composites, p, tau, data and seed. 
 model of "TA + IA" in Table 2 is also the one at tau = 0.4. All runs share their data.
 """
 
+import math
 from typing import NamedTuple
 
+from common import read_jsonl
 from toy.data import composites_of, quoted
 from toy.prompts import TASKS
 from toy.recipe import P, TAU, sample_command, train_command
@@ -205,7 +207,7 @@ def distance_commands(out, run, checkpoint, scores):
 
 def kept_every(steps):
     """Return how many steps lie between the checkpoints of a run of Fig. 5."""
-    return max(1, steps // KEPT)
+    return math.ceil(steps / KEPT)
 
 
 def kept_steps(steps):
@@ -220,14 +222,21 @@ def expected_seconds(job, seconds, steps, prompts, validation):
     for command in remaining(job):
         # Only these two stages take long.
         if command.stage == "train":
-            total += steps * seconds["training"]
+            total += (steps - steps_made(job)) * seconds["training"]
         if command.stage == "sample":
             # GenEval's layout means the prompts of the
             # tasks, any other the validation captions.
-            pictures = len(TASKS) * prompts if "geneval" in command.options else validation
+            pictures = len(TASKS) * prompts if "--format geneval" in command.options else validation
             total += pictures * seconds["sampling"]
 
     return total
+
+
+def steps_made(job):
+    """Return how many steps an interrupted training has made."""
+    log = job.folder / "checkpoint/log.jsonl"
+    rows = read_jsonl(log) if log.exists() else []
+    return rows[-1]["step"] if rows else 0
 
 
 START_SECONDS = 6           # until a process has loaded torch and transformers

@@ -13,6 +13,7 @@ BATCH = 32
 GUIDANCE = 1.5          # the best of four, up to 5, on prompts that are not the reported ones
 SAMPLE_STEPS = 30       # of DDIM; 100 were no better on a few short prompts
 PROMPTS = 32            # of each task: a score's standard error is at most .09
+LARGEST_SEED = 2 ** 31  # as large as every library takes it
 
 # For both models. CAD's validation loss after 400 steps at .003, .004, .006: .129, .128, .137.
 TRAINING = "--preset toy --optimizer adamw --lr 0.004 --betas 0.9 0.98"

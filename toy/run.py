@@ -18,15 +18,15 @@ from pathlib import Path
 
 import sample
 import train
-from common import HelpFormatter, at_least, begin_or_resume, write_jsonl
+from common import HelpFormatter, at_least, begin_or_resume, between, only_command, write_jsonl
 from toy.autoencoder import VAE, train_vae
 from toy.data import draw_noise, draw_world, encode_world, make_prompts_and_encoder, quoted, run
 from toy.estimate import OVERHEAD, data_seconds, sampling_seconds, spoken_time, training_seconds
 from toy.prompts import TASKS
-from toy.recipe import IMAGES, P, PROMPTS, STEPS, TAU, sample_command, train_command
+from toy.recipe import IMAGES, LARGEST_SEED, P, PROMPTS, STEPS, TAU, sample_command, train_command
 from toy.report import report, score_rows
 from toy.score import score
-from toy.world import SHAPES
+from toy.world import SHAPES, drawing
 
 
 def estimate(images, steps, prompts):
@@ -41,7 +41,9 @@ def estimate(images, steps, prompts):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    # Without abbreviations: "--train 5" must not replace the autoencoder's weights.
+    parser = argparse.ArgumentParser(prog="python -m toy", description=__doc__, allow_abbrev=False,
+                                     formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--out", default="out/toy", metavar="FOLDER", help="where everything goes")
     add("--images", type=int, default=IMAGES, help="pictures to draw; as many composites are made")
@@ -60,12 +62,19 @@ def main(argv=None):
         return
 
     # With a handful of pictures there is little to be mixed, and nothing to be learned.
-    at_least(args, images=2 * len(SHAPES), steps=1, prompts=1, seed=0)
+    at_least(args, images=2 * len(SHAPES), steps=1, prompts=1)
+    between(args, 0, LARGEST_SEED, "seed")
 
+    with only_command(args.out):
+        make_toy_paper(args)
+
+
+def make_toy_paper(args):
+    """Run all stages, and write the report."""
     out = Path(args.out)
 
     # These settings fix the data. The number of steps is not among them.
-    settings = {"images": args.images, "prompts": args.prompts, "seed": args.seed}
+    settings = {"images": args.images, "prompts": args.prompts, "seed": args.seed, "drawing": drawing()}
     begin_or_resume(out / "toy.json", out, settings)
     # Timing the parts takes a while. After a complete run it would be of no use.
     if not (out / "report.html").exists():

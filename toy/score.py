@@ -18,6 +18,7 @@ from common import HelpFormatter, UserError, complete, list_images, read_jsonl, 
 from toy.autoencoder import VAE, to_tensor
 from toy.detector import detect, has_one_background
 from toy.prompts import TASKS
+from toy.world import SIZE
 
 
 # --------------------------------------------------------------------------------------------
@@ -34,10 +35,13 @@ def score(folder):
         raise UserError(f"{folder}: no samples in GenEval's layout (*/metadata.jsonl) in it")
 
     for metadata_file in tqdm(prompts, desc="scoring", unit="img"):
-        metadata = read_jsonl(metadata_file)[0]
+        rows_of_file = read_jsonl(metadata_file)
+        if not rows_of_file:
+            raise UserError(f"{metadata_file}: empty; it should hold the prompt")
+        metadata = rows_of_file[0]
         for file in sorted((metadata_file.parent / "samples").glob("*.png")):
             # GenEval's own rules judge; only the detector and the colours are the toy's.
-            image = Image.open(file)
+            image = open_picture(file)
             right, reason = evaluate.geneval_verdict(detect(image), metadata, color_of)
             rows.append({"file": file.relative_to(folder).as_posix(),
                          "tag": metadata["tag"],
@@ -46,6 +50,15 @@ def score(folder):
                          "reason": reason,
                          "one_background": has_one_background(image)})
     return rows
+
+
+def open_picture(path):
+    """Return one of the toy's pictures, RGB. Raises UserError if it has another size."""
+    image = Image.open(path).convert("RGB")
+    if image.size != (SIZE, SIZE):
+        raise UserError(f"{path}: {image.width} x {image.height} pixels; the toy's pictures have "
+                        f"{SIZE} x {SIZE}")
+    return image
 
 
 def color_of(thing, shape):
@@ -97,7 +110,7 @@ def features(folder):
     # batches: a whole folder would fill the memory.
     parts = []
     for start in range(0, len(files), 64):
-        images = [Image.open(Path(folder) / file).convert("RGB") for file in files[start:start + 64]]
+        images = [open_picture(Path(folder) / file) for file in files[start:start + 64]]
         with torch.no_grad():
             mean, _ = vae.encode(to_tensor(images))                                 # (B, 8, 8, 8)
         # Averages over quarters keep roughly where things are, and forget exact
@@ -122,7 +135,8 @@ def quality(real, fake):
 # --------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m toy score", description=__doc__,
+                                     formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--samples", required=True, metavar="FOLDER", help="pictures of sample.py")
     add("--real", metavar="FOLDER", help="measure the distance to these pictures instead")

@@ -6,6 +6,8 @@ own. What has ended is remembered, so that after a kill only the rest is run; a 
 interrupted goes on by itself, as every stage does.
 """
 
+import functools
+import hashlib
 import importlib
 import json
 import os
@@ -36,6 +38,25 @@ class Command(NamedTuple):
         return f"python {self.stage}.py {self.options}"
 
 
+    def remembered_as(self):
+        """Return how done.json names the command once it has ended well."""
+        # Where the detector or the rules have changed, samples are judged again.
+        judge = f"  # judge {judges()}" if self.stage == "toy.score" else ""
+        return self.as_typed() + judge
+
+
+# What decides on scores, beside the pictures themselves.
+JUDGES = ["toy/detector.py", "toy/score.py", "toy/world.py", "metrics/geneval.py", "metrics/distances.py"]
+
+
+@functools.cache
+def judges():
+    """Return a short hash of the code that decides on scores."""
+    root = Path(__file__).resolve().parent.parent
+    sources = b"".join((root / name).read_bytes() for name in JUDGES)
+    return hashlib.sha256(sources).hexdigest()[:12]
+
+
 class Job(NamedTuple):
     """Commands to run one after the other, and the folder for their messages and for what is done."""
 
@@ -49,7 +70,7 @@ def remaining(job):
     # Whole command lines are compared: a command
     # with another option counts as another one.
     done = read_done(job.folder)
-    return [command for command in job.commands if command.as_typed() not in done]
+    return [command for command in job.commands if command.remembered_as() not in done]
 
 
 def read_done(folder):
@@ -80,7 +101,8 @@ def run_side_by_side(jobs, processes, after_job):
 
             for job, process in ended:
                 running.remove((job, process))
-                if process.returncode != 0:
+                # A training that was asked to stop ends well, but has not ended.
+                if process.returncode != 0 or remaining(job):
                     raise UserError(f"{job.name}: {last_line(log_of(job))} (more in {log_of(job)})")
                 after_job(job)
     finally:
@@ -142,7 +164,7 @@ def run_job(folder):
 
         # Written after each command, so that a kill
         # costs at most the one that is running.
-        done = [*read_done(folder), command.as_typed()]
+        done = [*read_done(folder), command.remembered_as()]
         with complete(folder / "done.json") as path:
             path.write_text(json.dumps(done, indent=1))
 

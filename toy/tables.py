@@ -13,14 +13,14 @@ import argparse
 import time
 from pathlib import Path
 
-from common import HelpFormatter, at_least, begin_or_resume, default_workers
+from common import HelpFormatter, at_least, begin_or_resume, between, default_workers, only_command
 from toy.data import draw_noise, draw_world, encode_world, make_prompts_and_encoder
 from toy.estimate import OVERHEAD, data_seconds, end_times, seconds_side_by_side, spoken_time
 from toy.experiments import MODEL_NAMES, TABLES, data_of, expected_seconds, job_of, runs_of
-from toy.recipe import IMAGES, TAU
+from toy.recipe import IMAGES, LARGEST_SEED, TAU
 from toy.side_by_side import remaining, run_side_by_side
 from toy.tables_page import write_tables
-from toy.world import SHAPES
+from toy.world import SHAPES, drawing
 
 # All models share the data, which is that of the first seed. Validation pictures and the small
 # set are others.
@@ -48,8 +48,8 @@ def arguments(argv):
 
     # Composites need pictures to choose from, in the small world, too.
     least = 2 * len(SHAPES)
-    at_least(args, images=least, small=least, val=10, steps=1, prompts=1, seeds=1, seed=0,
-             jobs=1)
+    at_least(args, images=least, small=least, val=10, steps=1, prompts=1, seeds=1, jobs=1)
+    between(args, 0, LARGEST_SEED, "seed")
 
     # An option that is repeated cannot have a
     # default: what is given would be added to it.
@@ -120,13 +120,19 @@ def seconds_of_jobs(args, runs, jobs):
 
 def main(argv=None):
     args = arguments(argv)
+    with only_command(args.out):
+        make_tables(args)
+
+
+def make_tables(args):
+    """Make what the tables need and is not there yet, and write their page."""
     out = args.out
     # What shapes the data and the training must stay the same when
     # the command is repeated. Tables, seeds and jobs may change:
     # they only choose what is made, and how many at a time.
     settings = {name: getattr(args, name)
                 for name in ("images", "small", "val", "steps", "prompts", "seed")}
-    begin_or_resume(out / "tables.json", out, settings)
+    begin_or_resume(out / "tables.json", out, {**settings, "drawing": drawing()})
 
     seeds = range(args.seed, args.seed + args.seeds)
     runs = runs_of(args.tables, seeds)

@@ -100,13 +100,16 @@ def score_table(out, lines):
             columns = line_columns(out, line, kind)
             cells = [f"{mean_and_spread(values)}<br>{links(runs, values, kind, column)}"
                      for column, values in columns.items()]
-
-            # A mean over fewer seeds than the others must not be taken for more.
-            label = line.label
-            if 0 < len(runs) < len(line.runs):
-                label += f" ({len(runs)} of {len(line.runs)} seeds)"
-            rows.append([label, kind, *(cells or ["not yet"])])
+            rows.append([label_of(line, len(runs)), kind, *(cells or ["not yet"])])
     return table(rows)
+
+
+def label_of(line, ended):
+    """Return a line's label, with how many of its runs have ended if that is not all of them."""
+    # A mean over fewer seeds than the others must not be taken for more.
+    if 0 < ended < len(line.runs):
+        return f"{line.label} ({ended} of {len(line.runs)} seeds)"
+    return line.label
 
 
 def links(runs, values, kind, column):
@@ -207,7 +210,8 @@ def distance_table(out, lines):
                 sheets.append(f'<a href="runs/{name_of(run)}/distance/sheet.png">{run.seed}</a>')
 
         cells = [mean_and_spread([scores[name] for scores in found]) for name in names]
-        rows.append([line.label, *([*cells, " ".join(sheets)] if found else ["not yet"])])
+        label = label_of(line, len(found))
+        rows.append([label, *([*cells, " ".join(sheets)] if found else ["not yet"])])
     return table(rows)
 
 
@@ -288,12 +292,18 @@ def is_there(out, name, seeds):
     return all(ended_runs(out, line, "long") for line in lines)
 
 
+def seeds_there(out):
+    """Return the seeds of all runs that were begun in a folder."""
+    return {int(folder.name.rpartition("-seed")[2]) for folder in (out / "runs").glob("*-seed*")}
+
+
 def write_tables(out, asked_for, seeds, settings):
     """Write OUT/tables.html, and for each run that has ended the pages of its pictures.
 
-    asked_for: names of tables. Others that an earlier command has made stay on the page.
-    settings: the "steps", "images", "prompts" and "seed" of all runs.
+    asked_for: names of tables. seeds: asked for, too. What else an earlier command has made stays on
+    the page. settings: the "steps", "images", "prompts" and "seed" of all runs.
     """
+    seeds = sorted({*seeds, *seeds_there(out)})
     # The whole page is written anew each time, from what lies in the folders.
     error = 0.5 / math.sqrt(settings["prompts"])
     parts = [INTRODUCTION.format(error=error, **settings)]
@@ -315,10 +325,15 @@ def write_pictures(out, run):
     """Write the pages with all pictures of a run and their verdicts, once its scores are there."""
     folder = out / "runs" / name_of(run)
     for kind in KINDS:
-        rows = read_scores(out, run, kind)
-        # A run's verdicts never change once they
-        # are there, so its pages are written once.
+        scores = scores_file(out, run, kind)
         page = folder / f"pictures-{kind}.html"
-        if rows and not page.exists():
+        # Written again only where the samples were judged again.
+        if scores.exists() and modified(page) < modified(scores):
+            rows = read_jsonl(scores)
             body = verdicts(folder / f"samples-{kind}", rows, most=len(rows))
             write_page(page, f"{name_of(run)}, {kind} prompts", body)
+
+
+def modified(path):
+    """Return when a file was written last, in seconds; 0 for one that is not there."""
+    return path.stat().st_mtime if path.exists() else 0

@@ -6,6 +6,7 @@ ImageNet, a picture shows things of one class, which is their shape: mostly a la
 smaller ones. Colours, sizes and backgrounds vary and are not in the class name.
 """
 
+import hashlib
 import math
 import random
 
@@ -160,6 +161,12 @@ def make_object(shape, color, place):
     radius, x, y = place
     return {"shape": shape, "color": color,
             "radius": round(radius, 1), "x": round(x, 1), "y": round(y, 1)}
+
+
+def drawing():
+    """Return a short hash that changes where scenes are chosen or drawn in another way."""
+    pixels = [draw(random_scene(random.Random(shape), shape)).tobytes() for shape in SHAPES]
+    return hashlib.sha256(b"".join(pixels)).hexdigest()[:12]
 
 
 def make_world(out, count, seed):
