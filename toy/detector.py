@@ -23,7 +23,7 @@ CLEAR = 0.62                # the score that does if the patch resembles no othe
 MARGIN = 0.3                # if all others have a score that is lower by this much
 FORGIVEN = 3                # pixels that may be wrong away from the edge
 MOST_HIDDEN = 0.42          # the share of an object that something may cover
-NEARBY = 4                  # pixels around a hidden part in which the other object must be seen
+AROUND = 7                  # pixels by which the square that CutMix pastes may surround its object
 SMALL = 300                 # pixels of a small object
 SMALLEST_PATCH = 12         # pixels
 NEIGHBOURS = np.ones((3, 3), bool)
@@ -109,7 +109,7 @@ class Patch:
     def __init__(self, color, mask):
         self.color = color
         self.mask = mask                                        # (64, 64) bool
-        self.in_front = np.zeros_like(mask)                     # pixels of what may hide a part of it
+        self.in_front = []                                      # boxes of what may hide a part of it
         self.near = ndimage.binary_dilation(mask, NEIGHBOURS)   # a pixel wider on all sides
         self.core = ndimage.binary_erosion(mask, NEIGHBOURS)    # without the pixels at its edge
         self.area = np.count_nonzero(mask)
@@ -180,12 +180,13 @@ def hidden_box(template, patch, x, y):
     if max(x1 - x0, y1 - y0) <= least:
         return None
 
-    # Nothing hides an object but another one, which must be seen there, and whole.
-    nearby = as_slices((max(0, x + x0 - NEARBY), max(0, y + y0 - NEARBY),
-                        x + x1 + NEARBY, y + y1 + NEARBY))
-    if np.count_nonzero(patch.in_front[nearby]) < SMALLEST_PATCH:
-        return None
-    return box
+    # Nothing hides an object but another one, which must be seen there, and whole. In a composite
+    # its square hides, too.
+    for left, top, right, bottom in patch.in_front:
+        if (left - AROUND <= x + x0 and x + x1 <= right + AROUND
+                and top - AROUND <= y + y0 and y + y1 <= bottom + AROUND):
+            return box
+    return None
 
 
 def recognise(patch):
@@ -270,16 +271,13 @@ def detect(image):
             if np.count_nonzero(faint[as_slices(patch.box)]) < 0.1 * patch.area:
                 patches.append(patch)
 
-    # First what is whole. Only that can hide a part of something else: a shape of two colours is
-    # not two objects, and a blob before a torn shape does not mend it.
+    # First what is whole. Only that can hide a part of something else: a shape of two colours is not
+    # two objects, and a blob before a torn shape does not mend it.
     found = [(*recognise(patch), patch) for patch in patches]
-    whole = np.zeros((SIZE, SIZE), bool)
-    for score, _, patch in found:
-        if score:
-            whole |= patch.mask
+    whole = [patch for score, _, patch in found if score]
     for number, patch in enumerate(patches):
-        patch.in_front = whole & ~patch.mask
-        if patch.in_front.any():
+        patch.in_front = [other.box for other in whole if not (other.mask & patch.mask).any()]
+        if patch.in_front:
             found[number] = (*recognise(patch), patch)
     found = [one for one in found if one[0]]
     found.sort(key=lambda one: -one[0])
