@@ -18,6 +18,7 @@ if os.environ.get("GPU_TESTS") != "1":
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from common import command_line  # noqa: E402
@@ -63,6 +64,12 @@ def photo(seed, size=(60, 45)):
     """Return a PIL image of smooth random colours, different for each seed."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(autouse=True)
+def the_same_random_numbers():
+    """Let no test depend on which ones ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
