@@ -340,8 +340,7 @@ class CAD(nn.Module):
         return eps
 
 
-# The released CAD-I is "L". The toy's latents are 8 x 8. For it, 32 latents of width 96 take as long
-# as 16 of width 128 or 64 of width 64, and learn faster (toy/recipe.py).
+# The released CAD-I is "L". The toy's latents are 8 x 8; how CAD's own were chosen, toy/recipe.py says.
 PRESETS = {
     "toy": dict(size=8, channels=8, patch=1, text_dim=128, num_latents=32, dim=96,
                 data_dim=96, depth=2, layers=2, heads=4, read_write_heads=4),

@@ -91,11 +91,11 @@ def train_vae(folder, minutes, seed=0):
 
     # Saved as diffusers does it, so that encode.py
     # reads this one like Stable Diffusion's.
-    folder.mkdir(parents=True, exist_ok=True)
     with complete(folder / "diffusion_pytorch_model.safetensors") as path:
         save_file(vae.half().state_dict(), path)
     config = {"_class_name": "AutoencoderKL", **vae.config}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    with complete(folder / "config.json") as path:
+        path.write_text(json.dumps(config, indent=1) + "\n")
 
 
 def make_pictures(rng):

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import encode
 import evaluate
-from common import HelpFormatter, UserError, complete, list_images, read_jsonl, write_jsonl
+from common import HelpFormatter, UserError, complete, list_images, open_image, write_jsonl
 from toy.autoencoder import VAE, to_tensor
 from toy.detector import detect, has_one_background
 from toy.prompts import TASKS
@@ -30,31 +29,23 @@ def score(folder):
     {"file", "tag", "prompt", "right", "reason", "one_background"}; `file` is relative to the folder.
     """
     rows = []
-    prompts = sorted(Path(folder).glob("*/metadata.jsonl"))
-    if not prompts:
-        raise UserError(f"{folder}: no samples in GenEval's layout (*/metadata.jsonl) in it")
-
-    for metadata_file in tqdm(prompts, desc="scoring", unit="img"):
-        rows_of_file = read_jsonl(metadata_file)
-        if not rows_of_file:
-            raise UserError(f"{metadata_file}: empty; it should hold the prompt")
-        metadata = rows_of_file[0]
-        for file in sorted((metadata_file.parent / "samples").glob("*.png")):
-            # GenEval's own rules judge; only the detector and the colours are the toy's.
-            image = open_picture(file)
-            right, reason = evaluate.geneval_verdict(detect(image), metadata, color_of)
-            rows.append({"file": file.relative_to(folder).as_posix(),
-                         "tag": metadata["tag"],
-                         "prompt": metadata["prompt"],
-                         "right": bool(right),
-                         "reason": reason,
-                         "one_background": has_one_background(image)})
+    for file, metadata in tqdm(evaluate.read_geneval(folder).items(), desc="scoring", unit="img"):
+        # GenEval's own rules judge; only the detector and the colours are the toy's.
+        image = open_picture(Path(folder) / file)
+        right, reason = evaluate.geneval_verdict(detect(image), metadata, color_of)
+        rows.append({"file": file,
+                     "tag": metadata["tag"],
+                     "prompt": metadata["prompt"],
+                     "right": bool(right),
+                     "reason": reason,
+                     "one_background": has_one_background(image)})
     return rows
 
 
 def open_picture(path):
     """Return one of the toy's pictures, RGB. Raises UserError if it has another size."""
-    image = Image.open(path).convert("RGB")
+    # Twice the size: a larger JPEG is then not decoded at just the toy's.
+    image = open_image(path, 2 * SIZE)
     if image.size != (SIZE, SIZE):
         raise UserError(f"{path}: {image.width} x {image.height} pixels; the toy's pictures have "
                         f"{SIZE} x {SIZE}")

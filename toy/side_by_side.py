@@ -37,7 +37,6 @@ class Command(NamedTuple):
             return f"python -m toy {self.stage.removeprefix('toy.')} {self.options}"
         return f"python {self.stage}.py {self.options}"
 
-
     def remembered_as(self):
         """Return how done.json names the command once it has ended well."""
         # Where the detector or the rules have changed, samples are judged again.
