@@ -19,9 +19,7 @@ import argparse
 import json
 import math
 import random
-import resource
 import string
-import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -38,7 +36,7 @@ import model_dit
 from common import (HelpFormatter, UserError, at_least, autocast, begin_or_resume,
                     between, changed_encoders, command_line, compile_blocks, complete,
                     contact_sheet, fetch, is_last_rank, local_device, one_line, only_command,
-                    peak_flops, rank_and_world, read_json, read_jsonl, refuse_other_settings, sha256,
+                    rank_and_world, read_json, read_jsonl, refuse_other_settings, sha256,
                     to_images, write_jsonl)
 from encode import encode_text, fingerprint, fingerprint_of_t5, load_text_encoder, load_vae
 from metrics.coco import is_coco, read_coco_captions
@@ -782,7 +780,9 @@ def main(argv=None):
     """Make the images that are not there yet, then the files that list them."""
     args = arguments(argv)
     if args.benchmark:
-        return benchmark(args)
+        # Imported here, because it imports this file in turn.
+        from metrics.speed import time_sampling
+        return time_sampling(args)
     rank, world = rank_and_world()
     out = Path(args.out)
 
@@ -900,88 +900,6 @@ def describe(out, rows, names, jobs, layout):
     with complete(out / "sheet.png") as temporary:
         contact_sheet(images, [job.prompt for job in shown]).save(temporary, "PNG")
     print(f"{len(jobs)} images in {out}, the first {len(shown)} on {out / 'sheet.png'}")
-
-
-# --------------------------------------------------------------------------------------
-# How fast it is
-
-def benchmark(args):
-    """Time one batch, and print a line for people and one of JSON."""
-    from torch.utils.flop_counter import FlopCounterMode
-    device = local_device()
-    options = sampling_options(args)
-    pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
-    model, vae, tokenizer, t5 = pipeline
-    B = args.batch_size
-    sentences = args.prompt or ["A golden retriever lies on a red sofa beside a cushion."]
-    prompts = (sentences * B)[:B]
-
-    # The operations of one evaluation, before the network is compiled.
-    noise = starting_noise(model, range(B)).to(device)
-    ones = torch.ones(B, device=device)
-    texts = encode_text(tokenizer, t5, prompts, args.max_tokens)
-    with torch.no_grad():
-        context = model.condition(*texts, ones)
-        with FlopCounterMode(display=False) as counter:
-            model.denoise(noise, ones, context)
-    evaluations = count_evaluations(args)
-    flops = counter.get_total_flops() / B * evaluations
-
-    if device.type == "cuda" and not args.no_compile:
-        compile_blocks(model)
-    # Of two steps the second one has guidance: both kinds of step are warm then.
-    seconds_of(device, generate, pipeline, prompts, **{**options, "steps": 2})
-    total = seconds_of(device, generate, pipeline, prompts, **options)
-    text_time = seconds_of(device, encode_text, tokenizer, t5, prompts, args.max_tokens)
-    decoder_time = seconds_of(device, vae.decode, noise)
-    network_time = total - text_time - decoder_time
-
-    speed = flops * B / network_time
-    peak, peak_source = peak_flops(device, options["precision"])
-    # Of a CPU process, Linux reports KiB.
-    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-    result = {
-        "benchmark": "sample",
-        "checkpoint": args.checkpoint,
-        "device": device.type,
-        "batch_size": B,
-        **options,
-        "evaluations": evaluations,
-        "images_per_second": B / total,
-        "seconds_per_image": total / B,
-        "seconds_text": text_time / B,
-        "seconds_network": network_time / B,
-        "seconds_decoder": decoder_time / B,
-        "flops_per_image": flops,
-        "share_of_peak": speed / peak,
-        "peak": peak_source,
-        "memory_gib": memory / 2 ** 30,
-    }
-
-    print(f"{B / total:.3g} images/s; T5 {text_time / total:.0%}, network "
-          f"{network_time / total:.0%}, decoder {decoder_time / total:.0%}; {evaluations} "
-          f"evaluations = {flops / 1e12:.3g} TFLOP an image, at {speed / peak:.0%} of "
-          f"{peak_source}; {memory / 2 ** 30:.1f} GiB")
-    print(json.dumps(result))
-
-
-def count_evaluations(args):
-    """Return how often an image needs the network; a step with guidance does twice."""
-    # No guidance at the first step.
-    later = times(args.steps, args.spacing)[1:-1]
-    guided = [t for t in later if args.guidance and is_within(t, args.guidance_interval)]
-    return args.steps + len(guided)
-
-
-def seconds_of(device, function, *arguments, **options):
-    """Return the seconds of a call, until the device has done all it was given."""
-    begin = time.perf_counter()
-    function(*arguments, **options)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":

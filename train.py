@@ -16,9 +16,7 @@ import contextlib
 import copy
 import functools
 import gc
-import json
 import math
-import resource
 import sys
 import time
 import zipfile
@@ -37,7 +35,7 @@ import model_cad
 from common import (HelpFormatter, StopRequest, UserError, append_jsonl, at_least, autocast,
                     between, changed_encoders, command_line, compile_blocks, complete,
                     contact_sheet, encoders_of, end_workers, local_device, on_any_rank, one_line,
-                    only_command, pad_text, padded_length, peak_flops, rank_and_world, read_jsonl,
+                    only_command, pad_text, padded_length, rank_and_world, read_jsonl,
                     refuse_other_settings, report_lost_rank, signals_wait, to_images, write_jsonl)
 from encode import Encoded, load_vae, refuse_other_encoders
 from metrics.charts import draw_progress
@@ -470,7 +468,26 @@ FREE = {"out", "data", "augmented", "val", "init", "resume", "steps", "lr", "wor
 
 
 # --------------------------------------------------------------------------------------
-# Data and network
+# What a run works on
+
+class Run(NamedTuple):
+    """What a run works on: its settings and data, and its networks as they are now."""
+
+    args: argparse.Namespace
+    rank: int
+    world: int
+    device: torch.device
+    original: Encoded
+    augmented: Encoded          # or None
+    val: Encoded                # or None
+    model: nn.Module
+    ema: nn.Module              # the moving average of the model's weights
+    optimizer: Lamb
+    first: int                  # steps that were made before this process began
+    # Since the last row of the log: the sums of losses and of gradient norms, the number of steps
+    # made and of steps skipped. At last, the steps skipped in a row until now.
+    sums: torch.Tensor          # (5,)
+
 
 def open_data(args):
     """Return the originals, the composites or None, and the validation set or None.
@@ -539,27 +556,37 @@ def make_network(args, meta):
 # --------------------------------------------------------------------------------------
 # Files: checkpoints, the training state, the log
 
-def checkpoint_config(args, meta, original, augmented, model, step):
+def state_path(args):
+    """Return where a run keeps the state that it goes on from."""
+    return Path(args.out) / "state.pt"
+
+
+def checkpoint_config(run, step):
     """Return config.json: what sample.py needs, and how the weights were trained."""
+    args, meta, augmented = run.args, run.original.meta, run.augmented
     training = {"TA": meta.get("captions", "long") == "long",
-                "IA": None, "p": args.p, "tau": args.tau, "images": len(original),
+                "IA": None, "p": args.p, "tau": args.tau, "images": len(run.original),
                 "composites": len(augmented or ()),
                 "batch_size": args.batch_size, "steps": step,
-                "parameters": sum(p.numel() for p in model.parameters()),
+                "parameters": sum(p.numel() for p in run.model.parameters()),
                 "init": args.init, **encoders_of(meta)}
     if augmented and args.p > 0:
         settings = augmented.meta.get("cutmix") or ["unknown"]
         training["IA"] = settings[0] if len(settings) == 1 else "all"
-    return {"model": args.model, "args": model.config, "vae": meta["vae"],
+    return {"model": args.model, "args": run.model.config, "vae": meta["vae"],
             "text_encoder": meta["text_encoder"], "scaling_factor": meta["scaling_factor"],
             "training": training}
 
 
-def save_state(path, model, ema, optimizer, step, sums, args):
+def save_state(run, step):
     """Write what a run goes on from. The state before stays until this one is whole."""
-    state = {"model": model.state_dict(), "ema": ema.state_dict(),
-             "optimizer": optimizer.state_dict(), "step": step, "sums": sums,
-             "settings": vars(args)}
+    path = state_path(run.args)
+    state = {"model": run.model.state_dict(),
+             "ema": run.ema.state_dict(),
+             "optimizer": run.optimizer.state_dict(),
+             "step": step,
+             "sums": run.sums,
+             "settings": vars(run.args)}
     with complete(path, durable=True) as temporary:
         try:
             with open(temporary, "wb") as file:
@@ -660,7 +687,9 @@ def main(argv=None):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if args.benchmark:
-        return benchmark(args, device)
+        # Imported here, because it imports this file in turn.
+        from metrics.speed import time_training
+        return time_training(args, device)
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} ranks")
     with contextlib.ExitStack() as stack, report_lost_rank(rank, world):
@@ -673,152 +702,78 @@ def train(args, rank, world, device, stack):
     What must be undone at the end, however it comes, is put on the ExitStack `stack`.
     """
     stop = stack.enter_context(StopRequest())
-    cuda = device.type == "cuda"
     if world > 1:
         # NCCL for what GPUs exchange, gloo for what CPUs do. First of all: if one rank is refused
         # below, the others' connections to it end, and they do too.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    out = Path(args.out)
-    state_path = out / "state.pt"
-    # The data, the network and its optimiser, and the state of a run that is resumed.
-    original, augmented, val = open_data(args)
-    meta = original.meta
-    model, optimizer = make_network(args, meta)
-    # From here on the folder is this run's: no other one writes the state that is read now.
-    if rank == 0:
-        stack.enter_context(only_command(out))
-    # A run that began from another one's state goes on from its own.
-    begin_from = args.resume if args.resume and not state_path.exists() else state_path
-    state = load_state(begin_from, args, device)
-    model.to(device)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    first = 0
-    # Since the last row of the log: the sums of losses and of gradient norms, the number of
-    # steps made and of steps skipped. At last, the steps skipped in a row until now.
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
-    if state:
-        restore(state, begin_from, model, ema, optimizer)
-        first = state["step"]
-        if first > args.steps:
-            raise UserError(f"--steps {args.steps}: {begin_from} is of step {first} already")
-        sums = state["sums"]
-    averages = dict(zip(model.parameters(), ema.parameters()))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    run = begin(args, rank, world, device, stack)
+    meta = run.original.meta
     vae = load_vae(meta["vae"], device) if args.sample_every and rank == 0 else None
+    averages = dict(zip(run.model.parameters(), run.ema.parameters()))
 
-    # One rank writes.
-    if rank == 0:
-        begin_log(out / "log.jsonl", state, args)
-        count = sum(p.numel() for p in model.parameters())
-        print(f"{args.model} {args.preset}: {count / 1e6:.1f} M parameters, {len(original)} "
-              f"originals, {len(augmented or ())} composites, steps {first} to {args.steps} on "
-              f"{world} x {device.type}")
-    del state
-
-    # Ranks, compilation, and the loader, which reads ahead in its workers.
+    if device.type == "cuda" and not args.no_compile:
+        compile_blocks(run.model, dynamic=False)
+    network = run.model
     if world > 1:
-        of_rank_0 = torch.tensor(first)
-        dist.broadcast(of_rank_0, 0)
-        if on_any_rank(int(of_rank_0) != first, world):
-            raise UserError(f"{begin_from}: ranks found different states; all nodes must share --out")
-    if cuda and not args.no_compile:
-        compile_blocks(model, dynamic=False)
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    batches = torch.utils.data.DataLoader(
-        Batches(original, augmented, args, rank, world), batch_size=None,
-        sampler=range(first, args.steps), num_workers=args.workers, pin_memory=cuda,
-        timeout=DATA_TIMEOUT if args.workers else 0)
-    # Ctrl-C reaches all processes at once, but the end of the workers is this one's to decide.
-    with signals_wait():
-        reader = iter(batches)
-    stack.callback(end_workers, reader)
-
-    def due(done, every):
-        return every and (done % every == 0 or done == args.steps)
-
-    bar = tqdm(total=args.steps, initial=first, desc="training", unit="step", disable=rank > 0)
+        network = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
+    reader = read_ahead(run, stack)
+    bar = tqdm(total=args.steps, initial=run.first, desc="training", unit="step", disable=rank > 0)
     stopping = False
-    clock, since = time.perf_counter(), first
-    for step, batch in enumerate(reader, first):
+    clock, since = time.perf_counter(), run.first
+    for step, batch in enumerate(reader, run.first):
         # The step: Algorithm 1, equations 1 and 2, the optimiser.
         inputs = draw_inputs(batch, meta["scaling_factor"], device)
-        if world > 1 and step == first:
+        if world > 1 and step == run.first:
             # After its first backward pass DDP lays out anew in which order gradients are summed.
             # Made once for nothing, it lets a resumed run round as one that was never stopped.
             add_gradient(network, inputs, args)
-            optimizer.zero_grad()
+            run.optimizer.zero_grad()
         loss = add_gradient(network, inputs, args)
         if world > 1:
             dist.all_reduce(loss)
             loss /= world
-        outcome = finish_step(optimizer, averages, loss, step, args)
+        outcome = finish_step(run.optimizer, averages, loss, step, args)
 
-        sums[:4] += outcome
+        run.sums[:4] += outcome
         # Ten in a row stay ten until somebody looks.
-        sums[4] = torch.where(sums[4] < 10, (sums[4] + 1) * outcome[3], sums[4])
+        run.sums[4] = torch.where(run.sums[4] < 10, (run.sums[4] + 1) * outcome[3], run.sums[4])
         done = step + 1
         bar.update()
+
+        # What is due after this step.
         stopping = on_any_rank(bool(stop.name), world)
         stop.worth_saving = True
-        logging = due(done, args.log_every)
-        saving = stopping or due(done, args.save_every)
+        logging = due(done, args.log_every, args)
+        saving = stopping or due(done, args.save_every, args)
         keeping = done % args.keep_every == 0
-        validating = val and due(done, args.val_every)
-        sampling = vae and due(done, args.sample_every)
-
-        rows = []
         # Look at the GPU's numbers now and then only, because the CPU waits for them.
         if done % 10 == 0 or logging or saving or keeping:
-            total_loss, total_norm, made, skipped, in_a_row = sums.tolist()
-            mean_loss = total_loss / max(1, made)
-            refuse_divergence(done, mean_loss, in_a_row, state_path)
-        if saving or keeping:
-            # This step's loss was that of the weights before it. What cannot be gone on from
-            # must not replace what can.
-            bad = on_any_rank(not can_go_on(model, ema, inputs, args), world)
-            if bad and done == args.steps:
-                refuse_divergence(done, math.inf, in_a_row, state_path)
-            if bad and rank == 0:
-                print(f"step {done}: not saved, as the weights' loss is above {DIVERGED}")
-            saving = saving and not bad
-            keeping = keeping and not bad
+            refuse_divergence(run, done)
+        if (saving or keeping) and not can_go_on(run, inputs, done):
+            saving = keeping = False
+
+        rows = []
         if logging:
-            sums[:4] = 0
-            lr = optimizer.param_groups[0]["lr"]
-            rate = args.batch_size * (done - since) / (time.perf_counter() - clock)
-            bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{lr:.1e}", images_s=f"{rate:.0f}")
-            clock = time.perf_counter()
-            since = done
-            row = {"step": done}
-            # Nothing is known of a loss where all steps were skipped.
-            if made:
-                row.update(loss=mean_loss, grad_norm=total_norm / made)
-            row["lr"] = lr
-            if skipped:
-                row["skipped"] = int(skipped)
-                if rank == 0:
-                    print(f"step {done}: {skipped:.0f} steps were skipped, as their loss or gradient "
-                          f"was not finite; `encode.py --check` tells whether the data are damaged")
+            row = log_row(run, done)
             rows.append(row)
-        if validating:
-            bins = validation_losses(ema, val, args, rank, world, device)
+            rate = args.batch_size * (done - since) / (time.perf_counter() - clock)
+            bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}", lr=f"{row['lr']:.1e}",
+                            images_s=f"{rate:.0f}")
+            clock, since = time.perf_counter(), done
+        if run.val and due(done, args.val_every, args):
+            bins = validation_losses(run)
             rows.append({"step": done, "val_loss": sum(bins) / len(bins), "val_bins": bins})
         if rank == 0 and rows:
-            append_jsonl(out / "log.jsonl", rows)
+            append_jsonl(Path(args.out) / "log.jsonl", rows)
 
         # The state comes last: a kill before it repeats steps, but loses no file.
-        if sampling:
-            grid = out / f"samples/{done:07d}.png"
-            save_grid(grid, ema, vae, (original, augmented), args, device)
-        if rank == 0 and (keeping or saving):
-            config = checkpoint_config(args, meta, original, augmented, model, done)
-            if keeping:
-                save_checkpoint(out / f"step-{done:07d}", ema, config)
-            if saving:
-                save_checkpoint(out, ema, config)
-                draw_progress(out)
-                save_state(state_path, model, ema, optimizer, done, sums, args)
+        if vae and due(done, args.sample_every, args):
+            save_grid(run, vae, done)
+        if rank == 0 and (saving or keeping):
+            save(run, done, saving, keeping)
         if stopping:
             break
+
     bar.close()
     if stopping and rank == 0:
         saved = f"saved after step {done}" if saving else f"step {done} was not saved"
@@ -834,45 +789,150 @@ def train(args, rank, world, device, stack):
         sys.exit(0)         # also of a program that called `main`, as the toy does
 
 
+def begin(args, rank, world, device, stack):
+    """Return a run with its data, network and optimiser, as its last state left them if it has one."""
+    original, augmented, val = open_data(args)
+    model, optimizer = make_network(args, original.meta)
+
+    # From here on the folder is this run's: no other one writes the state that is read now.
+    if rank == 0:
+        stack.enter_context(only_command(args.out))
+    # A run that began from another one's state goes on from its own.
+    begin_from = state_path(args)
+    if args.resume and not begin_from.exists():
+        begin_from = args.resume
+    state = load_state(begin_from, args, device)
+    model.to(device)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    first = 0
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    if state:
+        restore(state, begin_from, model, ema, optimizer)
+        first = state["step"]
+        if first > args.steps:
+            raise UserError(f"--steps {args.steps}: {begin_from} is of step {first} already")
+        sums = state["sums"]
+    if world > 1:
+        of_rank_0 = torch.tensor(first)
+        dist.broadcast(of_rank_0, 0)
+        if on_any_rank(int(of_rank_0) != first, world):
+            raise UserError(f"{begin_from}: ranks found different states; all nodes must share --out")
+
+    # One rank writes.
+    if rank == 0:
+        begin_log(Path(args.out) / "log.jsonl", state, args)
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{args.model} {args.preset}: {count / 1e6:.1f} M parameters, {len(original)} "
+              f"originals, {len(augmented or ())} composites, steps {first} to {args.steps} on "
+              f"{world} x {device.type}")
+    return Run(args, rank, world, device, original, augmented, val, model, ema, optimizer, first, sums)
+
+
+def read_ahead(run, stack):
+    """Return an iterator of this rank's batches, which workers read while the network computes."""
+    args = run.args
+    batches = torch.utils.data.DataLoader(
+        Batches(run.original, run.augmented, args, run.rank, run.world), batch_size=None,
+        sampler=range(run.first, args.steps), num_workers=args.workers,
+        pin_memory=run.device.type == "cuda", timeout=DATA_TIMEOUT if args.workers else 0)
+    # Ctrl-C reaches all processes at once, but the end of the workers is this one's to decide.
+    with signals_wait():
+        reader = iter(batches)
+    stack.callback(end_workers, reader)
+    return reader
+
+
+def due(done, every, args):
+    """Tell whether something is due after a step: every so many, and after the last (0: never)."""
+    return every > 0 and (done % every == 0 or done == args.steps)
+
+
+def log_row(run, done):
+    """Return the log's row for the steps since the last one, and begin to count anew."""
+    loss, norm, made, skipped, _ = run.sums.tolist()
+    run.sums[:4] = 0
+    row = {"step": done}
+    # Nothing is known of a loss where all steps were skipped.
+    if made:
+        row["loss"] = loss / made
+        row["grad_norm"] = norm / made
+    row["lr"] = run.optimizer.param_groups[0]["lr"]
+    if skipped:
+        row["skipped"] = int(skipped)
+        if run.rank == 0:
+            print(f"step {done}: {skipped:.0f} steps were skipped, as their loss or gradient was not "
+                  f"finite; `encode.py --check` tells whether the data are damaged")
+    return row
+
+
+def save(run, done, saving, keeping):
+    """Write the run's checkpoint and state, or a checkpoint that lasts, or both."""
+    out = Path(run.args.out)
+    config = checkpoint_config(run, done)
+    if keeping:
+        save_checkpoint(out / f"step-{done:07d}", run.ema, config)
+    if saving:
+        save_checkpoint(out, run.ema, config)
+        draw_progress(out)
+        save_state(run, done)
+
+
 @torch.no_grad()
-def can_go_on(model, ema, inputs, args):
-    """Tell whether the weights and their average are worth saving: their loss is not far above 1."""
+def can_go_on(run, inputs, done):
+    """Tell whether the weights and their average are worth saving: their loss is not far above 1.
+
+    A step's loss was that of the weights before it, and what cannot be gone on from must not
+    replace what can. Raises UserError after the last step, when nothing else would be saved.
+    """
     # If a sample is broken, that is not the weights' fault.
-    part = {name: tensor[:args.micro_batch].nan_to_num(0, 0, 0) for name, tensor in inputs.items()}
-    device = inputs["t"].device
+    part = {name: tensor[:run.args.micro_batch].nan_to_num(0, 0, 0)
+            for name, tensor in inputs.items()}
     # Translating the network without gradients, too, would take longer than this does.
     not_compiled = contextlib.nullcontext()
-    if device.type == "cuda":
+    if run.device.type == "cuda":
         not_compiled = torch.compiler.set_stance("force_eager")
-    with not_compiled, autocast(device, args.precision):
-        losses = [diffusion_losses(network, **part).mean() for network in (model, ema)]
-    return all(loss < DIVERGED for loss in losses)
+    with not_compiled, autocast(run.device, run.args.precision):
+        losses = [diffusion_losses(network, **part).mean() for network in (run.model, run.ema)]
+    bad = on_any_rank(not all(loss < DIVERGED for loss in losses), run.world)
+    if bad and done == run.args.steps:
+        raise UserError(f"step {done}: the weights' loss is above {DIVERGED}; {what_to_do(run.args)}")
+    if bad and run.rank == 0:
+        print(f"step {done}: not saved, as the weights' loss is above {DIVERGED}")
+    return not bad
 
 
-def refuse_divergence(done, mean_loss, in_a_row, state_path):
+def refuse_divergence(run, done):
     """Raise UserError if training has failed: the weights that were saved last are better."""
+    loss, _, made, _, in_a_row = run.sums.tolist()
+    mean_loss = loss / max(1, made)
+    if in_a_row >= 10:
+        raise UserError(f"step {done}: for {in_a_row:.0f} steps in a row the loss or its gradient was "
+                        f"not finite, and they were skipped; {what_to_do(run.args)}")
+    if mean_loss > DIVERGED:
+        raise UserError(f"step {done}: the loss is {mean_loss:.3g}; {what_to_do(run.args)}")
+
+
+def what_to_do(args):
+    """Return the advice for a run whose learning rate was too high."""
     advice = "nothing has been saved: choose a lower --lr or a longer --warmup"
-    if state_path.exists():
+    if state_path(args).exists():
         advice = ("the state saved last is kept: the same command with a lower --lr goes on from "
                   "there (or choose a longer --warmup and another --out)")
-    if in_a_row >= 10:
-        raise UserError(f"step {done}: for {in_a_row:.0f} steps in a row the loss or its "
-                        f"gradient was not finite, and they were skipped; {advice}")
-    if mean_loss > DIVERGED:
-        raise UserError(f"step {done}: the loss is {mean_loss:.3g}; {advice}")
+    return advice
 
 
 # --------------------------------------------------------------------------------------
 # What people look at: validation, sample grids, the progress page
 
 @torch.no_grad()
-def validation_losses(ema, val, args, rank, world, device):
+def validation_losses(run):
     """Return the mean loss of the averaged weights in each of ten bins of t: 10 floats.
 
     Pictures, times and noise are the same at every call.
     """
+    args, val, device = run.args, run.val, run.device
     count = min(args.val_images, len(val))
-    mine = np.arange(rank, count, world)
+    mine = np.arange(run.rank, count, run.world)
     sums = torch.zeros(2, 10, dtype=torch.float64, device=device)        # of losses, of ones
     for start in range(0, len(mine), args.micro_batch):
         numbers = mine[start:start + args.micro_batch]                   # (B,)
@@ -886,18 +946,19 @@ def validation_losses(ema, val, args, rank, world, device):
         batch = as_batch(picks, t, zeros.astype(bool), zeros, seeds)
         inputs = draw_inputs(batch, val.meta["scaling_factor"], device)
         with autocast(device, args.precision):
-            losses = diffusion_losses(ema, **inputs).double()            # (B,)
+            losses = diffusion_losses(run.ema, **inputs).double()        # (B,)
         bins = torch.from_numpy(bins).to(device)
         sums[0].index_add_(0, bins, losses)
         sums[1].index_add_(0, bins, torch.ones_like(losses))
-    if world > 1:
+    if run.world > 1:
         dist.all_reduce(sums)
     return (sums[0] / sums[1].clamp(min=1)).tolist()
 
 
-def save_grid(path, ema, vae, data, args, device):
+def save_grid(run, vae, done):
     """Draw DDIM samples of the averaged weights, for captions spread over each set."""
-    sets = [one for one in data if one]
+    args = run.args
+    sets = [one for one in (run.original, run.augmented) if one]
     picks = []
     for one in sets:
         distance = math.ceil(len(one) * len(sets) / 16)
@@ -905,93 +966,17 @@ def save_grid(path, ema, vae, data, args, device):
     texts = [one.text(i) for one, i in picks]
     lengths = torch.tensor([len(text) for text in texts])
     text, mask = pad_text(torch.cat(texts), lengths, padded_length(lengths))
-    cond = (text.to(device), mask.to(device))
-    null = pad_text(sets[0].null.to(device), torch.ones(1, dtype=torch.int64, device=device), 1)
+    cond = (text.to(run.device), mask.to(run.device))
+    one_token = torch.ones(1, dtype=torch.int64, device=run.device)
+    null = pad_text(sets[0].null.to(run.device), one_token, 1)
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(len(picks), *sets[0].meta["latent_shape"], generator=generator)
-    with autocast(device, args.precision):
-        x_0 = ddim(ema, noise.to(device), cond, null, args.sample_steps,
+    with autocast(run.device, args.precision):
+        x_0 = ddim(run.ema, noise.to(run.device), cond, null, args.sample_steps,
                    args.guidance, args.clamp or None)
     images = to_images(vae.decode(x_0 / vae.scaling_factor))
-    with complete(path) as temporary:
+    with complete(Path(args.out) / f"samples/{done:07d}.png") as temporary:
         contact_sheet(images, [one.caption(i) for one, i in picks]).save(temporary, "PNG")
-
-
-# --------------------------------------------------------------------------------------
-# How fast it is
-
-def random_batch(model, B, length):
-    """Return B samples of random numbers, as `as_batch` does, with captions of `length` tokens."""
-    latents = (B, model.config["channels"], model.config["size"], model.config["size"])
-    return {"t": torch.rand(B), "mean": torch.randn(latents), "std": torch.rand(latents),
-            "tokens": torch.randn(length * B, model.config["text_dim"]).bfloat16(),
-            "lengths": torch.full((B,), length), "coherence": torch.ones(B),
-            "coin": torch.rand(B), "noise_seed": torch.arange(B)}
-
-
-def benchmark(args, device):
-    """Time training steps on random data, captions of 160 tokens: in words and as JSON."""
-    from torch.utils.flop_counter import FlopCounterMode
-    torch.manual_seed(args.seed)
-    model = MODELS[args.model].network(**MODELS[args.model].presets[args.preset])
-    optimizer = make_optimizer(model, args)
-    model.to(device)
-    averages = {p: p.detach().clone() for p in model.parameters()}
-    B = args.batch_size
-    cuda = device.type == "cuda"
-    batch = random_batch(model, B, 160)
-    if cuda:
-        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-    inputs = draw_inputs(batch, 1.0, device)
-    one = {name: tensor[:1] for name, tensor in inputs.items()}
-    with FlopCounterMode(display=False) as counter:
-        add_gradient(model, one, args)
-    # Only from here on: what checkpointing computes again is no progress, and does not count.
-    model.checkpoint_activations = args.checkpoint_activations
-    model.zero_grad()
-    flops = counter.get_total_flops()
-    if cuda and not args.no_compile:
-        compile_blocks(model, dynamic=False)
-
-    def now():
-        # As in training, the CPU does not wait for the GPU: the GPU looks at its clock itself.
-        if cuda:
-            tick = torch.cuda.Event(enable_timing=True)
-            tick.record()
-            return tick
-        return time.perf_counter()
-
-    warmup, steps = (5, 20) if cuda else (1, 3)
-    ticks = []
-    for step in range(warmup + steps):
-        ticks.append(now())
-        inputs = draw_inputs(batch, 1.0, device)
-        ticks.append(now())
-        loss = add_gradient(model, inputs, args)
-        ticks.append(now())
-        finish_step(optimizer, averages, loss, step, args)
-    ticks.append(now())
-    if cuda:
-        torch.cuda.synchronize()
-        ticks = [ticks[0].elapsed_time(tick) / 1000 for tick in ticks]
-    times = np.diff(ticks).reshape(-1, 3)
-    data, network, update = times[warmup:].mean(axis=0).tolist()
-    seconds = data + network + update
-    peak, peak_is = peak_flops(device, args.precision)
-    share = flops * B / seconds / peak
-    # Of a CPU process, Linux reports kilobytes.
-    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory = torch.cuda.max_memory_allocated() if cuda else memory
-    print(f"{args.model} {args.preset}, batch {B} on {device.type}: {B / seconds:.1f} images/s; "
-          f"{1e3 * seconds:.0f} ms a step: {1e3 * data:.0f} data, {1e3 * network:.0f} forward + "
-          f"backward, {1e3 * update:.0f} optimiser + clipping + EMA; {flops / 1e9:.1f} GFLOP an "
-          f"image: {share:.0%} of {peak_is}; {memory / 2 ** 30:.2f} GiB")
-    print(json.dumps({
-        "model": args.model, "preset": args.preset, "device": device.type, "batch_size": B,
-        "images_per_second": B / seconds, "seconds": seconds, "seconds_data": data,
-        "seconds_forward_backward": network, "seconds_optimizer_clipping_ema": update,
-        "flops_per_image": flops, "peak_flops": peak, "share_of_peak": share,
-        "peak_memory_bytes": memory}))
 
 
 if __name__ == "__main__":

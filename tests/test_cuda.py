@@ -17,6 +17,7 @@ import encode
 import sample
 import train
 from common import compile_blocks, read_json, read_jsonl
+from metrics.speed import random_batch
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("GPU_TESTS") != "1" or not torch.cuda.is_available(),
@@ -37,7 +38,7 @@ def network(name):
 def gradients(model, device, precision):
     """Return the loss and all gradients, as one vector, of a batch of 12 in parts of 8."""
     torch.manual_seed(1)
-    batch = train.random_batch(model, 12, 20)
+    batch = random_batch(model, 12, 20)
     inputs = train.draw_inputs(batch, 1.0, torch.device("cpu"))
     inputs = {key: value.to(device) for key, value in inputs.items()}
     args = train.arguments(["--data", "x", "--out", "y", "--precision", precision,

@@ -401,17 +401,19 @@ def test_validation_measures_the_averaged_weights_in_ten_bins_of_t(toy_paper, tm
     assert [row["step"] for row in rows] == [2, 4]
     assert len(rows[0]["val_bins"]) == 10
 
-    # A network that predicts the noise scaled by t: its loss in a bin is known.
+    # A network that predicts nothing: its loss is known.
     class Known(torch.nn.Module):
         def forward(self, x, gamma, text, mask, coherence, coin):
             return torch.zeros_like(x)
 
     args = train.arguments([*data(toy_paper), "--out", "unused", "--micro-batch", "7"])
     val = Encoded(toy / "encoded")
-    bins = train.validation_losses(Known(), val, args, 0, 1, torch.device("cpu"))
+    run = train.Run(args, rank=0, world=1, device=torch.device("cpu"), original=val, augmented=None,
+                    val=val, model=None, ema=Known(), optimizer=None, first=0, sums=None)
+    bins = train.validation_losses(run)
     # Predicting nothing costs the variance of the noise, 1, whatever t is.
     assert bins == pytest.approx([1.0] * 10, abs=0.1)
-    assert bins == train.validation_losses(Known(), val, args, 0, 1, torch.device("cpu"))
+    assert bins == train.validation_losses(run)
 
 
 def test_bf16_on_a_cpu_computes_nearly_the_same_losses(toy_paper, tmp_path):

@@ -17,6 +17,7 @@ from PIL import Image
 import encode
 import train
 from common import UserError, complete
+from metrics.speed import random_batch
 from sample import MODELS
 from toy.autoencoder import VAE, to_tensor
 from toy.detector import detect
@@ -95,7 +96,7 @@ def training_seconds(name):
     args.micro_batch = args.batch_size
     optimizer = train.make_optimizer(model, args)
     averages = {parameter: parameter.detach().clone() for parameter in model.parameters()}
-    batch = train.random_batch(model, BATCH, CAPTION_TOKENS)
+    batch = random_batch(model, BATCH, CAPTION_TOKENS)
 
     def step():
         inputs = train.draw_inputs(batch, 1.0, torch.device("cpu"))
