@@ -4,8 +4,9 @@
         --augmented encoded/cutmix --out out/dit-i
 
 OUT is a checkpoint for sample.py: config.json, model.safetensors (the averaged weights) and a
-model card. Beside it lie log.jsonl, progress.html, sample grids and state.pt. A run that was
-killed or stopped (Ctrl-C and SIGTERM save first) goes on with the same command.
+model card. Beside it lie log.jsonl, progress.html, sample grids, lasting checkpoints (step-0050000
+and so on) and state.pt. A run that was killed or stopped (Ctrl-C and SIGTERM save first) goes on
+with the same command.
 
 Every random number is a function of (seed, step, index in the batch): the data, times and
 noise do not depend on kills, on the number of ranks, of workers, or on the micro-batch.
@@ -65,8 +66,8 @@ class Batches(torch.utils.data.Dataset):
     """Algorithm 1, the lines that choose and read: a step -> this rank's share of its batch.
 
     Which set a sample comes from is decided before anything is read: the picture that
-    Algorithm 1 does not choose costs nothing. The orders of both sets move on at every sample,
-    so that an epoch leaves out the pictures that are not chosen.
+    Algorithm 1 does not choose costs nothing. Both sets move on by a picture at every sample: one
+    whose turn passes is not seen in that epoch.
     """
 
     def __init__(self, original, augmented, args, rank, world):
@@ -140,15 +141,15 @@ def draw_inputs(batch, scaling_factor, device):
 
     # The longest caption is looked up before the lengths are on the GPU: nothing waits for it.
     longest = padded_length(batch["lengths"])
-    there = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    text, mask = pad_text(there["tokens"], there["lengths"], longest)
-    return {"t": there["t"],
-            "x_0": (there["mean"] + there["std"] * for_x_0) * scaling_factor,
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    text, mask = pad_text(batch["tokens"], batch["lengths"], longest)
+    return {"t": batch["t"],
+            "x_0": (batch["mean"] + batch["std"] * for_x_0) * scaling_factor,
             "eps": eps,
             "text": text,
             "mask": mask,
-            "coherence": there["coherence"],
-            "coin": there["coin"]}
+            "coherence": batch["coherence"],
+            "coin": batch["coin"]}
 
 
 # --------------------------------------------------------------------------------------
@@ -212,8 +213,8 @@ def adamw_update(ws, gs, ms, vs, numbers, beta1, beta2, eps, decay):
 
     ws: the weights; gs: the gradients, which are left scaled; ms, vs: their moments.
     """
-    # torch divides the gradients by grad_scale, and changes nothing where found_inf is 1. It adds
-    # 1 to the number of steps by itself, which it keeps for each tensor.
+    # torch divides the gradients by grad_scale, and changes nothing where found_inf is 1. It wants
+    # a number of steps for each tensor, to which it adds 1 itself.
     updates = list((numbers.updates - 1).repeat(len(ws)).unbind())
     adamw(ws, gs, ms, vs, [], updates, fused=True, grad_scale=1 / numbers.scale,
           found_inf=1 - numbers.go, amsgrad=False, beta1=beta1, beta2=beta2, lr=numbers.lr,
@@ -225,7 +226,8 @@ def lamb_update(ws, gs, ms, vs, numbers, beta1, beta2, eps, decay):
 
     LAMB is AdamW whose step for each tensor is rescaled to the norm of the tensor itself.
     """
-    # At a rate of 1, Adam turns zeros into its step. Decay makes that LAMB's, before it is rescaled.
+    # From zeros, with a learning rate of 1, Adam makes its own step, -m / (sqrt(v) + eps). Less
+    # decay * w it is LAMB's, which is then rescaled.
     us = [torch.zeros_like(w) for w in ws]
     at_rate_1 = numbers._replace(lr=torch.ones_like(numbers.lr))
     adamw_update(us, gs, ms, vs, at_rate_1, beta1, beta2, eps, 0.0)
@@ -295,7 +297,7 @@ def update_averages(averages, forget):
     if forget.device.type == "cpu":
         torch._foreach_lerp_(list(averages.values()), list(averages), float(forget))
         return
-    # One by one, because for a list the CPU would have to know the number.
+    # One by one: for a list, torch wants a Python number, and the CPU would wait for it.
     for w, average in averages.items():
         average.lerp_(w, forget)
 
@@ -461,7 +463,7 @@ def check(args):
 
 
 # Settings that may change when a run is resumed; a change of any other is refused.
-FREE = {"out", "data", "augmented", "val", "init", "resume", "steps", "lr", "workers",
+MAY_CHANGE = {"out", "data", "augmented", "val", "init", "resume", "steps", "lr", "workers",
         "log_every", "save_every", "keep_every", "val_every", "val_images", "micro_batch",
         "checkpoint_activations", "sample_every", "sample_steps", "guidance", "clamp",
         "no_compile", "benchmark", "own_schedule"}
@@ -471,28 +473,30 @@ FREE = {"out", "data", "augmented", "val", "init", "resume", "steps", "lr", "wor
 # What a run works on
 
 class Run(NamedTuple):
-    """What a run works on: its settings and data, and its networks as they are now."""
+    """All that a run works on. model, ema, optimizer and sums change in place."""
 
     args: argparse.Namespace
     rank: int
-    world: int
+    world: int                  # number of ranks
     device: torch.device
     original: Encoded
-    augmented: Encoded          # or None
-    val: Encoded                # or None
+    augmented: Encoded | None
+    val: Encoded | None
+    vae: nn.Module | None       # draws the grids, on rank 0
     model: nn.Module
     ema: nn.Module              # the moving average of the model's weights
     optimizer: Lamb
-    first: int                  # steps that were made before this process began
-    # Since the last row of the log: the sums of losses and of gradient norms, the number of steps
-    # made and of steps skipped. At last, the steps skipped in a row until now.
+    first: int                  # steps that were made before: the state's, or 0
+    # Of the steps since the last row of the log: the sum of losses and of gradient norms, how many
+    # were made and how many skipped. The fifth number: the steps skipped in a row, up to now.
     sums: torch.Tensor          # (5,)
 
 
 def open_data(args):
     """Return the originals, the composites or None, and the validation set or None.
 
-    Raises UserError if they do not come from the same encoders.
+    Notes in args what they are, for the state. Raises UserError if they do not come from the same
+    encoders.
     """
     original = Encoded(args.data)
     augmented = Encoded(args.augmented) if args.augmented else None
@@ -599,12 +603,11 @@ def save_state(run, step):
 
 
 def load_state(path, args, device):
-    """Return the training state at `path`, or None if there is none.
+    """Return the training state at `path`.
 
-    Raises UserError if it is damaged or that of another run.
+    args.schedule_steps becomes the state's, unless it was given. Raises UserError if the state is
+    damaged or that of another run.
     """
-    if not Path(path).exists() and path != args.resume:
-        return None
     needed = ("model", "ema", "optimizer", "step", "sums", "settings")
     try:
         # torch itself does not look at the checksums that are in the file.
@@ -626,7 +629,7 @@ def load_state(path, args, device):
     # A run that is prolonged stays on the schedule that it was begun with.
     if not args.own_schedule:
         args.schedule_steps = before.get("schedule_steps", args.schedule_steps)
-    now = {key: getattr(args, key) for key in before if key not in FREE and hasattr(args, key)}
+    now = {key: getattr(args, key) for key in before if key not in MAY_CHANGE and hasattr(args, key)}
     refuse_other_settings(path, {key: before[key] for key in now}, now)
     return state
 
@@ -653,7 +656,7 @@ def begin_log(path, state, args):
         if not all(isinstance(row.get("step"), int) for row in rows):
             raise UserError(f"{path}: a line of it has no step: not a log of train.py")
         rows = [row for row in rows if row["step"] <= state["step"]]
-        # What was tried after this state, and did not last.
+        # Rates that were tried from this very state, and did not last.
         rows = [row for row in rows if "lr_changed" not in row or row["step"] < state["step"]]
     if state and state["settings"]["lr"] != args.lr:
         before = state["settings"]["lr"]
@@ -666,11 +669,12 @@ def begin_log(path, state, args):
 # --------------------------------------------------------------------------------------
 # The run
 
-# Predicting no noise at all costs 1, and a network that has learned nothing up to 2.5.
+# A loss that tells of failure: predicting no noise at all costs 1, and a network that has learned
+# nothing up to 2.5.
 DIVERGED = 10
 
-# Seconds after which a batch is missed. If the memory that processes share is full, torch's
-# workers lose theirs and wait for ever.
+# Seconds to wait for a batch. Without a limit, a worker that found no shared memory left would be
+# waited for for ever.
 DATA_TIMEOUT = 600
 
 
@@ -703,12 +707,11 @@ def train(args, rank, world, device, stack):
     """
     stop = stack.enter_context(StopRequest())
     if world > 1:
-        # NCCL for what GPUs exchange, gloo for what CPUs do. First of all: if one rank is refused
-        # below, the others' connections to it end, and they do too.
+        # NCCL between GPUs, gloo between CPUs. It comes first, so that a rank that is refused below
+        # takes the others with it: they notice that its connection has closed.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    run = begin(args, rank, world, device, stack)
-    meta = run.original.meta
-    vae = load_vae(meta["vae"], device) if args.sample_every and rank == 0 else None
+    run = start_or_resume(args, rank, world, device, stack)
+    scaling_factor = run.original.meta["scaling_factor"]
     averages = dict(zip(run.model.parameters(), run.ema.parameters()))
 
     if device.type == "cuda" and not args.no_compile:
@@ -720,12 +723,14 @@ def train(args, rank, world, device, stack):
     bar = tqdm(total=args.steps, initial=run.first, desc="training", unit="step", disable=rank > 0)
     stopping = False
     clock, since = time.perf_counter(), run.first
+    # `step` counts from 0; `done` is the number of steps that have been made.
     for step, batch in enumerate(reader, run.first):
         # The step: Algorithm 1, equations 1 and 2, the optimiser.
-        inputs = draw_inputs(batch, meta["scaling_factor"], device)
+        inputs = draw_inputs(batch, scaling_factor, device)
         if world > 1 and step == run.first:
-            # After its first backward pass DDP lays out anew in which order gradients are summed.
-            # Made once for nothing, it lets a resumed run round as one that was never stopped.
+            # After the first backward pass DDP sums gradients in another order, which rounds
+            # differently. One whose result is thrown away makes it do so from the start: then a
+            # resumed run computes the same bits as one that was never stopped.
             add_gradient(network, inputs, args)
             run.optimizer.zero_grad()
         loss = add_gradient(network, inputs, args)
@@ -734,31 +739,31 @@ def train(args, rank, world, device, stack):
             loss /= world
         outcome = finish_step(run.optimizer, averages, loss, step, args)
 
-        run.sums[:4] += outcome
-        # Ten in a row stay ten until somebody looks.
-        run.sums[4] = torch.where(run.sums[4] < 10, (run.sums[4] + 1) * outcome[3], run.sums[4])
+        count(run.sums, outcome)
         done = step + 1
         bar.update()
 
         # What is due after this step.
         stopping = on_any_rank(bool(stop.name), world)
+        # From now on, a signal has something to save.
         stop.worth_saving = True
         logging = due(done, args.log_every, args)
         saving = stopping or due(done, args.save_every, args)
+        # Not after the last step: that checkpoint is OUT itself.
         keeping = done % args.keep_every == 0
-        # Look at the GPU's numbers now and then only, because the CPU waits for them.
+        # The sums are read only now and then, because the CPU has to wait for the GPU.
         if done % 10 == 0 or logging or saving or keeping:
             refuse_divergence(run, done)
-        if (saving or keeping) and not can_go_on(run, inputs, done):
+        if (saving or keeping) and not fit_to_save(run, inputs, done):
             saving = keeping = False
 
         rows = []
         if logging:
-            row = log_row(run, done)
+            row = take_log_row(run, done)
             rows.append(row)
-            rate = args.batch_size * (done - since) / (time.perf_counter() - clock)
+            images_s = args.batch_size * (done - since) / (time.perf_counter() - clock)
             bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}", lr=f"{row['lr']:.1e}",
-                            images_s=f"{rate:.0f}")
+                            images_s=f"{images_s:.0f}")
             clock, since = time.perf_counter(), done
         if run.val and due(done, args.val_every, args):
             bins = validation_losses(run)
@@ -767,10 +772,15 @@ def train(args, rank, world, device, stack):
             append_jsonl(Path(args.out) / "log.jsonl", rows)
 
         # The state comes last: a kill before it repeats steps, but loses no file.
-        if vae and due(done, args.sample_every, args):
-            save_grid(run, vae, done)
-        if rank == 0 and (saving or keeping):
-            save(run, done, saving, keeping)
+        if run.vae and due(done, args.sample_every, args):
+            save_grid(run, done)
+        if rank == 0 and keeping:
+            config = checkpoint_config(run, done)
+            save_checkpoint(Path(args.out) / f"step-{done:07d}", run.ema, config)
+        if rank == 0 and saving:
+            save_checkpoint(Path(args.out), run.ema, checkpoint_config(run, done))
+            draw_progress(Path(args.out))
+            save_state(run, done)
         if stopping:
             break
 
@@ -779,8 +789,8 @@ def train(args, rank, world, device, stack):
         saved = f"saved after step {done}" if saving else f"step {done} was not saved"
         print(f"train.py: stopped by {stop.name or 'a signal'}, {saved}; the same command goes on")
     if world > 1:
-        # All ranks leave together, and DDP lets go of the group first: if it were the last to, it
-        # would wait for the group's threads while these wait for Python's lock.
+        # All ranks leave together. DDP must let go of the group before it ends: otherwise it would
+        # wait for the group's threads while these wait for Python's lock.
         dist.barrier()
         del network
         gc.collect()
@@ -789,19 +799,21 @@ def train(args, rank, world, device, stack):
         sys.exit(0)         # also of a program that called `main`, as the toy does
 
 
-def begin(args, rank, world, device, stack):
-    """Return a run with its data, network and optimiser, as its last state left them if it has one."""
+def start_or_resume(args, rank, world, device, stack):
+    """Open the data, make the network and its optimiser, load the last state if there is one -> Run."""
     original, augmented, val = open_data(args)
     model, optimizer = make_network(args, original.meta)
 
     # From here on the folder is this run's: no other one writes the state that is read now.
     if rank == 0:
         stack.enter_context(only_command(args.out))
-    # A run that began from another one's state goes on from its own.
+    # --resume is for the first start only: a run that has a state of its own goes on from that.
     begin_from = state_path(args)
     if args.resume and not begin_from.exists():
         begin_from = args.resume
-    state = load_state(begin_from, args, device)
+    state = None
+    if args.resume or begin_from.exists():
+        state = load_state(begin_from, args, device)
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     first = 0
@@ -812,6 +824,7 @@ def begin(args, rank, world, device, stack):
         if first > args.steps:
             raise UserError(f"--steps {args.steps}: {begin_from} is of step {first} already")
         sums = state["sums"]
+    vae = load_vae(original.meta["vae"], device) if args.sample_every and rank == 0 else None
     if world > 1:
         of_rank_0 = torch.tensor(first)
         dist.broadcast(of_rank_0, 0)
@@ -825,11 +838,12 @@ def begin(args, rank, world, device, stack):
         print(f"{args.model} {args.preset}: {count / 1e6:.1f} M parameters, {len(original)} "
               f"originals, {len(augmented or ())} composites, steps {first} to {args.steps} on "
               f"{world} x {device.type}")
-    return Run(args, rank, world, device, original, augmented, val, model, ema, optimizer, first, sums)
+    return Run(args, rank, world, device, original, augmented, val, vae, model=model, ema=ema,
+               optimizer=optimizer, first=first, sums=sums)
 
 
 def read_ahead(run, stack):
-    """Return an iterator of this rank's batches, which workers read while the network computes."""
+    """Return an iterator of this rank's batches; workers, if any, read while the network computes."""
     args = run.args
     batches = torch.utils.data.DataLoader(
         Batches(run.original, run.augmented, args, run.rank, run.world), batch_size=None,
@@ -847,8 +861,18 @@ def due(done, every, args):
     return every > 0 and (done % every == 0 or done == args.steps)
 
 
-def log_row(run, done):
-    """Return the log's row for the steps since the last one, and begin to count anew."""
+def count(sums, outcome):
+    """Add the outcome of a step (see finish_step) to the sums (see Run)."""
+    sums[:4] += outcome
+    # Once it has reached ten, the number skipped in a row stays there: a good step must not hide
+    # it before refuse_divergence looks.
+    in_a_row = sums[4]
+    skipped = outcome[3]
+    sums[4] = torch.where(in_a_row < 10, (in_a_row + 1) * skipped, in_a_row)
+
+
+def take_log_row(run, done):
+    """Return the log's row for the steps since the last one, and set their sums to zero."""
     loss, norm, made, skipped, _ = run.sums.tolist()
     run.sums[:4] = 0
     row = {"step": done}
@@ -865,29 +889,18 @@ def log_row(run, done):
     return row
 
 
-def save(run, done, saving, keeping):
-    """Write the run's checkpoint and state, or a checkpoint that lasts, or both."""
-    out = Path(run.args.out)
-    config = checkpoint_config(run, done)
-    if keeping:
-        save_checkpoint(out / f"step-{done:07d}", run.ema, config)
-    if saving:
-        save_checkpoint(out, run.ema, config)
-        draw_progress(out)
-        save_state(run, done)
-
-
 @torch.no_grad()
-def can_go_on(run, inputs, done):
-    """Tell whether the weights and their average are worth saving: their loss is not far above 1.
+def fit_to_save(run, inputs, done):
+    """Tell whether the weights and their average may replace those that were saved last.
 
-    A step's loss was that of the weights before it, and what cannot be gone on from must not
-    replace what can. Raises UserError after the last step, when nothing else would be saved.
+    They may if their loss is below DIVERGED; the step's own loss was computed before the update,
+    and does not tell. All ranks call this, and get the same answer. Raises UserError after the
+    last step, when no later one could be saved.
     """
     # If a sample is broken, that is not the weights' fault.
     part = {name: tensor[:run.args.micro_batch].nan_to_num(0, 0, 0)
             for name, tensor in inputs.items()}
-    # Translating the network without gradients, too, would take longer than this does.
+    # To compile the network also for the case without gradients would take longer than this does.
     not_compiled = contextlib.nullcontext()
     if run.device.type == "cuda":
         not_compiled = torch.compiler.set_stance("force_eager")
@@ -895,9 +908,9 @@ def can_go_on(run, inputs, done):
         losses = [diffusion_losses(network, **part).mean() for network in (run.model, run.ema)]
     bad = on_any_rank(not all(loss < DIVERGED for loss in losses), run.world)
     if bad and done == run.args.steps:
-        raise UserError(f"step {done}: the weights' loss is above {DIVERGED}; {what_to_do(run.args)}")
+        raise UserError(f"step {done}: the weights' loss is not below {DIVERGED}; {what_to_do(run.args)}")
     if bad and run.rank == 0:
-        print(f"step {done}: not saved, as the weights' loss is above {DIVERGED}")
+        print(f"step {done}: not saved, as the weights' loss is not below {DIVERGED}")
     return not bad
 
 
@@ -913,7 +926,7 @@ def refuse_divergence(run, done):
 
 
 def what_to_do(args):
-    """Return the advice for a run whose learning rate was too high."""
+    """Return the advice for a run that has failed, most likely because of its learning rate."""
     advice = "nothing has been saved: choose a lower --lr or a longer --warmup"
     if state_path(args).exists():
         advice = ("the state saved last is kept: the same command with a lower --lr goes on from "
@@ -922,7 +935,7 @@ def what_to_do(args):
 
 
 # --------------------------------------------------------------------------------------
-# What people look at: validation, sample grids, the progress page
+# What people look at: validation and sample grids
 
 @torch.no_grad()
 def validation_losses(run):
@@ -955,8 +968,8 @@ def validation_losses(run):
     return (sums[0] / sums[1].clamp(min=1)).tolist()
 
 
-def save_grid(run, vae, done):
-    """Draw DDIM samples of the averaged weights, for captions spread over each set."""
+def save_grid(run, done):
+    """Draw DDIM samples of the averaged weights, for about 16 captions spread over each set."""
     args = run.args
     sets = [one for one in (run.original, run.augmented) if one]
     picks = []
@@ -974,7 +987,7 @@ def save_grid(run, vae, done):
     with autocast(run.device, args.precision):
         x_0 = ddim(run.ema, noise.to(run.device), cond, null, args.sample_steps,
                    args.guidance, args.clamp or None)
-    images = to_images(vae.decode(x_0 / vae.scaling_factor))
+    images = to_images(run.vae.decode(x_0 / run.vae.scaling_factor))
     with complete(Path(args.out) / f"samples/{done:07d}.png") as temporary:
         contact_sheet(images, [one.caption(i) for one, i in picks]).save(temporary, "PNG")
 

@@ -1,7 +1,7 @@
 """How fast training and sampling are: `train.py --benchmark` and `sample.py --benchmark`.
 
-Both print a line for people and the same as JSON: images a second, where the time goes, the counted
-floating-point operations (FLOPs) of an image, and which share of the device's peak they amount to.
+Both print a line for people and one of JSON: images a second, where the time goes, the counted
+floating-point operations (FLOPs) of an image, and the share of the device's peak that was reached.
 """
 
 import json
@@ -32,7 +32,7 @@ def peak_memory(device):
 # Training
 
 def random_batch(model, B, length):
-    """Return B samples of random numbers, as `train.as_batch` does, with captions of `length` tokens."""
+    """Return a batch of random numbers in place of `train.as_batch`'s, with captions of `length` tokens."""
     latents = (B, model.config["channels"], model.config["size"], model.config["size"])
     return {"t": torch.rand(B),
             "mean": torch.randn(latents),
@@ -45,7 +45,7 @@ def random_batch(model, B, length):
 
 
 def time_training(args, device):
-    """Time training steps on random data, with the settings of train.py."""
+    """Time training steps on random data, with the settings of train.py, and print the result."""
     cuda = device.type == "cuda"
     B = args.batch_size
     torch.manual_seed(args.seed)
@@ -58,8 +58,8 @@ def time_training(args, device):
     if cuda:
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
 
+    # Counted without checkpointing: what that computes a second time is no progress.
     flops = flops_of_training(model, batch, args, device)
-    # Only from here on: what checkpointing computes again is no progress, and does not count.
     model.checkpoint_activations = args.checkpoint_activations
     if cuda and not args.no_compile:
         compile_blocks(model, dynamic=False)
@@ -79,15 +79,15 @@ def time_training(args, device):
         ticks = [ticks[0].elapsed_time(tick) / 1000 for tick in ticks]
 
     parts = np.diff(ticks).reshape(-1, 3)                                # (steps, 3), in seconds
-    data, network, update = parts[warmup:].mean(axis=0).tolist()
-    seconds = data + network + update
+    data_time, network_time, update_time = parts[warmup:].mean(axis=0).tolist()
+    seconds = data_time + network_time + update_time
     peak, peak_source = peak_flops(device, args.precision)
     share = flops * B / seconds / peak
     memory = peak_memory(device)
 
     print(f"{args.model} {args.preset}, batch {B} on {device.type}: {B / seconds:.1f} images/s; "
-          f"{1e3 * seconds:.0f} ms a step: {1e3 * data:.0f} data, {1e3 * network:.0f} forward + "
-          f"backward, {1e3 * update:.0f} optimiser + clipping + EMA; {flops / 1e9:.1f} GFLOP an "
+          f"{1e3 * seconds:.0f} ms a step: {1e3 * data_time:.0f} data, {1e3 * network_time:.0f} forward + "
+          f"backward, {1e3 * update_time:.0f} optimiser + clipping + EMA; {flops / 1e9:.1f} GFLOP an "
           f"image: {share:.0%} of {peak_source}; {memory / 2 ** 30:.2f} GiB")
     print(json.dumps({
         "model": args.model,
@@ -96,9 +96,9 @@ def time_training(args, device):
         "batch_size": B,
         "images_per_second": B / seconds,
         "seconds": seconds,
-        "seconds_data": data,
-        "seconds_forward_backward": network,
-        "seconds_optimizer_clipping_ema": update,
+        "seconds_data": data_time,
+        "seconds_forward_backward": network_time,
+        "seconds_optimizer_clipping_ema": update_time,
         "flops_per_image": flops,
         "peak_flops": peak,
         "share_of_peak": share,
@@ -132,7 +132,7 @@ def flops_of_training(model, batch, args, device):
 # Sampling
 
 def time_sampling(args):
-    """Time one batch of samples, with the settings of sample.py."""
+    """Time one batch of samples, with the settings of sample.py, and print the result."""
     device = local_device()
     options = sample.sampling_options(args)
     pipeline = sample.load_pipeline(args.checkpoint, args.vae, args.text_encoder)
@@ -141,7 +141,8 @@ def time_sampling(args):
     sentences = args.prompt or ["A golden retriever lies on a red sofa beside a cushion."]
     prompts = (sentences * B)[:B]
 
-    # The operations of one evaluation, before the network is compiled.
+    # The operations of one evaluation of the network, before it is compiled; those of T5 and of the
+    # decoder are not counted, and their time is taken off.
     noise = sample.starting_noise(model, range(B)).to(device)
     ones = torch.ones(B, device=device)
     texts = encode_text(tokenizer, t5, prompts, args.max_tokens)
@@ -154,7 +155,7 @@ def time_sampling(args):
 
     if device.type == "cuda" and not args.no_compile:
         compile_blocks(model)
-    # Of two steps the second one has guidance: both kinds of step are warm then.
+    # Two steps warm up both kinds: the first has no guidance, the second has.
     seconds_of(device, sample.generate, pipeline, prompts, **{**options, "steps": 2})
     total = seconds_of(device, sample.generate, pipeline, prompts, **options)
     text_time = seconds_of(device, encode_text, tokenizer, t5, prompts, args.max_tokens)
@@ -188,8 +189,8 @@ def time_sampling(args):
 
 
 def count_evaluations(args):
-    """Return how often an image needs the network; a step with guidance does twice."""
-    # No guidance at the first step.
+    """Return how often an image needs the network; a step with guidance needs it twice."""
+    # Without the first step, which has no guidance, and without t = 0, which is no step.
     later = sample.times(args.steps, args.spacing)[1:-1]
     guided = [t for t in later if args.guidance and sample.is_within(t, args.guidance_interval)]
     return args.steps + len(guided)

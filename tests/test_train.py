@@ -409,7 +409,7 @@ def test_validation_measures_the_averaged_weights_in_ten_bins_of_t(toy_paper, tm
     args = train.arguments([*data(toy_paper), "--out", "unused", "--micro-batch", "7"])
     val = Encoded(toy / "encoded")
     run = train.Run(args, rank=0, world=1, device=torch.device("cpu"), original=val, augmented=None,
-                    val=val, model=None, ema=Known(), optimizer=None, first=0, sums=None)
+                    val=val, vae=None, model=None, ema=Known(), optimizer=None, first=0, sums=None)
     bins = train.validation_losses(run)
     # Predicting nothing costs the variance of the noise, 1, whatever t is.
     assert bins == pytest.approx([1.0] * 10, abs=0.1)

@@ -24,17 +24,17 @@ from toy.detector import detect
 from toy.recipe import BATCH, P, SAMPLE_STEPS, TAU, train_command
 from toy.world import draw, random_scene
 
-CAPTION_TOKENS = 20
-# Reading data, writing files and logging, measured beside the times below.
+CAPTION_TOKENS = 20         # about as many as the toy's long captions have
+# A factor for what is not timed below: reading data for training, writing files, logging.
 OVERHEAD = 1.15
 
 
 def seconds_of(function, least=1.0):
-    """Return the seconds that one call takes, of calls for `least` seconds, the first left out.
+    """Return the seconds that one call takes: the median of calls that take `least` seconds together.
 
-    It is the median: a machine that is busy for a moment does not spoil it.
+    A machine that is busy for a moment does not spoil a median.
     """
-    # The first call is slower than the others:
+    # The first call is slower than the others, and not counted:
     # memory is reserved, and kernels are chosen.
     function()
 
@@ -117,8 +117,8 @@ def sampling_seconds(name):
     context = model.condition(*random_text(model, 2 * batch), torch.ones(2 * batch))
     gamma = torch.full((2 * batch,), 0.5)
 
-    # The first call has no state yet. Of the steps
-    # of a picture all others do, so these are timed.
+    # Only the first step of a picture has no state of
+    # the step before, so one that has it is timed.
     _, state = model.denoise(x, gamma, context, None)
     denoising = seconds_of(lambda: model.denoise(x, gamma, context, state)) / batch
 
@@ -136,7 +136,7 @@ def sampling_seconds(name):
 
 def spoken_time(seconds):
     """Return a time in words: "about 3 minutes"."""
-    # The limits lie above a minute and an hour, since "about 1 minutes" says too little.
+    # The limits lie well above a minute and an hour, so that it never says "about 1 minutes".
     if seconds < 90:
         return f"about {seconds:.0f} seconds"
     if seconds < 5400:
@@ -159,7 +159,7 @@ def seconds_side_by_side(name, processes):
     # One thread for each model, as `side_by_side` runs them. All are started before
     # any is waited for: they are to be timed while they compete for the machine.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    # In sessions of their own, Ctrl-C reaches this process alone, which then ends them.
+    # Each has a session of its own, so that Ctrl-C reaches only this process, which then ends them.
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                 env=environment, text=True, start_new_session=True)
                for _ in range(processes)]
