@@ -463,10 +463,11 @@ def check(args):
 
 
 # Settings that may change when a run is resumed; a change of any other is refused.
-MAY_CHANGE = {"out", "data", "augmented", "val", "init", "resume", "steps", "lr", "workers",
-        "log_every", "save_every", "keep_every", "val_every", "val_images", "micro_batch",
-        "checkpoint_activations", "sample_every", "sample_steps", "guidance", "clamp",
-        "no_compile", "benchmark", "own_schedule"}
+MAY_CHANGE = {
+    "out", "data", "augmented", "val", "init", "resume", "steps", "lr", "workers", "log_every",
+    "save_every", "keep_every", "val_every", "val_images", "micro_batch", "checkpoint_activations",
+    "sample_every", "sample_steps", "guidance", "clamp", "no_compile", "benchmark", "own_schedule",
+}
 
 
 # --------------------------------------------------------------------------------------

@@ -461,6 +461,20 @@ def test_a_rank_that_is_refused_ends_the_others_at_once(toy_paper, tmp_path):
     assert "train.py: rank 1: another rank has ended" in done.stderr
 
 
+def test_a_missing_autoencoder_ends_all_ranks_and_leaves_the_log_as_it_was(tmp_path):
+    encoded = make_encoded(tmp_path / "encoded", vae=str(tmp_path / "nothing"))
+    out = tmp_path / "out"
+    out.mkdir()
+    log = '{"step": 2, "loss": 0.5}\n'
+    (out / "log.jsonl").write_text(log)
+    # Only rank 0 draws grids, and needs the autoencoder.
+    done = run(*TORCHRUN, 2, "train.py", "--data", encoded, *SMALL, "--out", out, "--steps", "4",
+               "--sample-every", "2")
+    assert f"train.py: {tmp_path / 'nothing'}" in done.stderr
+    assert "train.py: rank 1: another rank has ended" in done.stderr
+    assert (out / "log.jsonl").read_text() == log
+
+
 def test_benchmark_says_where_the_time_goes_in_one_line_of_json(capsys):
     train.main(["--benchmark", "--model", "dit", "--preset", "toy", "--batch-size", "4"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
