@@ -835,8 +835,8 @@ def start_or_resume(args, rank, world, device, stack):
     # One rank writes.
     if rank == 0:
         begin_log(Path(args.out) / "log.jsonl", state, args)
-        count = sum(p.numel() for p in model.parameters())
-        print(f"{args.model} {args.preset}: {count / 1e6:.1f} M parameters, {len(original)} "
+        weights = sum(p.numel() for p in model.parameters())
+        print(f"{args.model} {args.preset}: {weights / 1e6:.1f} M parameters, {len(original)} "
               f"originals, {len(augmented or ())} composites, steps {first} to {args.steps} on "
               f"{world} x {device.type}")
     return Run(args, rank, world, device, original, augmented, val, vae, model=model, ema=ema,
