@@ -106,16 +106,16 @@ def seconds_of_data(args, runs):
     return pictures * data_seconds() if pictures else 0.0
 
 
-def seconds_of_jobs(args, runs, jobs):
-    """Return how long each of the jobs will take on this machine."""
+def seconds_of_jobs(args, jobs):
+    """Return {run: seconds}, how long each of the jobs {run: job} will take on this machine."""
     # Timed with as many neighbours as the real
     # runs have, since they slow each other down.
     at_once = min(args.jobs, len(jobs))
     timed = {name: seconds_side_by_side(name, at_once)
-             for name in MODEL_NAMES if any(run.model == name for run in runs)}
+             for name in MODEL_NAMES if any(run.model == name for run in jobs)}
 
-    return [OVERHEAD * expected_seconds(job, timed[run.model], args.steps, args.prompts, args.val)
-            for job, run in zip(jobs, runs)]
+    return {run: OVERHEAD * expected_seconds(job, timed[run.model], args.steps, args.prompts, args.val)
+            for run, job in jobs.items()}
 
 
 def main(argv=None):
@@ -136,14 +136,18 @@ def make_tables(args):
 
     seeds = range(args.seed, args.seed + args.seeds)
     runs = runs_of(args.tables, seeds)
-    jobs = [job_of(out, run, args.steps, args.tables, args.seed) for run in runs]
+    jobs = {run: job_of(out, run, args.steps, args.tables, args.seed) for run in runs}
 
     # What is there from an earlier command is not made again.
-    left = [(run, job) for run, job in zip(runs, jobs) if remaining(job)]
-    todo = [job for _, job in left]
+    left = {run: job for run, job in jobs.items() if remaining(job)}
+    todo = []
     expected = []
-    if todo:
-        expected = end_times(seconds_of_jobs(args, [run for run, _ in left], todo), args.jobs)
+    if left:
+        seconds = seconds_of_jobs(args, left)
+        # The slowest models of a seed come first, or one of them would run alone at the end.
+        order = sorted(left, key=lambda run: (run.seed, -seconds[run]))
+        todo = [left[run] for run in order]
+        expected = end_times([seconds[run] for run in order], args.jobs)
         before = spoken_time(seconds_of_data(args, runs) + max(expected))
         print(f"{len(todo)} models to train, sample and score, {min(args.jobs, len(todo))} at a "
               f"time: {before} here, with their data.", flush=True)
@@ -167,7 +171,7 @@ def make_tables(args):
 
         write_tables(out, args.tables, seeds, settings)
 
-    run_side_by_side(jobs, args.jobs, after_job)
+    run_side_by_side(todo, args.jobs, after_job)
     # Once more at the end: if there was nothing to run, no job has written the page.
     write_tables(out, args.tables, seeds, settings)
     print(f"\n{out / 'tables.html'}")
