@@ -166,8 +166,9 @@ def make_tables(args):
         so_far = sorted(expected)[len(ended) - 1]
         pace = used / so_far if so_far > 60 else 1.0
         rest = pace * (max(expected) - so_far)
-        print(f"{len(ended)} of {len(todo)}: {job.name}; {spoken_time(used)} used, "
-              f"{spoken_time(rest)} left", flush=True)
+        # Nothing is left after the last job, or after one that ends as late as the last.
+        ahead = f", {spoken_time(rest)} left" if rest else ""
+        print(f"{len(ended)} of {len(todo)}: {job.name}; {spoken_time(used)} used{ahead}", flush=True)
 
         write_tables(out, args.tables, seeds, settings)
 
