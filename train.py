@@ -712,6 +712,7 @@ def train(args, rank, world, device, stack):
         # takes the others with it: they notice that its connection has closed.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     run = start_or_resume(args, rank, world, device, stack)
+    out = Path(args.out)
     scaling_factor = run.original.meta["scaling_factor"]
     averages = dict(zip(run.model.parameters(), run.ema.parameters()))
 
@@ -770,17 +771,16 @@ def train(args, rank, world, device, stack):
             bins = validation_losses(run)
             rows.append({"step": done, "val_loss": sum(bins) / len(bins), "val_bins": bins})
         if rank == 0 and rows:
-            append_jsonl(Path(args.out) / "log.jsonl", rows)
+            append_jsonl(out / "log.jsonl", rows)
 
         # The state comes last: a kill before it repeats steps, but loses no file.
         if run.vae and due(done, args.sample_every, args):
             save_grid(run, done)
         if rank == 0 and keeping:
-            config = checkpoint_config(run, done)
-            save_checkpoint(Path(args.out) / f"step-{done:07d}", run.ema, config)
+            save_checkpoint(out / f"step-{done:07d}", run.ema, checkpoint_config(run, done))
         if rank == 0 and saving:
-            save_checkpoint(Path(args.out), run.ema, checkpoint_config(run, done))
-            draw_progress(Path(args.out))
+            save_checkpoint(out, run.ema, checkpoint_config(run, done))
+            draw_progress(out)
             save_state(run, done)
         if stopping:
             break
