@@ -226,12 +226,11 @@ def lamb_update(ws, gs, ms, vs, numbers, beta1, beta2, eps, decay):
 
     LAMB is AdamW whose step for each tensor is rescaled to the norm of the tensor itself.
     """
-    # From zeros, with a learning rate of 1, Adam makes its own step, -m / (sqrt(v) + eps). Less
-    # decay * w it is LAMB's, which is then rescaled.
-    us = [torch.zeros_like(w) for w in ws]
+    # LAMB's step before it is rescaled: u = -decay * w - m / (sqrt(v) + eps). The second part is
+    # what Adam adds to anything at a learning rate of 1.
+    us = torch._foreach_mul(ws, -decay)
     at_rate_1 = numbers._replace(lr=torch.ones_like(numbers.lr))
     adamw_update(us, gs, ms, vs, at_rate_1, beta1, beta2, eps, 0.0)
-    torch._foreach_sub_(us, ws, alpha=decay)
 
     w_norms = torch.stack(torch._foreach_norm(ws))                       # (number of tensors,)
     u_norms = torch.stack(torch._foreach_norm(us))

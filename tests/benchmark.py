@@ -482,12 +482,18 @@ def encoding_in_the_small():
 
 def section_train():
     """The loader beside copying its bytes, the optimiser beside touching each tensor, a step."""
-    speed_of_the_loader()
-    speed_of_the_optimiser()
-
     import train
-    for model, preset in (("dit", "S/2"), ("cad", "B")):
-        train.main(["--benchmark", "--model", model, "--preset", preset, "--batch-size", "4"])
+    from common import local_device
+    device = local_device()
+    speed_of_the_loader()
+    speed_of_the_optimiser(device)
+
+    # On a GPU the paper's networks and its share of a batch for each of 8 GPUs.
+    runs = [("dit", "S/2", "4"), ("cad", "B", "4")]
+    if device.type == "cuda":
+        runs = [("dit", "L/2", "128"), ("cad", "L", "128")]
+    for model, preset, batch_size in runs:
+        train.main(["--benchmark", "--model", model, "--preset", preset, "--batch-size", batch_size])
 
 
 def best_of(function, *values):
@@ -498,6 +504,14 @@ def best_of(function, *values):
         function(*values)
         seconds.append(time.process_time() - start)
     return min(seconds)
+
+
+def best_on(device, function, *values):
+    """Return the seconds of the fastest of six calls on a device, until it has done its work."""
+    if device.type == "cpu":
+        return best_of(function, *values)
+    from metrics.speed import seconds_of
+    return min(seconds_of(device, function, *values) for _ in range(6))
 
 
 def speed_of_the_loader():
@@ -517,18 +531,21 @@ def speed_of_the_loader():
           f"bytes {1e6 * bare:.0f} us: {bare / ours:.0%} of the speed of a copy", flush=True)
 
 
-def speed_of_the_optimiser():
+def speed_of_the_optimiser(device):
     """Print what clipping, LAMB or AdamW and the average cost beside touching their tensors."""
     import torch
 
     import train
-    # The matrices of two blocks of DiT-L.
+    # The matrices of two blocks of DiT-L, on a GPU of all 24.
+    blocks = 24 if device.type == "cuda" else 2
     model = torch.nn.Sequential()
-    for _ in range(2):
+    for _ in range(blocks):
         for columns, rows in ((1, 1), (1, 2), (1, 1), (1, 1), (1, 2), (1, 1), (1, 4), (4, 1)):
             model.append(torch.nn.Linear(1024 * columns, 1024 * rows))
+    model.to(device)
     parameters = list(model.parameters())
     gradients = [torch.randn_like(p) for p in parameters]
+    loss = torch.ones((), device=device)
     for name in ("lamb", "adamw"):
         args = train.arguments(["--data", "x", "--out", "y", "--optimizer", name])
         averages = {p: p.detach().clone() for p in parameters}
@@ -537,7 +554,7 @@ def speed_of_the_optimiser():
         def step(optimizer=optimizer, averages=averages, args=args):
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
-            train.finish_step(optimizer, averages, torch.tensor(1.0), 100, args)
+            train.finish_step(optimizer, averages, loss, 100, args)
 
         step()
         tensors = [*averages.values(), *gradients, *(p.detach() for p in parameters)]
@@ -548,8 +565,8 @@ def speed_of_the_optimiser():
             for tensor in tensors:
                 tensor.mul_(1.0)
 
-        ours = best_of(step)
-        bare = best_of(touch)
+        ours = best_on(device, step)
+        bare = best_on(device, touch)
         print(f"train: {name}, clipping and average of {len(tensors) // 5} tensors: "
               f"{1e3 * ours:.0f} ms, {ours / bare:.2f} x reading and writing each once", flush=True)
 
@@ -560,23 +577,33 @@ def section_sample():
     from torch.utils.flop_counter import FlopCounterMode
 
     import sample
-    # In CPU time, as all the rest here.
-    a = torch.randn(2048, 2048)
-    peak = 2 * 2048 ** 3 / best_of(torch.matmul, a, a)
-    for name, preset in (("dit", "S/2"), ("cad", "B")):
+    from common import autocast, compile_blocks, local_device
+    device = local_device()
+    cuda = device.type == "cuda"
+    # A CPU in float32 and in CPU time, as all the rest here; a GPU in bfloat16.
+    side = 8192 if cuda else 2048
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+    torch.matmul(a, a)
+    peak = 2 * side ** 3 / best_on(device, torch.matmul, a, a)
+    presets = (("dit", "L/2"), ("cad", "L")) if cuda else (("dit", "S/2"), ("cad", "B"))
+    B, L = (64, 160) if cuda else (4, 160)
+    for name, preset in presets:
         torch.manual_seed(0)
-        model = sample.MODELS[name].network(**sample.MODELS[name].presets[preset]).eval()
-        B, L = 4, 160
-        x = torch.randn(B, model.config["channels"], model.config["size"], model.config["size"])
-        text = torch.randn(B, L, model.config["text_dim"])
-        mask = torch.ones(B, L, dtype=torch.bool)
-        one = torch.ones(B)
-        with torch.no_grad():
+        with device:
+            model = sample.MODELS[name].network(**sample.MODELS[name].presets[preset]).eval()
+            x = torch.randn(B, model.config["channels"], model.config["size"], model.config["size"])
+            text = torch.randn(B, L, model.config["text_dim"])
+            mask = torch.ones(B, L, dtype=torch.bool)
+            one = torch.ones(B)
+        with torch.no_grad(), autocast(device, "auto"):
             context = model.condition(text, mask, one)
             with FlopCounterMode(display=False) as counter:
                 model.denoise(x, 0.5 * one, context)
-            denoise = best_of(model.denoise, x, 0.5 * one, context)
-            condition = best_of(model.condition, text, mask, one)
+            if cuda:
+                compile_blocks(model, dynamic=False)
+                model.denoise(x, 0.5 * one, model.condition(text, mask, one))
+            denoise = best_on(device, model.denoise, x, 0.5 * one, context)
+            condition = best_on(device, model.condition, text, mask, one)
         reached = counter.get_total_flops() / denoise / peak
         print(f"sample: {name} {preset}, {B} images: {1e3 * denoise:.0f} ms a step without "
               f"guidance, {reached:.0%} of a matrix product's speed; the captions' part, computed once, "
