@@ -10,7 +10,11 @@ The class keeps the contract of all models, `TextToImageModel` in sample.py. The
 the released one: `from_released` translates the names of `Lucasdegeorge/CAD-I`'s weights, and
 with small recorded weights of the release's code the outputs are the same (tests/fixtures).
 
-Shapes: B images, N image tokens of width D_x, M latents of width D, L text tokens.
+Two things are called latents: the autoencoder's, which are the image here (x), and the RIN's, the
+few tokens it thinks in. Below, "latents" are the RIN's; the autoencoder's are "VAE latents".
+
+Shapes: B images, N image tokens of width D_x, M latents of width D, L text tokens, and
+S = 1 + registers + L tokens of the context.
 """
 
 import torch
@@ -50,7 +54,7 @@ def split_heads(x, heads):
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-class SelfAttention(nn.Module):
+class SelfAttentionLayer(nn.Module):
     """Self-attention and MLP, each normalised first and added to what was there.
 
     layer_scale: start value of LayerScale on both branches (Touvron et al. 2021), with
@@ -85,10 +89,11 @@ class SelfAttention(nn.Module):
         return x + h                                                 # (B, N, D)
 
 
-class CrossAttention(nn.Module):
+class CrossAttentionLayer(nn.Module):
     """Tokens `to` read from other tokens, then an MLP, each added to what was there.
 
-    Attention has the width of the narrower side. Only the queries are normalised.
+    Attention has the width of the narrower side. LayerNorm is applied to the tokens that read,
+    not to those that are read.
     """
 
     def __init__(self, dim_to, dim_from, heads, mlp_ratio=4):
@@ -140,10 +145,11 @@ class Block(nn.Module):
     def __init__(self, dim, data_dim, layers, heads, read_write_heads, mlp_ratio,
                  data_mlp_ratio):
         super().__init__()
-        self.read_text = CrossAttention(dim, dim, read_write_heads, mlp_ratio)
-        self.read_data = CrossAttention(dim, data_dim, read_write_heads, mlp_ratio)
-        self.process = nn.ModuleList(SelfAttention(dim, heads, mlp_ratio) for _ in range(layers))
-        self.write_data = CrossAttention(data_dim, dim, read_write_heads, data_mlp_ratio)
+        self.read_text = CrossAttentionLayer(dim, dim, read_write_heads, mlp_ratio)
+        self.read_data = CrossAttentionLayer(dim, data_dim, read_write_heads, mlp_ratio)
+        self.process = nn.ModuleList(
+            SelfAttentionLayer(dim, heads, mlp_ratio) for _ in range(layers))
+        self.write_data = CrossAttentionLayer(data_dim, dim, read_write_heads, data_mlp_ratio)
 
     def forward(self, data, latents, text_kv, mask):
         """Return image tokens `data` (B, N, D_x) and `latents` (B, M, D) after the block.
@@ -168,12 +174,12 @@ REFINE_HEADS = 16
 class CAD(nn.Module):
     """Predict the noise in VAE latents (B, channels, size, size) from a caption's T5 tokens.
 
-    size: latents along a side, a multiple of `patch`. patch: latents along a side that become
-    one token. text_dim: width of T5's tokens. num_latents, dim: M and D. data_dim: D_x.
-    depth: blocks. layers: self-attention layers in each. heads, read_write_heads: of
-    self-attention and of cross-attention. registers: learned tokens beside the caption's.
-    self_conditioning: share of training samples that start from latents. Raises ValueError
-    if the sizes do not go together.
+    size: height and width of the VAE latents, a multiple of `patch`. patch: height and width of
+    the square of VAE latents that becomes one image token. text_dim: width of T5's tokens.
+    num_latents, dim: M and D. data_dim: D_x. depth: blocks. layers: self-attention layers in
+    each. heads, read_write_heads: of self-attention and of cross-attention. registers: learned
+    tokens beside the caption's. self_conditioning: share of training samples whose latents
+    start from those of a first pass. Raises ValueError if the sizes do not go together.
     """
 
     def __init__(self, size=32, channels=4, patch=2, text_dim=2048, num_latents=256,
@@ -181,11 +187,11 @@ class CAD(nn.Module):
                  mlp_ratio=4, data_mlp_ratio=4, registers=16, self_conditioning=0.9):
         super().__init__()
         if size % patch:
-            raise ValueError(f"size {size} is no multiple of patch {patch}")
+            raise ValueError(f"size {size} is not a multiple of patch {patch}")
         if dim % heads or dim % REFINE_HEADS:
-            raise ValueError(f"dim {dim} is no multiple of heads {heads} and of {REFINE_HEADS}")
+            raise ValueError(f"dim {dim} must be a multiple of heads {heads} and of {REFINE_HEADS}")
         if min(dim, data_dim) % read_write_heads:
-            raise ValueError(f"dim {dim} or data_dim {data_dim} is no multiple of "
+            raise ValueError(f"dim {dim} or data_dim {data_dim} is not a multiple of "
                              f"read_write_heads {read_write_heads}")
         # All that it takes to build the same network again; saved in config.json.
         self.config = {
@@ -220,7 +226,7 @@ class CAD(nn.Module):
         self.coherence_position = nn.Parameter(torch.empty(dim))
         self.registers = nn.Parameter(torch.empty(registers, dim))
         self.refine = nn.ModuleList(
-            SelfAttention(dim, REFINE_HEADS, layer_scale=0.1) for _ in range(2))
+            SelfAttentionLayer(dim, REFINE_HEADS, layer_scale=0.1) for _ in range(2))
 
         self.blocks = nn.ModuleList(
             Block(dim, data_dim, layers, heads, read_write_heads, mlp_ratio, data_mlp_ratio)
@@ -250,14 +256,14 @@ class CAD(nn.Module):
         nn.init.zeros_(self.previous_norm.weight)
         nn.init.zeros_(self.previous_norm.bias)
         # The release starts the following at random, too. What untrained latents write then
-        # drowns the image, and has to be unlearned first. LAMB, which changes a matrix by a
-        # thousandth of its norm a step, predicts nothing but zero for 200 steps at least.
+        # drowns the image, and has to be unlearned first. LAMB changes a matrix by no more than a
+        # thousandth of its norm a step: for hundreds of steps the network predicts zero.
         for block in self.blocks:
             nn.init.zeros_(block.write_data.out.weight)
             nn.init.zeros_(block.write_data.mlp[-1].weight)
         nn.init.zeros_(self.out[1].weight)
 
-    def to_latents(self, patches):
+    def unpatchify(self, patches):
         """Put patches (B, N, p * p * C) back to their places: (B, C, size, size)."""
         p = self.patch
         n = self.size // p                                           # tokens along a side
@@ -272,8 +278,8 @@ class CAD(nn.Module):
         coherence: (B,), 1 for a caption and 0 for the null prompt.
 
         The coherence token, the registers and the text refine one another. The context is a
-        list of every block's keys and values of them, and the mask of these S + 1 tokens:
-        `denoise` puts the time in front.
+        list of every block's keys and values of these S tokens, and a mask (B, S + 1): its first
+        place is for the time, a token that `denoise` puts in front.
         """
         B = len(text)
         coherence = self.coherence_embed(coherence)[:, None]         # (B, 1, D)
@@ -288,7 +294,7 @@ class CAD(nn.Module):
         for layer in self.refine:
             tokens = layer(tokens, mask)                             # (B, S, D)
         text_kv = [block.read_text.kv(tokens) for block in self.blocks]
-        return text_kv, F.pad(mask, (1, 0), value=True)
+        return text_kv, F.pad(mask, (1, 0), value=True)              # mask (B, S + 1)
 
     def denoise(self, x, gamma, context, state=None):
         """Return the noise predicted in x (B, C, size, size), and the new latents (B, M, D).
@@ -316,7 +322,7 @@ class CAD(nn.Module):
             else:
                 data, latents = block(data, latents, kv, mask)
 
-        eps = self.to_latents(self.out(data))                        # (B, C, size, size)
+        eps = self.unpatchify(self.out(data))                        # (B, C, size, size)
         return eps, latents
 
     def forward(self, x, gamma, text, mask, coherence, coin=None):
@@ -340,7 +346,8 @@ class CAD(nn.Module):
         return eps
 
 
-# The released CAD-I is "L". The toy's latents are 8 x 8; how CAD's own were chosen, toy/recipe.py says.
+# The released CAD-I is "L". The toy's VAE latents are 8 x 8; toy/recipe.py says how the other
+# sizes of its network were chosen.
 PRESETS = {
     "toy": dict(size=8, channels=8, patch=1, text_dim=128, num_latents=32, dim=96,
                 data_dim=96, depth=2, layers=2, heads=4, read_write_heads=4),
@@ -357,10 +364,10 @@ def resize_positions(weights, size, patch):
     CAD learns one vector for each place of its grid. They are taken for a picture with D_x
     channels and enlarged or reduced (bicubic), so that a network trained on 256 x 256 pixels
     can go on with 512 x 512. All else in CAD works at any size. Raises ValueError if
-    `size` is no multiple of `patch`.
+    `size` is not a multiple of `patch`.
     """
     if size % patch:
-        raise ValueError(f"size {size} is no multiple of patch {patch}")
+        raise ValueError(f"size {size} is not a multiple of patch {patch}")
     n = size // patch
     position = weights["position"]                                   # (n_old * n_old, D_x)
     n_old = round(len(position) ** 0.5)

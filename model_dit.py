@@ -1,8 +1,8 @@
 """DiT-I: the paper's Diffusion Transformer with text (Appendix A, Fig. 6).
 
 It is DiT-L/2 (Peebles and Xie 2023) with a caption in place of the class label, built as in
-PixArt-alpha (Chen et al. 2024). Every block reads the caption by cross-attention. Time
-shifts, scales and gates every block through one shared network (adaLN-single). The
+PixArt-alpha (Chen et al. 2024). Every block reads the caption by cross-attention. The time
+embedding shifts, scales and gates every block through one shared network (adaLN-single). The
 caption's T5 tokens are projected and then refined by two layers of self-attention. Two
 changes keep training stable on a small data set: QK normalisation in every attention, and
 LayerScale on every residual branch.
@@ -100,7 +100,7 @@ def mlp(dim, ratio=4):
 
 
 def plain_norm(dim):
-    """Return a LayerNorm without weights, for tokens that time shifts and scales."""
+    """Return a LayerNorm without weights: the time embedding gives shift and scale (`modulate`)."""
     return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
 
 
@@ -136,8 +136,9 @@ class RefinerBlock(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention to the caption, MLP, each with its own LayerScale.
 
-    Time shifts, scales and gates the self-attention and the MLP. The numbers for that come
-    from one network for all blocks; a block only adds its own table to them (adaLN-single).
+    The time embedding shifts, scales and gates the self-attention and the MLP. The numbers
+    for that come from one network for all blocks; a block only adds its own table to them
+    (adaLN-single).
     """
 
     def __init__(self, dim, heads, layer_scale):
@@ -154,24 +155,27 @@ class Block(nn.Module):
 
         # Shift, scale and gate of the attention, then of the MLP. The two gates start open,
         # because LayerScale already starts small.
-        self.table = nn.Parameter(torch.zeros(6, dim))
-        nn.init.ones_(self.table.data[2::3])
+        table = torch.zeros(6, dim)
+        table[2] = 1
+        table[5] = 1
+        self.table = nn.Parameter(table)
 
-    def forward(self, x, time, text_kv, mask):
+    def forward(self, x, modulation, text_kv, mask):
         """Return x (B, N, D) after the block.
 
-        time: (B, 6, D), the shared modulation. text_kv: keys and values of the caption.
+        modulation: (B, 6, D), the same for all blocks. text_kv: keys and values of the caption.
         mask: (B, L) bool, True where there is a token.
         """
-        modulation = (time + self.table)[:, :, None]                 # (B, 6, 1, D)
-        shift1, scale1, gate1, shift3, scale3, gate3 = modulation.unbind(1)
+        own = (modulation + self.table)[:, :, None]                  # (B, 6, 1, D)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = own.unbind(1)
 
-        h = self.attention(modulate(self.norm1(x), shift1, scale1))
-        x = x + self.scale1 * gate1 * h                              # (B, N, D)
+        # scale1 to scale3 are LayerScale's, not the time's.
+        h = self.attention(modulate(self.norm1(x), shift_attn, scale_attn))
+        x = x + self.scale1 * gate_attn * h                          # (B, N, D)
         h = self.cross(self.norm2(x), text_kv, mask)
         x = x + self.scale2 * h                                      # (B, N, D)
-        h = self.mlp(modulate(self.norm3(x), shift3, scale3))
-        x = x + self.scale3 * gate3 * h                              # (B, N, D)
+        h = self.mlp(modulate(self.norm3(x), shift_mlp, scale_mlp))
+        x = x + self.scale3 * gate_mlp * h                           # (B, N, D)
         return x
 
 
@@ -181,18 +185,19 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Predict the noise in VAE latents (B, channels, size, size) from a caption's T5 tokens.
 
-    size: latents along a side, any multiple of `patch`. patch: latents along a side that
-    become one token. text_dim: width of T5's tokens. layer_scale: what every branch is
-    multiplied with at the start. Raises ValueError if the sizes do not go together.
+    size: height and width of the latents, any multiple of `patch`. patch: height and width of
+    the square of latents that becomes one token. text_dim: width of T5's tokens. layer_scale:
+    what every branch is multiplied by at the start. Raises ValueError if the sizes do not go
+    together.
     """
 
     def __init__(self, size=32, channels=4, patch=2, text_dim=2048, depth=24, dim=1024,
                  heads=16, layer_scale=0.1):
         super().__init__()
         if size % patch:
-            raise ValueError(f"size {size} is no multiple of patch {patch}")
+            raise ValueError(f"size {size} is not a multiple of patch {patch}")
         if dim % heads or dim % 4:
-            raise ValueError(f"dim {dim} is no multiple of heads {heads} and of 4")
+            raise ValueError(f"dim {dim} must be a multiple of heads {heads} and of 4")
         # All that it takes to build the same network again; saved in config.json.
         self.config = {
             "size": size,
@@ -236,7 +241,10 @@ class DiT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Initialise as DiT does: the untrained network predicts zero, at every time alike."""
+        """Initialise so that the untrained network predicts zero, at every time alike, as DiT does.
+
+        Unlike DiT's (adaLN-Zero), the gates of the blocks start at 1: LayerScale keeps them small.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -248,7 +256,7 @@ class DiT(nn.Module):
         # ... and no token is written to the prediction.
         nn.init.zeros_(self.out.weight)
 
-    def to_tokens(self, x):
+    def patchify(self, x):
         """Cut latents x (B, C, size, size) into patches, row by row: (B, N, p * p * C)."""
         p = self.patch
         n = self.size // p                                           # tokens along a side
@@ -256,7 +264,7 @@ class DiT(nn.Module):
         patches = patches.permute(0, 2, 4, 3, 5, 1)                  # (B, n, n, p, p, C)
         return patches.flatten(3).flatten(1, 2)                      # (B, N, p * p * C)
 
-    def to_latents(self, tokens):
+    def unpatchify(self, tokens):
         """Put patches (B, N, p * p * C) back to their places: (B, C, size, size)."""
         p = self.patch
         n = self.size // p
@@ -285,7 +293,7 @@ class DiT(nn.Module):
         state: part of the contract; this model carries nothing from step to step.
         """
         text_kv, mask = context
-        tokens = self.patch_embed(self.to_tokens(x)) + self.position   # (B, N, D)
+        tokens = self.patch_embed(self.patchify(x)) + self.position    # (B, N, D)
 
         # The network is told the paper's step, 0 to 1000, in place of gamma = 1 - step / 1000.
         step = 1000 * (1 - gamma.float())                            # (B,)
@@ -301,7 +309,7 @@ class DiT(nn.Module):
 
         shift, scale = (time[:, None] + self.final_table)[:, :, None].unbind(1)   # (B, 1, D)
         tokens = modulate(self.final_norm(tokens), shift, scale)     # (B, N, D)
-        eps = self.to_latents(self.out(tokens))                      # (B, C, size, size)
+        eps = self.unpatchify(self.out(tokens))                      # (B, C, size, size)
         return eps, None
 
     def forward(self, x, gamma, text, mask, coherence=None, coin=None):

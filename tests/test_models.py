@@ -328,9 +328,9 @@ def test_a_model_of_any_size_predicts_latents_of_that_size(name, size):
 
 def test_sizes_that_do_not_go_together_are_refused():
     for name in ("dit", "cad"):
-        with pytest.raises(ValueError, match="size 5 is no multiple of patch 2"):
+        with pytest.raises(ValueError, match="size 5 is not a multiple of patch 2"):
             tiny(name, size=5)
-        with pytest.raises(ValueError, match="dim 32 is no multiple of heads 5"):
+        with pytest.raises(ValueError, match="dim 32 must be a multiple of heads 5"):
             tiny(name, heads=5)
     with pytest.raises(ValueError, match="read_write_heads 3"):
         tiny("cad", read_write_heads=3)
@@ -356,7 +356,7 @@ def test_positions_of_cad_are_resized_like_a_picture():
     assert resized["latents"] is small["latents"]
     same = model_cad.resize_positions(small, size=8, patch=2)
     assert same["position"] is small["position"]
-    with pytest.raises(ValueError, match="size 15 is no multiple of patch 2"):
+    with pytest.raises(ValueError, match="size 15 is not a multiple of patch 2"):
         model_cad.resize_positions(small, size=15, patch=2)
 
 
