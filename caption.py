@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import (HelpFormatter, UserError, at_least, begin_or_resume, class_of,
-                    command_line, complete, list_images, local_device, one_line,
+                    command_line, complete, list_images, local_device, one_line, only_command,
                     open_image, rank_and_world, read_captions, read_jsonl, resize_and_crop)
 from metrics.coco import read_coco_captions
 
@@ -744,8 +744,9 @@ class SharedFile:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.refuse_other_ranks()
         begin_or_resume(self.settings, self.out, settings)
-        self.append_my_share(produce, unit)
-        return self.join_parts()
+        with only_command(self.out.parent, self.out.name):
+            self.append_my_share(produce, unit)
+            return self.join_parts()
 
     def refuse_other_items(self):
         """Raise UserError unless the finished files are about the same items."""

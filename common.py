@@ -370,17 +370,18 @@ def begin_or_resume(path, output, settings):
 
 
 @contextlib.contextmanager
-def only_command(folder):
-    """Keep `folder` for this command (this rank of it) until the block ends.
+def only_command(folder, file=""):
+    """Keep `folder`, or one file in it, for this command (this rank of it) until the block ends.
 
-    Two commands that write to one folder at once would take turns at the same temporary names.
+    Two commands that write to one place at once would take turns at the same temporary names.
     The operating system releases the lock when the process ends, also after a kill -9. A folder
     that is still empty at the end is removed. Raises UserError if another command is at work.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".lock.{os.environ.get('RANK', '0')}"
-    with take_lock(path) as lock:
+    name = f".{file}.lock" if file else ".lock"
+    path = folder / f"{name}.{os.environ.get('RANK', '0')}"
+    with take_lock(path, folder / file) as lock:
         # What a killed command left here is overwritten.
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}")
@@ -393,12 +394,15 @@ def only_command(folder):
                 folder.rmdir()
 
 
-def take_lock(path):
-    """Return the open file `path`, locked by this process. Raises UserError if another one has it."""
+def take_lock(path, output):
+    """Return the open file `path`, locked by this process, before it writes to `output`.
+
+    Raises UserError if another process has the lock.
+    """
     begun = time.monotonic()
     while True:
         lock = open(path, "a+", encoding="utf-8")                    # noqa: SIM115
-        locked = is_locked_by_us(lock)
+        locked = try_to_lock(lock)
         # Another command may have deleted the file after it was opened here.
         deleted = os.fstat(lock.fileno()).st_nlink == 0
         if locked and not deleted:
@@ -407,13 +411,13 @@ def take_lock(path):
         holder = lock.read()
         lock.close()
         if not deleted and time.monotonic() - begun > patience(holder):
-            raise UserError(f"{path.parent}: another command is writing to it ({holder}); wait until "
+            raise UserError(f"{output}: another command is writing to it ({holder}); wait until "
                             f"it has ended, or choose another --out")
         time.sleep(0.1)
 
 
-def is_locked_by_us(lock):
-    """Try to lock an open file, and tell whether it is ours now."""
+def try_to_lock(lock):
+    """Lock an open file if no other process has it; tell whether it is ours now."""
     import fcntl
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -444,23 +448,23 @@ def patience(holder):
 # --------------------------------------------------------------------------------------
 # Texts of a batch
 
-def pad_text(tokens, lengths, longest):
-    """Return text (B, longest, D), zero behind each caption, and its mask (B, longest) bool.
+def pad_text(tokens, lengths, length):
+    """Return text (B, length, D), zero behind each caption, and its mask (B, length) bool.
 
     tokens (sum of L_i, D) are all captions one after the other, lengths (B,) those L_i.
     """
     import torch
     start = lengths.cumsum(0) - lengths                                  # (B,)
-    position = torch.arange(longest, device=tokens.device)               # (longest,)
-    mask = position < lengths[:, None]                                   # (B, longest)
-    index = (start[:, None] + position).clamp(max=len(tokens) - 1)       # (B, longest)
+    position = torch.arange(length, device=tokens.device)                # (length,)
+    mask = position < lengths[:, None]                                   # (B, length)
+    index = (start[:, None] + position).clamp(max=len(tokens) - 1)       # (B, length)
     return tokens[index] * mask[:, :, None], mask
 
 
 def padded_length(lengths):
     """Return the length of the longest caption, rounded up to a multiple of 32.
 
-    torch.compile makes a network of its own for each length; so there are at most eight.
+    torch.compile makes a version of the network for each length: eight for up to 256 tokens.
     """
     return 32 * math.ceil(int(lengths.max()) / 32)
 
@@ -530,8 +534,11 @@ def autocast(device, precision):
 # Dense bfloat16 multiplications and additions a second, from the makers' data sheets. The first
 # name that is part of the card's own name counts.
 PEAK_FLOPS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -556,6 +563,8 @@ def peak_flops(device, precision):
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device)
     with autocast(device, precision):
+        # In the precision of a product, so that only the product is timed.
+        a = a.to((a[:8, :8] @ a[:8, :8]).dtype)
         timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
         seconds = timer.timeit(5).mean
     return 2 * n ** 3 / seconds, f"a {n} x {n} matrix product"
@@ -625,7 +634,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def signals_wait():
-    """Let this thread receive signals at the end of the block, and processes started in it never."""
+    """Hold signals back until the block ends. Processes that are started in it never receive them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
     try:
         yield
@@ -658,7 +667,7 @@ def on_any_rank(flag, world):
 
 @contextlib.contextmanager
 def report_lost_rank(rank, world):
-    """Turn the error of a rank when another rank or a data worker is gone into one line (UserError)."""
+    """Raise UserError, one line, for the errors of a rank whose partner or data worker is gone."""
     try:
         yield
     except RuntimeError as error:
@@ -974,6 +983,7 @@ def pretrained(name, kind, companion=None, **options):
     UserError where there is no such model, or the weights are those of another class.
     """
     import transformers
+    # Refuses a model that is not there, for which transformers' own words are hard to understand.
     weights_hash(name)
     try:
         model, info = getattr(transformers, kind).from_pretrained(

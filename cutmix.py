@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 from common import (HelpFormatter, UserError, at_least, begin_or_resume, between,
                     class_of, command_line, complete, default_workers, grid_left,
-                    is_last_rank, labelled_grid, list_images, open_image, rank_and_world,
-                    resize_and_crop, rgb)
+                    is_last_rank, labelled_grid, list_images, only_command, open_image,
+                    rank_and_world, resize_and_crop, rgb)
 
 # --------------------------------------------------------------------------------------
 # The composite (paper 3.2, "Image augmentation")
@@ -471,6 +471,12 @@ def main(argv=None):
             save_picture(noise_sheet(rows, args.tau, args.seed), args.out / "noise.png")
         return
 
+    with only_command(args.out):
+        make_composites(args, photos, composites, rank, world)
+
+
+def make_composites(args, photos, composites, rank, world):
+    """Make this rank's composites; the last rank to end lists all of them in cutmix.jsonl."""
     list_of_photos = hashlib.sha256(photos.tobytes()).hexdigest()
     settings = {"setting": args.setting, "size": args.size, "times": args.times,
                 "seed": args.seed, "photos": list_of_photos[:16]}

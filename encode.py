@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 from common import (HelpFormatter, UserError, at_least, begin_or_resume, command_line, complete,
                     contact_sheet, default_workers, fetch, is_last_rank, list_images, load_image,
-                    local_device, one_line, rank_and_world, read_captions, read_json, read_jsonl,
-                    shorten, to_images, write_jsonl)
+                    local_device, one_line, only_command, rank_and_world, read_captions, read_json,
+                    read_jsonl, shorten, to_images, write_jsonl)
 
 # --------------------------------------------------------------------------------------
 # The autoencoder
@@ -857,8 +857,8 @@ def print_latents(data):
     beyond = averages[2:]                                            # (clamps, C)
 
     print(f"{'unscaled':>29}{'scaled':>20}{'share of |scaled| beyond':>30}")
-    titles = [f"{clamp:g}" for clamp in CLAMPS]
-    print(("  channel" + "{:>10}" * 7).format("mean", "deviation", "mean", "deviation", *titles))
+    titles = ["mean", "deviation", "mean", "deviation", *(f"{clamp:g}" for clamp in CLAMPS)]
+    print("  channel" + "".join(f"{title:>10}" for title in titles))
     row = "  {:7}" + "{:10.2f}" * 4 + "{:10.1%}" * len(CLAMPS)
     for c in range(channels):
         moments = [mean[c], deviation[c], scaling * mean[c], scaling * deviation[c]]
@@ -902,7 +902,7 @@ def arguments(argv):
     add("--text-dtype", default="bfloat16", choices=["bfloat16", "float8"], help="on the disk")
     add("--shard-images", type=int, default=1600, help="images a shard; 1600 are about 1 GiB")
     add("--batch-size", type=int, default=64, help="images, or captions, encoded at once")
-    add("--workers", type=int, default=default_workers(), help="that decode; 0: none")
+    add("--workers", type=int, default=default_workers(), help="processes that decode images; 0: just this")
     add("--check", metavar="FOLDER", help="verify this data set instead, and draw check.png")
     args = parser.parse_args(argv)
     if not args.check and not (args.images and args.captions and args.out):
@@ -926,8 +926,6 @@ def main(argv=None):
         raise UserError(f"no image of {args.images} has a caption: images are named like "
                         f"{skipped[0]['file']}, in the captions like {first_caption} "
                         f"({skipped[-1]['reason']})")
-    parts = split(pairs, args.shard_images)
-    count = len(parts)
 
     # What encodes it. On CUDA T5 runs in bfloat16. The autoencoder does not, because its means
     # would be 1.0 to 1.2% off (in TF32, CUDA's way to multiply float32, 0.2 to 0.5%).
@@ -950,9 +948,21 @@ def main(argv=None):
         "T5": fingerprint_of_t5(tokenizer, t5),
         "list_of_images_and_captions": fingerprint(pairs),
     }
+    with only_command(args.out):
+        make_data_set(args, settings, pairs, skipped, vae, tokenizer, t5, rank, world)
+
+
+def make_data_set(args, settings, pairs, skipped, vae, tokenizer, t5, rank, world):
+    """Write this rank's shards; the last rank to end describes all of them in meta.json.
+
+    settings: all that the bytes of the shards depend on. pairs: the images with their captions.
+    skipped: images and captions without a partner, for skipped.jsonl. Raises UserError.
+    """
     out = args.out
     begin_or_resume(out / "settings.json", out, settings)
 
+    parts = split(pairs, args.shard_images)
+    count = len(parts)
     needed = ["null.safetensors", *[shard_name(k) for k in range(count)]]
     there = set(os.listdir(out))
     if there.issuperset([*needed, "meta.json"]):
@@ -973,6 +983,9 @@ def main(argv=None):
 
     # The last rank to end finds all shards, and describes them.
     description, broken = describe_shards(out, settings, parts)
+    if description["count"] == 0:
+        raise UserError(f"{out}: none of the {len(broken)} images could be read "
+                        f"({broken[0]['reason']}); delete it, and try again with other images")
     side = args.size // vae.downscale
     meta = {
         **settings,

@@ -603,6 +603,20 @@ def test_a_file_of_other_images_is_not_continued(tmp_path):
         write(tmp_path)
 
 
+def test_a_second_command_on_the_same_file_is_refused(tmp_path):
+    seen = []
+
+    def produce(batches):
+        # While this command is at work, another one begins.
+        with pytest.raises(common.UserError, match="another command is writing"):
+            write(tmp_path)
+        seen.append("refused")
+        return map(rows_of, batches)
+
+    assert write(tmp_path, produce=produce)[0]
+    assert seen == ["refused"]
+
+
 @pytest.mark.parametrize("content", ["not JSON\n", "[1]\n", '{"prompt": "x"}\n'])
 def test_a_file_that_is_something_else_is_left_alone(tmp_path, content):
     (tmp_path / "c.jsonl").write_text(content)

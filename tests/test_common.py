@@ -295,7 +295,7 @@ def test_a_gpu_without_enough_memory_is_one_line(capsys):
 
 
 def test_a_lock_that_was_deleted_after_it_was_opened_is_opened_again(tmp_path, monkeypatch):
-    real = common.is_locked_by_us
+    real = common.try_to_lock
     seen = []
 
     def deleted_meanwhile(lock):
@@ -304,7 +304,7 @@ def test_a_lock_that_was_deleted_after_it_was_opened_is_opened_again(tmp_path, m
         seen.append(lock.name)
         return real(lock)
 
-    monkeypatch.setattr(common, "is_locked_by_us", deleted_meanwhile)
+    monkeypatch.setattr(common, "try_to_lock", deleted_meanwhile)
     with common.only_command(tmp_path):
         assert len(seen) == 2 and os.path.exists(seen[0])
 

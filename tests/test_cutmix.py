@@ -417,6 +417,14 @@ def test_a_second_run_says_that_all_is_there(small, capsys):
     assert "complete already" in capsys.readouterr().out
 
 
+def test_a_second_command_on_the_same_folder_is_refused(tmp_path):
+    images, out = photos(tmp_path / "photos"), tmp_path / "out"
+    with common.only_command(out):
+        with pytest.raises(common.UserError, match="another command is writing"):
+            make("--images", images, "--out", out, "--size", 32)
+    make("--images", images, "--out", out, "--size", 32)
+
+
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     images = photos(tmp_path / "photos", each=60, size=(20, 16))
     process = start("--images", images, "--out", tmp_path / "out", "--size", 16,

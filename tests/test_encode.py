@@ -549,6 +549,13 @@ def test_a_killed_run_ends_with_the_same_bytes_and_keeps_whole_shards(data):
     assert done == {file: file.stat().st_mtime_ns for file in done}
 
 
+def test_a_second_command_on_the_same_folder_is_refused(data):
+    with common.only_command(data.folder / "out"):
+        with pytest.raises(UserError, match="another command is writing"):
+            data.encode()
+    data.encode()
+
+
 def test_a_full_disk_names_the_file_and_the_same_command_goes_on(data, encoded_once, monkeypatch):
     write = Path.write_bytes
 
@@ -628,6 +635,14 @@ def test_a_shard_of_broken_images_only_is_empty(data):
     assert ds.meta["counts"] == [5, 0, 5, 5, 4]
     assert [ds.sample(i)[0] for i in (4, 5)] == [data.rows[4]["file"], data.rows[10]["file"]]
     encode.main(["--check", str(ds.folder)])
+
+
+def test_a_data_set_without_a_readable_image_is_refused(data):
+    for row in data.rows:
+        (data.folder / "images" / row["file"]).write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 24 images could be read"):
+        data.encode()
+    assert not (data.folder / "out/meta.json").exists()
 
 
 def test_captions_without_folders_go_to_the_only_image_of_that_name():
