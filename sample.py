@@ -9,8 +9,8 @@ JSONL (`prompt` or `caption`; other keys are kept for the benchmarks), from a fo
 + i alone: another batch size, more ranks under torchrun, or a command that was killed
 and started again give the same images.
 
-The estimate x_0 is clamped to +-1.2 at every step, as in the released pipeline, because
-guidance pushes it beyond any image and the error grows from step to step; see --clamp.
+The estimate x_0 is clamped to +-1.2 at every step, as in the released pipeline: guidance
+overshoots, and the error grows from step to step. 1.2 is tight; see --clamp.
 
 From Python, see `generate`.
 """
@@ -123,7 +123,8 @@ for _name, _family in MODELS.items():
 def gamma(t):
     """Return the signal level of the linear schedule, 1 - t, but never quite 0.
 
-    t: a tensor of any shape, in [0, 1]; 0 is an image, 1 is noise.
+    t: a tensor of any shape, in [0, 1]; 0 is an image, 1 is noise. At t = 1 too, x_0 can be
+    computed: it is divided by sqrt(gamma).
     """
     return (1 - t).clamp(min=1e-9)
 
@@ -143,6 +144,7 @@ def times(steps, spacing="linear"):
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if spacing == "linear":
         return u
+    # The release's two small numbers keep gamma a little away from 0 and 1.
     angle = math.pi / 2 * (u + 0.0002) / 1.00025
     # t = 1 - gamma.
     return angle.sin() ** 2
@@ -175,6 +177,8 @@ class GuidedModel:
         ones = torch.ones(B, device=noise.device)
         text, mask = repeat(cond, B)                            # (B, L, D), (B, L)
         self.context = model.condition(text, mask, ones)
+        # What a context holds is the model's own affair, so it cannot be cut in half: a step
+        # without guidance needs the captions' alone, one with guidance both.
         if guidance:
             text, mask = join(cond, null, B)                    # (2 B, L, D), (2 B, L)
             coherence = torch.cat([ones, 0 * ones])             # (2 B,)
@@ -184,15 +188,16 @@ class GuidedModel:
         """Return x_0 and eps at the time t, both like x: (B, C, H, W) in float64.
 
         There is no guidance outside of its interval (Kynkäänniemi et al. 2024) and none
-        at the first step, because pure noise has nothing to amplify.
+        at the first step, as in the release: there x_0 is divided by sqrt(gamma) = 3e-5, and
+        guidance would multiply the network's error in addition.
         """
         if self.guidance and not first and is_within(t, self.interval):
             x_twice = torch.cat([x, x])                         # (2 B, C, H, W)
-            both = self.denoise(x_twice, t, self.guided_context)
+            both = self.predict_noise(x_twice, t, self.guided_context)
             eps_cond, eps_null = both.chunk(2)
             eps = eps_cond + self.guidance * (eps_cond - eps_null)
         else:
-            eps = self.denoise(x, t, self.context)
+            eps = self.predict_noise(x, t, self.context)
 
         # Solved for x_0: x_t = sqrt(gamma) x_0 + sqrt(1 - gamma) eps.
         g = gamma(t)
@@ -203,7 +208,7 @@ class GuidedModel:
             eps = (x - g.sqrt() * x_0) / (1 - g).sqrt()
         return x_0, eps
 
-    def denoise(self, x, t, context):
+    def predict_noise(self, x, t, context):
         """Return the noise predicted for x, of B or 2 B rows as its context has."""
         rows = len(x)
         state = self.state
@@ -213,7 +218,8 @@ class GuidedModel:
         # After a step with guidance, the captions go on from their half.
         elif state is not None:
             state = state[:rows]
-        g = gamma(t).float().to(x.device).expand(rows)
+        # Filled on the device: copying a number to a GPU would make the CPU wait for it.
+        g = torch.full((rows,), float(gamma(t)), device=x.device)
         eps, self.state = self.model.denoise(x.float(), g, context, state)
         return eps.double()
 
@@ -276,8 +282,9 @@ def dpm_solver(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
     last two estimates, as a function of lambda, half the logarithm of the
     signal-to-noise ratio.
 
-    It is of second order without guidance and with cosine spacing only. With guidance
-    both are of first order, because the first step has none.
+    Without guidance and with cosine spacing its error falls with the square of the number
+    of steps, DDIM's in proportion to it. With guidance both fall in proportion: the first
+    step is made without, which is an error of the size of one step.
     """
     t = times(steps, spacing)
     alpha = gamma(t).sqrt()
@@ -320,7 +327,7 @@ def read_config(path_or_repo):
 def load_model(path_or_repo, device="cpu"):
     """Return the model of a checkpoint folder or hub repository, in eval mode.
 
-    Its config.json is `model.checkpoint`. Reads our format ({"model": "dit" or "cad",
+    Its config.json is `model.checkpoint_config`. Reads our format ({"model": "dit" or "cad",
     "args": {...}}) and the released CAD-I. Raises UserError.
     """
     config = read_config(path_or_repo)
@@ -340,7 +347,7 @@ def load_model(path_or_repo, device="cpu"):
             sizes = config["args"]
         model = MODELS[kind].network(**sizes)
     except KeyError as error:
-        raise UserError(f"{path_or_repo}: config.json is not that of a DiT or CAD "
+        raise UserError(f"{path_or_repo}: config.json is not that of {' or '.join(MODELS)} "
                         f"(no {error})")
     # A size of 0, a text instead of a number, ...: torch raises almost anything.
     except Exception as error:  # noqa: BLE001
@@ -353,7 +360,7 @@ def load_model(path_or_repo, device="cpu"):
         reason = one_line(str(error).split(":", 1)[-1], 150)
         raise UserError(f"{path_or_repo}: model.safetensors does not fit config.json "
                         f"({reason} ...)")
-    model.checkpoint = config
+    model.checkpoint_config = config
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -429,7 +436,7 @@ def load_pipeline(path_or_repo, vae=None, text_encoder=None, device=None):
     """
     device = device or local_device()
     model = load_model(path_or_repo, device)
-    names = encoder_names(path_or_repo, model.checkpoint, vae, text_encoder)
+    names = encoder_names(path_or_repo, model.checkpoint_config, vae, text_encoder)
     autoencoder = load_vae(names[0], device)
     # Not float16, in which T5's activations overflow.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -466,10 +473,10 @@ def check_encoders(path_or_repo, pipeline, vae=None, text_encoder=None):
 
     found = fingerprints(pipeline)
     options = {"vae_fingerprint": ("--vae", vae), "T5": ("--text-encoder", text_encoder)}
-    for key in changed_encoders(model.checkpoint, found):
+    for key in changed_encoders(model.checkpoint_config, found):
         option, named = options[key]
         if not named:
-            before = model.checkpoint["training"][key]
+            before = model.checkpoint_config["training"][key]
             raise UserError(f"{path_or_repo}: its encoder has changed ({key} {before}, now "
                             f"{found[key]}): give {option} the one it was trained with")
 
@@ -518,7 +525,7 @@ def check_options(**options):
             raise UserError(f"{name} {options[name]!r}: must be one of {', '.join(allowed)}")
     low, high = options["guidance_interval"]
     if not 0 <= low <= high <= 1:
-        raise UserError(f"--guidance-interval {low} {high}: not in [0, 1], the lower first")
+        raise UserError(f"guidance interval {low} {high}: not in [0, 1], the lower first")
 
 
 def starting_noise(model, seeds):
@@ -699,7 +706,7 @@ def arguments(argv):
     # The sampler: DDIM with 250 steps is the paper's, guidance and clamp the release's.
     add("--solver", choices=list(SOLVERS), default="ddim",
         help="ddim, or dpm++: of second order without guidance, with cosine spacing")
-    add("--steps", type=int, default=250, help="of the solver")
+    add("--steps", type=int, default=250, help="steps of the solver")
     add("--spacing", choices=SPACINGS, default="linear",
         help="linear in t, or cosine: short steps at both ends")
     add("--guidance", type=float, default=8.0, help="w; 0 is none")
@@ -713,19 +720,21 @@ def arguments(argv):
     add("--clamp", type=float, default=1.2,
         help="bound of |x_0| at every step, 0 is none; 1.2 cuts a fifth of the values of "
              "ImageNet's latents (calculated), 3 cuts under 1%%")
-    add("--max-tokens", type=int, default=256, help="of a prompt (paper: 256, released CAD-I: 128)")
+    add("--max-tokens", type=int, default=256,
+        help="tokens of a prompt that are read (paper: 256, released CAD-I: 128)")
     add("--seed", type=int, default=0, help="image i has seed + i")
+
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA, else fp32")
 
     # The rest changes no image, unless --vae or --text-encoder names other weights.
     add("--vae", help=f"folder or hub repository (default: the checkpoint's own, or {VAE})")
     add("--text-encoder", help=f"folder or hub repository (default: likewise, {TEXT_ENCODER})")
     add("--batch-size", type=int, default=16, help="images at once")
-    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA, else fp32")
     flag("--no-compile", help="CUDA: do not torch.compile the network")
     flag("--benchmark", help="only time one batch with these options; needs no --out")
     args = parser.parse_args(argv)
 
-    # Infinite values and those that are no number pass none of these bounds.
+    # Infinity and NaN are refused, too: they fail every one of these checks.
     at_least(args, images_per_prompt=1, batch_size=1, limit=1)
     between(args, 0, 2 ** 62, "seed")
     check_options(**vars(args))

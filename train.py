@@ -39,11 +39,16 @@ from common import (HelpFormatter, StopRequest, UserError, append_jsonl, at_leas
                     only_command, pad_text, padded_length, rank_and_world, read_jsonl,
                     refuse_other_settings, report_lost_rank, signals_wait, to_images, write_jsonl)
 from encode import Encoded, load_vae, refuse_other_encoders
+from cutmix import SETTINGS
 from metrics.charts import draw_progress
 from sample import MODELS, ddim, gamma, load_model, save_checkpoint
 
 # --------------------------------------------------------------------------------------
 # Algorithm 1: what a step is trained on
+
+# Each purpose has its own stream of random numbers: default_rng([seed, stream, ...]).
+STEP_STREAM, ORDER_STREAM, VALIDATION_STREAM = 0, 2, 3
+
 
 def choose(t, rng, tau, p):
     """Return which samples come from the augmented set (eq. 3). t (B,) in [0, 1] -> bool (B,).
@@ -59,15 +64,16 @@ def choose(t, rng, tau, p):
 @functools.lru_cache(maxsize=4)
 def epoch_order(seed, which, epoch, count):
     """Return the order in which an epoch goes through a set (which: 0 originals, 1 composites)."""
-    return np.random.default_rng([seed, 2, which, epoch]).permutation(count)
+    return np.random.default_rng([seed, ORDER_STREAM, which, epoch]).permutation(count)
 
 
 class Batches(torch.utils.data.Dataset):
     """Algorithm 1, the lines that choose and read: a step -> this rank's share of its batch.
 
-    Which set a sample comes from is decided before anything is read: the picture that
-    Algorithm 1 does not choose costs nothing. Both sets move on by a picture at every sample: one
-    whose turn passes is not seen in that epoch.
+    Sample number n = step * batch size + index has a candidate in each set: the n-th picture in
+    that set's shuffled order. Which of the two is taken is decided before anything is read, so
+    that the other costs nothing. The other is not seen in that epoch: with the paper's tau and p,
+    30% of the originals are passed over in each epoch.
     """
 
     def __init__(self, original, augmented, args, rank, world):
@@ -82,7 +88,7 @@ class Batches(torch.utils.data.Dataset):
         size = args.batch_size
 
         # Each rank draws for the whole batch, and keeps its share.
-        rng = np.random.default_rng([args.seed, 0, step])
+        rng = np.random.default_rng([args.seed, STEP_STREAM, step])
         t = rng.random(size)                                             # t ~ U(0, 1)
         from_composites = choose(t, rng, args.tau, args.p)               # eq. 3
         dropped = rng.random(size) < args.drop               # for classifier-free guidance
@@ -105,8 +111,8 @@ def as_batch(picks, t, dropped, coin, noise_seed):
     """Read samples and return them as a batch, a dict of CPU tensors.
 
     picks: [(data set, number of the sample)]. dropped (B,) bool: whose caption becomes the
-    null prompt. coin (B,): for CAD's self-conditioning. All captions stand one after the
-    other in "tokens" (sum of L_i, D_text), "lengths" (B,) tells them apart.
+    null prompt. coin (B,), uniform in [0, 1): decides on CAD's self-conditioning. All captions
+    stand one after the other in "tokens" (sum of L_i, D_text), "lengths" (B,) tells them apart.
     """
     means, stds, texts = [], [], []
     for (data, i), drop in zip(picks, dropped):
@@ -137,14 +143,17 @@ def draw_inputs(batch, scaling_factor, device):
         generator.manual_seed(seed)
         shape = (2, *batch["mean"].shape[1:])
         noise.append(torch.randn(shape, generator=generator, device=device))
-    for_x_0, eps = torch.stack(noise, dim=1)                             # each (B, C, h, w)
+    noise = torch.stack(noise)                                           # (B, 2, C, h, w)
+    noise_of_x_0 = noise[:, 0]
+    eps = noise[:, 1]
 
-    # The longest caption is looked up before the lengths are on the GPU: nothing waits for it.
-    longest = padded_length(batch["lengths"])
+    # Looked up before the lengths are on the GPU: the CPU would have to wait for it.
+    length = padded_length(batch["lengths"])
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    text, mask = pad_text(batch["tokens"], batch["lengths"], longest)
+    text, mask = pad_text(batch["tokens"], batch["lengths"], length)
+    x_0 = (batch["mean"] + batch["std"] * noise_of_x_0) * scaling_factor
     return {"t": batch["t"],
-            "x_0": (batch["mean"] + batch["std"] * for_x_0) * scaling_factor,
+            "x_0": x_0,
             "eps": eps,
             "text": text,
             "mask": mask,
@@ -156,10 +165,14 @@ def draw_inputs(batch, scaling_factor, device):
 # Equations 1 and 2, and the gradient of a batch
 
 def diffusion_losses(model, t, x_0, eps, text, mask, coherence, coin):
-    """Return each sample's mean squared error of the predicted noise (eq. 1 and 2) -> (B,)."""
-    g = gamma(t)[:, None, None, None]                                    # (B, 1, 1, 1)
+    """Return each sample's mean squared error of the predicted noise (eq. 1 and 2): (B,).
+
+    t, coherence, coin: (B,). x_0, eps: (B, C, h, w). text: (B, L, D_text). mask: (B, L) bool.
+    """
+    signal_level = gamma(t)                                              # (B,)
+    g = signal_level[:, None, None, None]                                # (B, 1, 1, 1)
     x_t = g.sqrt() * x_0 + (1 - g).sqrt() * eps                          # eq. 1
-    eps_hat = model(x_t, gamma(t), text, mask, coherence, coin)
+    eps_hat = model(x_t, signal_level, text, mask, coherence, coin)
     return (eps_hat.float() - eps).square().flatten(1).mean(1)           # eq. 2
 
 
@@ -176,10 +189,10 @@ def add_gradient(network, inputs, args):
         part = {name: tensor[start:end] for name, tensor in inputs.items()}
 
         # Ranks exchange their gradients once, during the backward pass of the last part.
-        exchange = contextlib.nullcontext()
+        exchange_or_not = contextlib.nullcontext()
         if end < size and isinstance(network, DistributedDataParallel):
-            exchange = network.no_sync()
-        with exchange:
+            exchange_or_not = network.no_sync()
+        with exchange_or_not:
             with autocast(total.device, args.precision):
                 loss = diffusion_losses(network, **part).sum() / size
             loss.backward()
@@ -211,7 +224,8 @@ def trust_ratio(w_norm, u_norm):
 def adamw_update(ws, gs, ms, vs, numbers, beta1, beta2, eps, decay):
     """Make one step of AdamW for lists of tensors, in place: torch's own, in one pass.
 
-    ws: the weights; gs: the gradients, which are left scaled; ms, vs: their moments.
+    ws: the weights; gs: the gradients, which are multiplied by `numbers.scale`; ms, vs: their
+    moments.
     """
     # torch divides the gradients by grad_scale, and changes nothing where found_inf is 1. It wants
     # a number of steps for each tensor, to which it adds 1 itself.
@@ -224,10 +238,11 @@ def adamw_update(ws, gs, ms, vs, numbers, beta1, beta2, eps, decay):
 def lamb_update(ws, gs, ms, vs, numbers, beta1, beta2, eps, decay):
     """Make one step of LAMB (You et al. 2020) for lists of tensors, in place.
 
-    LAMB is AdamW whose step for each tensor is rescaled to the norm of the tensor itself.
+    With m^ and v^ for the moments without their bias, u = -(m^ / (sqrt(v^) + eps) + decay * w), and
+    each tensor makes a step as long as itself: w <- w + lr * |w| / |u| * u.
     """
-    # LAMB's step before it is rescaled: u = -decay * w - m / (sqrt(v) + eps). The second part is
-    # what Adam adds to anything at a learning rate of 1.
+    # At a learning rate of 1 and without decay, torch's AdamW adds -m^ / (sqrt(v^) + eps) to what it
+    # is given. Here that is -decay * w, and u comes out.
     us = torch._foreach_mul(ws, -decay)
     at_rate_1 = numbers._replace(lr=torch.ones_like(numbers.lr))
     adamw_update(us, gs, ms, vs, at_rate_1, beta1, beta2, eps, 0.0)
@@ -252,21 +267,21 @@ class Lamb(torch.optim.Optimizer):
         """Make a step, with gradients times `scale`, if `go` (both may be tensors)."""
         device = self.param_groups[0]["params"][0].device
 
-        def number(value):
+        def as_tensor(value):
             # Filling, unlike copying a number to a GPU, does not wait for it.
             if isinstance(value, torch.Tensor):
                 return value.float()
             return torch.full((), float(value), device=device)
 
-        go = number(go)
-        updates = number(self.state.get("updates", 0)) + go
+        go = as_tensor(go)
+        updates = as_tensor(self.state.get("updates", 0)) + go
         self.state["updates"] = updates
 
         for group in self.param_groups:
             tensors = [self.tensors_of(w) for w in group["params"] if w.grad is not None]
             if not tensors:
                 continue
-            numbers = Numbers(number(group["lr"]), number(scale), go, updates)
+            numbers = Numbers(as_tensor(group["lr"]), as_tensor(scale), go, updates)
             constants = (*group["betas"], group["eps"], group["weight_decay"])
             lists = [list(part) for part in zip(*tensors)]               # ws, gs, ms, vs
             if not group["trust_ratio"] or group["weight_decay"] == 0:
@@ -275,8 +290,8 @@ class Lamb(torch.optim.Optimizer):
                 lamb_update(*lists, numbers, *constants)
             else:
                 # One by one: all that the step of a matrix reads then stays in the CPU's cache.
-                for tensor in tensors:
-                    lamb_update(*([part] for part in tensor), numbers, *constants)
+                for w, g, m, v in tensors:
+                    lamb_update([w], [g], [m], [v], numbers, *constants)
 
     def tensors_of(self, w):
         """Return (weights, gradient, m, v) of a parameter."""
@@ -302,7 +317,7 @@ def update_averages(averages, forget):
 
 
 def make_optimizer(model, args):
-    """Return the optimiser of a model whose weights are those it starts with.
+    """Return the optimiser of a model that has just been initialised.
 
     As in the released configuration, biases and norms have no weight decay and no trust ratio.
     A matrix that starts at zero gets no trust ratio either, or it would stay close to zero: its
@@ -328,7 +343,8 @@ def make_optimizer(model, args):
 def lr_at(step, lr, warmup, total, rate):
     """Return the learning rate of a step, 1 to total.
 
-    It rises linearly, then falls along the part `rate` of a half cosine.
+    It rises linearly to lr, then falls along the first part of half a cosine: `rate` is that part,
+    0 for none (a constant learning rate), 1 for all of it (down to zero).
     """
     if step < warmup:
         return lr * step / warmup
@@ -340,7 +356,8 @@ def finish_step(optimizer, averages, loss, step, args):
     """Clip the gradient, update the weights and their moving average.
 
     Returns [loss, gradient norm, 1, 0] as a tensor on the device, or [0, 0, 0, 1] if the step
-    was skipped because its loss or gradient is not finite. The loss is that of all ranks,
+    was skipped because its loss or gradient is not finite: what is added to LOSS, GRAD_NORM, MADE
+    and SKIPPED. The loss is that of all ranks,
     and DDP gave them one gradient, so that all decide alike.
     """
     gradients = [p.grad for p in averages if p.grad is not None]
@@ -349,7 +366,7 @@ def finish_step(optimizer, averages, loss, step, args):
     go = loss.isfinite() & norm.isfinite()
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step + 1, args.lr, args.warmup, args.schedule_steps, args.rate)
-    # A young average forgets faster.
+    # TensorFlow's rule: a young average forgets faster, and soon has forgotten the random start.
     decay = min(args.ema, (1 + step) / (10 + step))
     optimizer.step(scale, go)
     optimizer.zero_grad()
@@ -362,7 +379,7 @@ def finish_step(optimizer, averages, loss, step, args):
 # --------------------------------------------------------------------------------------
 # Settings
 
-# Whose a default is, for --help.
+# Where a default comes from, for --help.
 PAPER, RELEASE, OURS = "[paper]", "[released CAD-I]", "[ours]"
 
 
@@ -370,9 +387,9 @@ def arguments(argv):
     """Return the settings: the command line, checked, with every default filled in."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter,
-        epilog=f"Whose a default is: {PAPER} the paper's; {RELEASE} its released configuration's "
+        epilog=f"Where a default comes from: {PAPER} the paper; {RELEASE} its released configuration "
                f"(nothing else is known of how these models were optimised); {OURS} this "
-               f"implementation's.")
+               f"implementation.")
     add = functools.partial(parser.add_argument, metavar="X")
 
     # What is trained, on what.
@@ -399,7 +416,8 @@ def arguments(argv):
     add("--optimizer", choices=["lamb", "adamw"], default="lamb", help=f"lamb or adamw {RELEASE}")
     add("--lr", type=float, default=1e-3, help=f"peak learning rate {RELEASE}")
     add("--betas", type=float, nargs=2, default=[0.9, 0.999], help=f"of both optimisers {RELEASE}")
-    add("--weight-decay", type=float, default=0.01, help=f"none on biases and norms {RELEASE}")
+    add("--weight-decay", type=float, default=0.01,
+        help=f"none on biases and norms; 0 turns LAMB into Adam {RELEASE}")
     add("--warmup", type=int, default=5000, help=f"steps of linear warm-up {RELEASE}")
     add("--rate", type=float, default=0.7, help=f"part of a half cosine that is used {RELEASE}")
     add("--clip", type=float, default=2.0, help=f"bound of the gradient's norm {RELEASE}")
@@ -409,8 +427,8 @@ def arguments(argv):
     add("--micro-batch", type=int,
         help=f"samples on a device at once; more are added up (default: 64 on CUDA, or all {OURS})")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help=f"auto: bf16 on CUDA, else fp32; weights are always float32 {OURS}")
-    add("--workers", type=int, help=f"that read data, a rank (default: 4 on CUDA, else 0 {OURS})")
+        help=f"auto: bf16 on CUDA, else fp32 (on CUDA in TF32); weights are always float32 {OURS}")
+    add("--workers", type=int, help=f"processes of a rank that read data (default: 4 on CUDA, else 0 {OURS})")
     parser.add_argument("--no-compile", action="store_true", help="CUDA: no torch.compile")
     parser.add_argument("--checkpoint-activations", action="store_true",
                         help="compute them again in the backward pass: slower, less memory")
@@ -487,9 +505,12 @@ class Run(NamedTuple):
     ema: nn.Module              # the moving average of the model's weights
     optimizer: Lamb
     first: int                  # steps that were made before: the state's, or 0
-    # Of the steps since the last row of the log: the sum of losses and of gradient norms, how many
-    # were made and how many skipped. The fifth number: the steps skipped in a row, up to now.
-    sums: torch.Tensor          # (5,)
+    sums: torch.Tensor          # (5,), see LOSS below
+
+
+# The places in Run.sums. Of the steps since the last row of the log: the sum of their losses and of
+# their gradient norms, how many were made and how many skipped. And the steps skipped in a row.
+LOSS, GRAD_NORM, MADE, SKIPPED, IN_A_ROW = range(5)
 
 
 def open_data(args):
@@ -529,7 +550,7 @@ def make_network(args, meta):
             if start.config[name] != data_sizes[name]:
                 raise UserError(f"--init {args.init}: its {name} is {start.config[name]}, the "
                                 f"data's is {data_sizes[name]}: encode with its encoders")
-        changed = changed_encoders(start.checkpoint, encoders_of(meta))
+        changed = changed_encoders(start.checkpoint_config, encoders_of(meta))
         if changed:
             name = changed[0].replace("vae_fingerprint", "autoencoder")
             raise UserError(f"--init {args.init}: its {name} is not the data's: encode with its encoders")
@@ -576,7 +597,7 @@ def checkpoint_config(run, step):
                 "init": args.init, **encoders_of(meta)}
     if augmented and args.p > 0:
         settings = augmented.meta.get("cutmix") or ["unknown"]
-        training["IA"] = settings[0] if len(settings) == 1 else "all"
+        training["IA"] = "all" if set(settings) == set(SETTINGS) else " + ".join(settings)
     return {"model": args.model, "args": run.model.config, "vae": meta["vae"],
             "text_encoder": meta["text_encoder"], "scaling_factor": meta["scaling_factor"],
             "training": training}
@@ -656,7 +677,7 @@ def begin_log(path, state, args):
         if not all(isinstance(row.get("step"), int) for row in rows):
             raise UserError(f"{path}: a line of it has no step: not a log of train.py")
         rows = [row for row in rows if row["step"] <= state["step"]]
-        # Rates that were tried from this very state, and did not last.
+        # Learning rates that were tried from this very state, and did not last.
         rows = [row for row in rows if "lr_changed" not in row or row["step"] < state["step"]]
     if state and state["settings"]["lr"] != args.lr:
         before = state["settings"]["lr"]
@@ -740,7 +761,7 @@ def train(args, rank, world, device, stack):
             loss /= world
         outcome = finish_step(run.optimizer, averages, loss, step, args)
 
-        count(run.sums, outcome)
+        add_outcome(run.sums, outcome)
         done = step + 1
         bar.update()
 
@@ -750,7 +771,7 @@ def train(args, rank, world, device, stack):
         stop.worth_saving = True
         logging = due(done, args.log_every, args)
         saving = stopping or due(done, args.save_every, args)
-        # Not after the last step: that checkpoint is OUT itself.
+        # Not always after the last step, unlike the others: OUT itself is that checkpoint.
         keeping = done % args.keep_every == 0
         # The sums are read only now and then, because the CPU has to wait for the GPU.
         if done % 10 == 0 or logging or saving or keeping:
@@ -800,13 +821,14 @@ def train(args, rank, world, device, stack):
 
 
 def start_or_resume(args, rank, world, device, stack):
-    """Open the data, make the network and its optimiser, load the last state if there is one -> Run."""
+    """Return the Run: open the data, make the network, load the last state if there is one."""
     original, augmented, val = open_data(args)
     model, optimizer = make_network(args, original.meta)
 
     # From here on the folder is this run's: no other one writes the state that is read now.
     if rank == 0:
         stack.enter_context(only_command(args.out))
+
     # --resume is for the first start only: a run that has a state of its own goes on from that.
     begin_from = state_path(args)
     if args.resume and not begin_from.exists():
@@ -814,6 +836,8 @@ def start_or_resume(args, rank, world, device, stack):
     state = None
     if args.resume or begin_from.exists():
         state = load_state(begin_from, args, device)
+
+    # The network, its average and its optimiser as they were after that state's step.
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     first = 0
@@ -824,6 +848,8 @@ def start_or_resume(args, rank, world, device, stack):
         if first > args.steps:
             raise UserError(f"--steps {args.steps}: {begin_from} is of step {first} already")
         sums = state["sums"]
+
+    # Loaded before ranks agree: if it is missing, all of them end.
     vae = load_vae(original.meta["vae"], device) if args.sample_every and rank == 0 else None
     if world > 1:
         of_rank_0 = torch.tensor(first)
@@ -838,6 +864,10 @@ def start_or_resume(args, rank, world, device, stack):
         print(f"{args.model} {args.preset}: {weights / 1e6:.1f} M parameters, {len(original)} "
               f"originals, {len(augmented or ())} composites, steps {first} to {args.steps} on "
               f"{world} x {device.type}")
+        if args.warmup >= args.steps:
+            print(f"--warmup {args.warmup} is not over by --steps {args.steps}: the learning rate "
+                  f"reaches {lr_at(args.steps, args.lr, args.warmup, args.schedule_steps, args.rate):.2g}, "
+                  f"not {args.lr:.2g}")
     return Run(args, rank, world, device, original, augmented, val, vae, model=model, ema=ema,
                optimizer=optimizer, first=first, sums=sums)
 
@@ -861,30 +891,30 @@ def due(done, every, args):
     return every > 0 and (done % every == 0 or done == args.steps)
 
 
-def count(sums, outcome):
-    """Add the outcome of a step (see finish_step) to the sums (see Run)."""
-    sums[:4] += outcome
+def add_outcome(sums, outcome):
+    """Add the outcome of a step (see finish_step) to the sums (see Run), in place."""
+    sums[:IN_A_ROW] += outcome
     # Once it has reached ten, the number skipped in a row stays there: a good step must not hide
     # it before refuse_divergence looks.
-    in_a_row = sums[4]
-    skipped = outcome[3]
-    sums[4] = torch.where(in_a_row < 10, (in_a_row + 1) * skipped, in_a_row)
+    in_a_row = sums[IN_A_ROW]
+    skipped = outcome[SKIPPED]
+    sums[IN_A_ROW] = torch.where(in_a_row < 10, (in_a_row + 1) * skipped, in_a_row)
 
 
 def take_log_row(run, done):
     """Return the log's row for the steps since the last one, and set their sums to zero."""
-    loss, norm, made, skipped, _ = run.sums.tolist()
-    run.sums[:4] = 0
+    sums = run.sums.tolist()
+    run.sums[:IN_A_ROW] = 0
     row = {"step": done}
     # Nothing is known of a loss where all steps were skipped.
-    if made:
-        row["loss"] = loss / made
-        row["grad_norm"] = norm / made
+    if sums[MADE]:
+        row["loss"] = sums[LOSS] / sums[MADE]
+        row["grad_norm"] = sums[GRAD_NORM] / sums[MADE]
     row["lr"] = run.optimizer.param_groups[0]["lr"]
-    if skipped:
-        row["skipped"] = int(skipped)
+    if sums[SKIPPED]:
+        row["skipped"] = int(sums[SKIPPED])
         if run.rank == 0:
-            print(f"step {done}: {skipped:.0f} steps were skipped, as their loss or gradient was not "
+            print(f"step {done}: {sums[SKIPPED]:.0f} steps were skipped, as their loss or gradient was not "
                   f"finite; `encode.py --check` tells whether the data are damaged")
     return row
 
@@ -916,10 +946,10 @@ def fit_to_save(run, inputs, done):
 
 def refuse_divergence(run, done):
     """Raise UserError if training has failed: the weights that were saved last are better."""
-    loss, _, made, _, in_a_row = run.sums.tolist()
-    mean_loss = loss / max(1, made)
-    if in_a_row >= 10:
-        raise UserError(f"step {done}: for {in_a_row:.0f} steps in a row the loss or its gradient was "
+    sums = run.sums.tolist()
+    mean_loss = sums[LOSS] / max(1, sums[MADE])
+    if sums[IN_A_ROW] >= 10:
+        raise UserError(f"step {done}: for {sums[IN_A_ROW]:.0f} steps in a row the loss or its gradient was "
                         f"not finite, and they were skipped; {what_to_do(run.args)}")
     if mean_loss > DIVERGED:
         raise UserError(f"step {done}: the loss is {mean_loss:.3g}; {what_to_do(run.args)}")
@@ -941,7 +971,8 @@ def what_to_do(args):
 def validation_losses(run):
     """Return the mean loss of the averaged weights in each of ten bins of t: 10 floats.
 
-    Pictures, times and noise are the same at every call.
+    Pictures, times and noise are the same at every call. The pictures are spread evenly over the
+    set, and ranks share them. Picture n is measured in bin n % 10.
     """
     args, val, device = run.args, run.val, run.device
     count = min(args.val_images, len(val))
@@ -950,13 +981,15 @@ def validation_losses(run):
     for start in range(0, len(mine), args.micro_batch):
         numbers = mine[start:start + args.micro_batch]                   # (B,)
         picks = [(val, int(n) * len(val) // count) for n in numbers]
-        draws = [np.random.default_rng([args.seed, 3, n]) for n in numbers]
-        bins = numbers % 10
-        t = (bins + [rng.random() for rng in draws]) / 10
+        draws = [np.random.default_rng([args.seed, VALIDATION_STREAM, n]) for n in numbers]
+        bins = numbers % 10                                              # (B,)
+        place_in_bin = np.array([rng.random() for rng in draws])         # (B,) in [0, 1)
+        t = (bins + place_in_bin) / 10
         seeds = np.array([rng.integers(2 ** 63) for rng in draws])
-        # No caption is dropped, and no coin takes CAD's self-conditioning away.
-        zeros = np.zeros(len(numbers))
-        batch = as_batch(picks, t, zeros.astype(bool), zeros, seeds)
+        dropped = np.zeros(len(numbers), bool)
+        # Below every share: CAD is self-conditioned on all samples.
+        coin = np.zeros(len(numbers))
+        batch = as_batch(picks, t, dropped, coin, seeds)
         inputs = draw_inputs(batch, val.meta["scaling_factor"], device)
         with autocast(device, args.precision):
             losses = diffusion_losses(run.ema, **inputs).double()        # (B,)
@@ -969,19 +1002,19 @@ def validation_losses(run):
 
 
 def save_grid(run, done):
-    """Draw DDIM samples of the averaged weights, for about 16 captions spread over each set."""
+    """Draw DDIM samples of the averaged weights, for 16 captions spread evenly over the sets."""
     args = run.args
-    sets = [one for one in (run.original, run.augmented) if one]
+    sets = [data for data in (run.original, run.augmented) if data]
     picks = []
-    for one in sets:
-        distance = math.ceil(len(one) * len(sets) / 16)
-        picks += [(one, i) for i in range(0, len(one), distance)]
-    texts = [one.text(i) for one, i in picks]
+    for data in sets:
+        distance = math.ceil(len(data) * len(sets) / 16)
+        picks += [(data, i) for i in range(0, len(data), distance)]
+    texts = [data.text(i) for data, i in picks]
     lengths = torch.tensor([len(text) for text in texts])
     text, mask = pad_text(torch.cat(texts), lengths, padded_length(lengths))
     cond = (text.to(run.device), mask.to(run.device))
-    one_token = torch.ones(1, dtype=torch.int64, device=run.device)
-    null = pad_text(sets[0].null.to(run.device), one_token, 1)
+    null_text = run.original.null[None].to(run.device)                   # (1, L, D_text)
+    null = (null_text, torch.ones(null_text.shape[:2], dtype=torch.bool, device=run.device))
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(len(picks), *sets[0].meta["latent_shape"], generator=generator)
     with autocast(run.device, args.precision):
@@ -989,7 +1022,7 @@ def save_grid(run, done):
                    args.guidance, args.clamp or None)
     images = to_images(run.vae.decode(x_0 / run.vae.scaling_factor))
     with complete(Path(args.out) / f"samples/{done:07d}.png") as temporary:
-        contact_sheet(images, [one.caption(i) for one, i in picks]).save(temporary, "PNG")
+        contact_sheet(images, [data.caption(i) for data, i in picks]).save(temporary, "PNG")
 
 
 if __name__ == "__main__":

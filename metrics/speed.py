@@ -155,8 +155,9 @@ def time_sampling(args):
 
     if device.type == "cuda" and not args.no_compile:
         compile_blocks(model)
-    # Two steps warm up both kinds: the first has no guidance, the second has.
-    seconds_of(device, sample.generate, pipeline, prompts, **{**options, "steps": 2})
+    # Two steps warm up both kinds: the first has no guidance, the second has, at t = 0.5.
+    two_steps = {**options, "steps": 2, "guidance_interval": (0.0, 1.0)}
+    seconds_of(device, sample.generate, pipeline, prompts, **two_steps)
     total = seconds_of(device, sample.generate, pipeline, prompts, **options)
     text_time = seconds_of(device, encode_text, tokenizer, t5, prompts, args.max_tokens)
     decoder_time = seconds_of(device, vae.decode, noise)

@@ -452,6 +452,15 @@ def test_three_ranks_go_on_with_the_bits_of_a_run_that_was_never_stopped(toy_pap
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_run_says_if_its_warm_up_is_longer_than_itself(toy_paper, tmp_path, capsys):
+    for warmup, said in ((4, "reaches 0.00075, not 0.001"), (2, "")):
+        train.main([*map(str, data(toy_paper)), *SMALL, "--warmup", str(warmup), "--steps", "3",
+                    "--out", str(tmp_path / str(warmup))])
+        printed = capsys.readouterr().out
+        assert said in printed
+        assert ("is not over" in printed) == bool(said)
+
+
 def test_a_rank_that_is_refused_ends_the_others_at_once(toy_paper, tmp_path):
     with only_command(tmp_path):
         done = run(*TORCHRUN, 2, "train.py", *data(toy_paper), *SMALL, "--out", tmp_path, "--steps", "4")

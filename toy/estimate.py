@@ -29,7 +29,7 @@ CAPTION_TOKENS = 20         # about as many as the toy's long captions have
 OVERHEAD = 1.15
 
 
-def seconds_of(function, least=1.0):
+def median_seconds(function, least=1.0):
     """Return the seconds that one call takes: the median of calls that take `least` seconds together.
 
     A machine that is busy for a moment does not spoil a median.
@@ -57,7 +57,7 @@ def data_seconds():
     # its time is divided by the pictures in it.
     pixels = to_tensor([draw(random_scene(rng)) for _ in range(64)])
     with torch.no_grad():
-        encoding = seconds_of(lambda: vae.encode(pixels)) / 64
+        encoding = median_seconds(lambda: vae.encode(pixels)) / 64
 
     with tempfile.TemporaryDirectory() as folder:
         def draw_and_read():
@@ -68,7 +68,7 @@ def data_seconds():
             with Image.open(path) as image:
                 image.convert("RGB")
 
-        return encoding + seconds_of(draw_and_read, 0.3)
+        return encoding + median_seconds(draw_and_read, 0.3)
 
 
 def make_model(name):
@@ -103,7 +103,7 @@ def training_seconds(name):
         loss = train.add_gradient(model, inputs, args)
         train.finish_step(optimizer, averages, loss, 0, args)
 
-    return seconds_of(step, 1.5)
+    return median_seconds(step, 1.5)
 
 
 @torch.no_grad()
@@ -120,16 +120,16 @@ def sampling_seconds(name):
     # Only the first step of a picture has no state of
     # the step before, so one that has it is timed.
     _, state = model.denoise(x, gamma, context, None)
-    denoising = seconds_of(lambda: model.denoise(x, gamma, context, state)) / batch
+    denoising = median_seconds(lambda: model.denoise(x, gamma, context, state)) / batch
 
     # What follows the last step is done once for each picture.
     vae = encode.load_vae(VAE)
-    decoding = seconds_of(lambda: vae.decode(x[:batch]), 0.5) / batch
+    decoding = median_seconds(lambda: vae.decode(x[:batch]), 0.5) / batch
 
     # The detector looks at one picture at a time. Its first call,
-    # which draws its templates, is left out by `seconds_of`.
+    # which draws its templates, is left out by `median_seconds`.
     image = draw(random_scene(random.Random(0)))
-    detecting = seconds_of(lambda: detect(image), 0.3)
+    detecting = median_seconds(lambda: detect(image), 0.3)
 
     return SAMPLE_STEPS * denoising + decoding + detecting
 

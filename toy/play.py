@@ -244,7 +244,7 @@ class Painter:
     def about(self):
         """Return what the page shows of a checkpoint."""
         # A checkpoint from elsewhere may not say how it was trained.
-        training = self.pipeline.model.checkpoint.get("training") or {}
+        training = self.pipeline.model.checkpoint_config.get("training") or {}
         augmentations = [key for key in ("TA", "IA") if training.get(key)]
         return {"name": self.name, "kind": " + ".join(augmentations), "folder": self.folder,
                 "toy": self.is_toy, "pixels": self.pixels}
@@ -294,7 +294,7 @@ def load_painters(named):
     painters = {}
     for name, folder in named.items():
         model = load_model(folder, local_device())
-        encoders = encoder_names(folder, model.checkpoint)
+        encoders = encoder_names(folder, model.checkpoint_config)
         if encoders in pipelines:
             # This is a copy of the tuple with another network: the autoencoder
             # and the text encoder in it are the ones that are loaded already.
