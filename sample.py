@@ -282,9 +282,9 @@ def dpm_solver(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
     last two estimates, as a function of lambda, half the logarithm of the
     signal-to-noise ratio.
 
-    Without guidance and with cosine spacing its error falls with the square of the number
-    of steps, DDIM's in proportion to it. With guidance both fall in proportion: the first
-    step is made without, which is an error of the size of one step.
+    Without guidance and with cosine spacing its error falls almost with the square of the
+    number of steps, DDIM's only in proportion. With guidance both fall in proportion: the
+    first step has none, and that alone is an error of the size of one step.
     """
     t = times(steps, spacing)
     alpha = gamma(t).sqrt()
