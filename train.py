@@ -235,15 +235,18 @@ def adamw_update(ws, gs, ms, vs, numbers, beta1, beta2, eps, decay):
           weight_decay=decay, eps=eps, maximize=False)
 
 
-def lamb_update(ws, gs, ms, vs, numbers, beta1, beta2, eps, decay):
+def lamb_update(ws, gs, ms, vs, us, numbers, beta1, beta2, eps, decay):
     """Make one step of LAMB (You et al. 2020) for lists of tensors, in place.
 
     With m^ and v^ for the moments without their bias, u = -(m^ / (sqrt(v^) + eps) + decay * w), and
     each tensor makes a step as long as itself: w <- w + lr * |w| / |u| * u.
+
+    ws, gs, ms, vs: as for `adamw_update`. us: tensors of the same shapes, which are overwritten.
     """
     # At a learning rate of 1 and without decay, torch's AdamW adds -m^ / (sqrt(v^) + eps) to what it
     # is given. Here that is -decay * w, and u comes out.
-    us = torch._foreach_mul(ws, -decay)
+    for w, u in zip(ws, us):
+        torch.mul(w, -decay, out=u)
     at_rate_1 = numbers._replace(lr=torch.ones_like(numbers.lr))
     adamw_update(us, gs, ms, vs, at_rate_1, beta1, beta2, eps, 0.0)
 
@@ -283,15 +286,19 @@ class Lamb(torch.optim.Optimizer):
                 continue
             numbers = Numbers(as_tensor(group["lr"]), as_tensor(scale), go, updates)
             constants = (*group["betas"], group["eps"], group["weight_decay"])
-            lists = [list(part) for part in zip(*tensors)]               # ws, gs, ms, vs
+            ws, gs, ms, vs = (list(part) for part in zip(*tensors))
             if not group["trust_ratio"] or group["weight_decay"] == 0:
-                adamw_update(*lists, numbers, *constants)
+                adamw_update(ws, gs, ms, vs, numbers, *constants)
             elif device.type == "cuda":
-                lamb_update(*lists, numbers, *constants)
+                us = [torch.empty_like(w) for w in ws]
+                lamb_update(ws, gs, ms, vs, us, numbers, *constants)
             else:
-                # One by one: all that the step of a matrix reads then stays in the CPU's cache.
+                # One by one, and all in the same memory: what the step of a matrix reads then stays
+                # in the CPU's cache, and memory that is new to a process is slow to touch.
+                memory = torch.empty(max(w.numel() for w in ws))
                 for w, g, m, v in tensors:
-                    lamb_update([w], [g], [m], [v], numbers, *constants)
+                    u = memory[:w.numel()].view_as(w)
+                    lamb_update([w], [g], [m], [v], [u], numbers, *constants)
 
     def tensors_of(self, w):
         """Return (weights, gradient, m, v) of a parameter."""
