@@ -144,6 +144,7 @@ ALL_VIEWS = [0, 1, 2, 3, 4]
 def kept_patches(setting, box, size):
     """Return the views of a composite that LLaVA is shown, as a list of numbers.
 
+    The paper calls LLaVA's views patches; elsewhere here, a patch is a P-th part of a view's side.
     0 is the whole image, 1 to 4 are its quadrants, row by row. A photo (setting None)
     and 1/2 need only the whole: what they show is large. All others also need the
     quadrant with most of the small photo, or several if they have equal shares. `box`
@@ -174,8 +175,9 @@ def image_tokens(features, kept, newline):
     It is LLaVA-NeXT's packing, of the kept views only: the whole, then the rows of the
     2 x 2 grid of quadrants, each with a newline at its end. With P x P patches a view,
     all five give transformers' own sequence, 5 P^2 + 2 P tokens (2,928). The whole alone
-    gives P^2 + 1 (577), as transformers packs a picture of one view, and each quadrant
-    P (P + 1) more (600).
+    gives P^2 + 1 (577), as transformers packs a picture of one view. Beside quadrants it
+    gives P^2 (576), each quadrant as many, and each row of quadrants of which one is kept P
+    newlines (24).
 
     features: (views, P * P, D), the kept views in order; newline: (D,).
     """
@@ -352,7 +354,8 @@ def llava(args):
         raise UserError(f"--model {args.model}: no 2 x 2 grid, {side} x {side}, in its "
                         "image_grid_pinpoints")
 
-    # What remains open in these two calls are the pictures, and whether to prune.
+    # Two functions with all arguments set but some: `load` still takes a picture and the views to
+    # keep, `describe_pictures` the batches of pictures and whether to prune.
     load = partial(load_pictures, folder=folder, processor=processor.image_processor,
                    side=side)
     prompt = prompt_tokens(processor, PROMPT_CUTMIX if args.cutmix else PROMPT)
@@ -600,7 +603,8 @@ def ask(model, tokenizer, questions, max_new_tokens):
 def missing_words(prompt, caption):
     """Return the words of a short prompt that a long one has lost.
 
-    Words are objects, counts, colours and positions: all but FILLER_WORDS.
+    Words are objects, counts, colours and positions: all but FILLER_WORDS. Which colour belongs
+    to which object is not checked.
     """
     # Words are runs of letters and digits in any script, so "well-lit" is two of them.
     # Both texts are compared by all forms: "dog" is found in "dogs" and "dogs" in "dog".
@@ -631,7 +635,7 @@ def word_forms(word):
 
 
 # --------------------------------------------------------------------------------------
-# Chat models, with and without eyes
+# Loading a chat model
 
 def load_chat_model(model_class, name):
     """Return a model on this rank's device, and its processor.
@@ -644,9 +648,9 @@ def load_chat_model(model_class, name):
 
     device = local_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sees = model_class.startswith("Llava")
+    reads_images = model_class.startswith("Llava")
     try:
-        if sees:
+        if reads_images:
             # A wrong model is refused by its small configuration, before gigabytes are read.
             config = transformers.AutoConfig.from_pretrained(name)
             if config.model_type != "llava_next":
@@ -735,9 +739,12 @@ class SharedFile:
         of each batch of items; `settings` are what rows depend on. Raises UserError if
         `out` or its parts belong to other items, settings or ranks.
         """
-        # Started once more, a finished command only makes sure that it means the same items.
+        # Started once more, a finished command only makes sure that it means the same rows. (A file
+        # that came without settings, from another machine say, is taken as it is.)
         if self.out.exists():
             self.refuse_other_items()
+            if self.settings.exists():
+                begin_or_resume(self.settings, self.out, settings)
             self.remove_parts()
             return True
 
@@ -860,8 +867,8 @@ class SharedFile:
         return True
 
     def remove_parts(self):
-        """Remove what is of no use once `out` is complete; a kill may have left it."""
-        for path in (*self.parts, self.settings):
+        """Remove the parts, which are of no use once `out` is complete; a kill may have left them."""
+        for path in self.parts:
             path.unlink(missing_ok=True)
 
 

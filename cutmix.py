@@ -21,6 +21,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -46,9 +47,10 @@ from common import (HelpFormatter, UserError, at_least, begin_or_resume, between
 # The composite (paper 3.2, "Image augmentation")
 #
 # The four functions below say where the second photo goes in a composite of `size`
-# pixels. Scaled down, it has `side` pixels. They return a box (x0, y0, x1, y1), right
-# and bottom exclusive. `rng` is a numpy Generator or a random.Random: rng.random() is
-# in [0, 1).
+# pixels. `side` is the side of the second photo, once it is scaled down, in pixels; for
+# 1/2 it is not, and `side` is `size`. They return a box (x0, y0, x1, y1), right and
+# bottom exclusive. `rng` is a numpy Generator or a random.Random: rng.random() is in
+# [0, 1).
 
 def one_half(size, side, rng):
     """Return the right or the bottom half."""
@@ -79,6 +81,7 @@ def off_centre(size, side, rng):
     first = -(-size // 20)                  # 5%, rounded up
     last = size * 19 // 20 - side           # the box ends at 95%, rounded down
 
+    # start <= 60% and start + side >= 40%, in whole numbers.
     def meets_centre(start):
         return 5 * start <= 3 * size and 5 * (start + side) >= 2 * size
 
@@ -111,7 +114,8 @@ CUTS = {
 }
 SETTINGS = tuple(CUTS)
 
-# Half of Lanczos's time, and 36 to 45 dB from it: composites are seen under noise only.
+# It takes half of Lanczos's time. The two differ by 36 to 45 dB (PSNR), which cannot be seen under
+# noise, and composites are shown to the model under noise only.
 RESAMPLE = Image.Resampling.HAMMING
 
 
@@ -154,7 +158,8 @@ def mix(base, paste, setting, size, rng):
 
     # The second photo: all of it, scaled down; or (1/2) its half that lies in the box.
     side = size // CUTS[setting].scale
-    part = box if side == size else None
+    is_scaled_down = side < size
+    part = None if is_scaled_down else box
     picture.paste(resize_and_crop(paste, side, part, RESAMPLE), box)
     return picture, box
 
@@ -162,6 +167,7 @@ def mix(base, paste, setting, size, rng):
 # --------------------------------------------------------------------------------------
 # The data set
 
+# Composites in a folder: one with a million files is slow to list.
 A_FOLDER = 1000
 
 
@@ -205,7 +211,7 @@ class Composites:
         """Return the file of a photo of another class, each as likely as the others."""
         while True:
             file = os.fsdecode(self.files[int(rng.random() * len(self.files))])
-            if not same_class(base, file):
+            if may_be_mixed(base, file):
                 return file
 
     def compose(self, index, setting):
@@ -273,12 +279,13 @@ def shuffled_settings(seed, group):
     return [SETTINGS[k] for k in order]
 
 
-def same_class(a, b):
-    """Tell whether two files must not be mixed: the same photo, or the same class.
+def may_be_mixed(a, b):
+    """Tell whether two files are different photos, of different classes.
 
     A photo in no class folder is a class of its own.
     """
-    return a == b or class_of(a) == class_of(b) != ""
+    without_class = class_of(a) == class_of(b) == ""
+    return a != b and (without_class or class_of(a) != class_of(b))
 
 
 def composite_file(index):
@@ -486,7 +493,7 @@ def make_composites(args, photos, composites, rank, world):
         return
 
     # Each rank makes every world-th folder, and of these what is not there yet.
-    folder_count = -(-len(composites) // A_FOLDER)
+    folder_count = math.ceil(len(composites) / A_FOLDER)
     folders = []
     for folder in range(rank, folder_count, world):
         if not composites.part_file(folder).exists():
@@ -535,7 +542,7 @@ def photos_of_two_classes(folder):
     Raises UserError if there are none, or if they are of one class only.
     """
     files = list_images(folder)
-    if all(same_class(files[0], file) for file in files):
+    if not any(may_be_mixed(files[0], file) for file in files):
         raise UserError(f"{folder}: one class only, and partners come from another "
                         "(give two or more class folders, or one flat folder of two or "
                         "more images)")

@@ -530,7 +530,7 @@ def write(folder, rank=0, world=1, produce=lambda batches: map(rows_of, batches)
 
 def test_wherever_a_run_was_torn_it_ends_with_the_same_bytes(tmp_path):
     _, whole = write(tmp_path)
-    assert sorted(whole) == ["c.jsonl", "c.skipped.jsonl"]
+    assert sorted(whole) == ["c.jsonl", "c.jsonl.settings", "c.skipped.jsonl"]
     rows = [json.loads(line) for line in whole["c.jsonl"].splitlines()]
     assert [row["file"] for row in rows] == [f for f in ITEMS if int(f[1:]) % 5 != 3]
     lines = []
@@ -589,7 +589,12 @@ def test_captions_of_two_models_are_not_mixed(tmp_path):
         write(tmp_path, 1, 2, model="another")
     assert "\n" not in str(error.value)
     done, files = write(tmp_path, 1, 2)
-    assert done and sorted(files) == ["c.jsonl", "c.skipped.jsonl"]
+    assert done and sorted(files) == ["c.jsonl", "c.jsonl.settings", "c.skipped.jsonl"]
+    # Nor are those of a finished file taken for another model's.
+    with pytest.raises(common.UserError, match=message):
+        write(tmp_path, 1, 2, model="another")
+    (tmp_path / "c.jsonl.settings").unlink()
+    assert write(tmp_path, model="another")[0]
 
 
 def test_a_file_of_other_images_is_not_continued(tmp_path):
