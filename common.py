@@ -382,11 +382,12 @@ def only_command(folder, file=""):
     name = f".{file}.lock" if file else ".lock"
     path = folder / f"{name}.{os.environ.get('RANK', '0')}"
     with take_lock(path, folder / file) as lock:
-        # What a killed command left here is overwritten.
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
         try:
+            # What a killed command left here is overwritten. On a full disk the file stays empty:
+            # the lock does not depend on what is in it.
+            with contextlib.suppress(OSError):
+                os.ftruncate(lock.fileno(), 0)
+                os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
             yield
         finally:
             path.unlink(missing_ok=True)

@@ -625,7 +625,9 @@ def save_state(run, step):
                 torch.save(state, file)
         # On a full disk, torch's writer raises errors of many kinds.
         except (OSError, RuntimeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else one_line(error)
+            reason = f"{one_line(error)}: is the disk full?"
+            if isinstance(error, OSError):
+                reason = error.strerror
             raise UserError(f"{path}: cannot be written ({reason}); the state before it is "
                             f"whole") from None
 

@@ -273,6 +273,19 @@ def test_two_commands_do_not_write_to_one_folder_at_once(tmp_path, monkeypatch):
     assert [path.name for path in folder.iterdir()] == ["file"]
 
 
+def test_a_full_disk_does_not_keep_a_folder_from_being_locked(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with common.only_command(tmp_path):
+        with pytest.raises(UserError, match="another command is writing to it"):
+            with common.only_command(tmp_path):
+                pass
+    # Nothing is left behind.
+    assert not tmp_path.exists()
+
+
 def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
