@@ -62,7 +62,10 @@ def pixels_of(image):
 
 
 def normalised(pixels, mean, std):
-    """Return pixels (..., 3, H, W) of 0..255 as a network was trained with, float32."""
+    """Return pixels (..., 3, H, W), 0..255, as float32 less `mean` and divided by `std`.
+
+    Both are those of the network's training data, for pixels of 0..1.
+    """
     mean = torch.tensor(mean, device=pixels.device)[:, None, None]
     std = torch.tensor(std, device=pixels.device)[:, None, None]
     return (pixels.float() / 255 - mean) / std
@@ -77,18 +80,20 @@ def stamp(folder, file):
     return f"{status.st_size}:{status.st_mtime_ns}"
 
 
-def judged(folder, files, log, weights, judge, given=None):
+def cached_answers(folder, files, log, weights, ask_models, given=None, extra=None):
     """Yield (file, image, row), where row holds what models say of the image.
 
     A row comes from the JSONL file `given` by the user. Without one it is {"file": file,
-    **judge(file, image)} and is kept in folder/log, so that a killed run goes on there.
-    It is made again where the image or `weights`, {name: hash} of the models, have
-    changed.
+    **ask_models(file, image)} and is kept in folder/log, so that a killed run goes on
+    there. It is made again where the image has changed, `weights`, {name: hash} of the
+    models, or `extra`, {file: dict of what else the answers depend on}.
     """
     path = Path(given or Path(folder, log))
+    extra = extra or {}
     made_of = {}
     for file in files:
-        made_of[file] = {"models": list(weights.values()), "stamp": stamp(folder, file)}
+        made_of[file] = {"models": list(weights.values()), "stamp": stamp(folder, file),
+                         **extra.get(file, {})}
 
     # What is known already.
     rows = {}
@@ -110,7 +115,7 @@ def judged(folder, files, log, weights, judge, given=None):
         # Of one image, or none if it cannot be read.
         for file, image in batch:
             if file not in rows:
-                rows[file] = {"file": file, **judge(file, image)}
+                rows[file] = {"file": file, **ask_models(file, image)}
                 append_jsonl(path, [{**rows[file], **made_of[file]}])
             yield file, image, rows[file]
     report_skipped(folder, skipped, len(files))
@@ -350,7 +355,7 @@ def quality(args):
                         "with")
     rank, world = rank_and_world()
     real_is_file = args.real.endswith(".safetensors")
-    # Wrong paths are told before any download.
+    # Wrong paths are reported before anything is downloaded.
     names = sample_names(args.fake) if args.fake else {}
     if not real_is_file:
         real_files = asked_for(args.real, list(sample_names(args.real)), names.values())
@@ -380,46 +385,59 @@ def quality(args):
         about = {"made_with": json.dumps(made_with), "files": json.dumps(files)}
         with complete(args.save_stats) as path:
             save_file(real, path, about)
-    if args.fake:
-        if real_is_file:
-            chosen = set(asked_for(args.real, files, names.values()))
-            rows = torch.tensor([file in chosen for file in files])
-            real = {network: table[rows] for network, table in real.items()}
-        fake, _ = folders[-1].read()
-        measure(args, real, fake, names, weights)
+    if not args.fake:
+        return
 
+    if real_is_file:
+        chosen = set(asked_for(args.real, files, names.values()))
+        rows = torch.tensor([file in chosen for file in files])
+        real = {network: table[rows] for network, table in real.items()}
+    fake, _ = folders[-1].read()
+    scores, note = compare_features(real, fake, args)
 
-def measure(args, real, fake, names, weights):
-    """Compare two sets of features {network: (N, D)} and finish the command `quality`."""
-    x, y = real["inception"].to(DEVICE), fake["inception"].to(DEVICE)
-    u, v = real["dino"].to(DEVICE), fake["dino"].to(DEVICE)
-    scores, chunks, sizes = mean_prdc(u, v, args.k, args.chunk, args.seed)
-    scores["fid"] = frechet_distance(x, y)
-    scores["fid_dino"] = frechet_distance(u, v)
-    counts = {"real": len(x), "fake": len(y), "skipped": len(names) - len(y)}
-
-    # What the figures depend on, beside the images.
-    notes = [f"FID: {len(y)} images against {len(x)}. P, R, D, C: mean over {chunks} chunks of "
-             f"{sizes[1]} images against {sizes[0]}, k = {args.k}, seed {args.seed}. All depend "
-             "on these numbers"]
+    count_real = len(real["dino"])
+    count_fake = len(fake["dino"])
+    counts = {"real": count_real, "fake": count_fake, "skipped": len(names) - count_fake}
+    notes = [note]
     asked = {name for name in names.values() if name}
-    if len(x) < len(asked):
-        notes.append(f"{len(asked) - len(x)} of the {len(asked)} real images that were asked for "
-                     f"are not in {args.real}")
+    if count_real < len(asked):
+        notes.append(f"{len(asked) - count_real} of the {len(asked)} real images that were asked "
+                     f"for are not in {args.real}")
     finish(args.fake, args, scores, weights, counts, notes, "COCO" if asked else "ImageNet")
+
+
+def compare_features(real, fake, args):
+    """Return ({score: value}, note) of two sets of features {network: (N, D)}.
+
+    The note says what the scores depend on beside the images.
+    """
+    real_inception = real["inception"].to(DEVICE)                      # (N, 2048)
+    fake_inception = fake["inception"].to(DEVICE)                      # (M, 2048)
+    real_dino = real["dino"].to(DEVICE)                                # (N, D)
+    fake_dino = fake["dino"].to(DEVICE)                                # (M, D)
+
+    scores, chunks, sizes = mean_prdc(real_dino, fake_dino, args.k, args.chunk, args.seed)
+    scores["fid"] = frechet_distance(real_inception, fake_inception)
+    scores["fid_dino"] = frechet_distance(real_dino, fake_dino)
+
+    note = (f"FID: {len(fake_dino)} images against {len(real_dino)}. P, R, D, C: mean over "
+            f"{chunks} chunks of {sizes[1]} images against {sizes[0]}, k = {args.k}, seed "
+            f"{args.seed}. All depend on these numbers")
+    return scores, note
 
 
 # --------------------------------------------------------------------------------------
 # `clip`, Table 1: does the image show what the prompt says?
 
 @torch.no_grad()
-def clip_images(name, images):
+def clip_images(clip_name, images):
     """Return the unit vectors (B, D), on the CPU, that a CLIP gives PIL images."""
-    model, _ = pretrained(name, "CLIPModel", "AutoTokenizer")
+    model, _ = pretrained(clip_name, "CLIPModel", "AutoTokenizer")
     size = model.config.vision_config.image_size                       # 224
     prepared = []
     for image in images:
-        # Shorter side to 224, then centre crop, with the roundings of transformers.
+        # Shorter side to 224, then centre crop, rounded as torchvision does for OpenAI's
+        # CLIP and GenEval's open_clip; transformers rounds the crop down.
         short = min(image.size)
         sides = [int(size * side / short) for side in image.size]
         image = image.resize(sides, Image.Resampling.BICUBIC)
@@ -431,9 +449,9 @@ def clip_images(name, images):
 
 
 @torch.no_grad()
-def clip_texts(name, texts):
+def clip_texts(clip_name, texts):
     """Return the unit vectors (B, D), on the CPU, of texts, cut after 77 tokens."""
-    model, tokenizer = pretrained(name, "CLIPModel", "AutoTokenizer")
+    model, tokenizer = pretrained(clip_name, "CLIPModel", "AutoTokenizer")
     length = model.config.text_config.max_position_embeddings          # 77
     tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt",
                        max_length=length).to(DEVICE)
@@ -494,9 +512,12 @@ def clip(args):
 # Table 2, `geneval`: the objects that are seen, their places and colours
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-CONFIDENT = 0.3             # a detection counts above this score,
-CONFIDENT_COUNTING = 0.9    # in the counting task above this one,
-MOST = 16                   # and at most so many of a class
+
+# GenEval's constants, by the names that it gives them.
+THRESHOLD = 0.3             # a detection counts if its score is higher
+COUNTING_THRESHOLD = 0.9    # the same in the task "counting"
+MAX_OBJECTS = 16            # of one class, the most confident ones
+
 # COCO's classes, with the names that GenEval gives to some of them.
 COCO = """\
 person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,
@@ -510,15 +531,15 @@ clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(
 
 
 @torch.no_grad()
-def detect(name, image):
+def detect(detector_name, image):
     """Return what Mask2Former sees: {class: [{"box", "score", "mask" (H, W) bool}, ...]}.
 
     As in mmdet, with which GenEval was made: the 100 best (query, class) pairs; the score
     is the probability of the class times the mean probability of the mask's pixels; masks
     may overlap; boxes are drawn around them, right and bottom exclusive.
     """
-    model, _ = pretrained(name, "Mask2FormerForUniversalSegmentation")
-    names = COCO if len(model.config.id2label) == 80 else model.config.id2label
+    model, _ = pretrained(detector_name, "Mask2FormerForUniversalSegmentation")
+    class_names = COCO if len(model.config.id2label) == 80 else model.config.id2label
     scale = min(800 / min(image.size), 1333 / max(image.size))
     w = int(image.width * scale + 0.5)
     h = int(image.height * scale + 0.5)
@@ -529,36 +550,37 @@ def detect(name, image):
     classes = output.class_queries_logits[0].float().softmax(-1)[:, :-1]    # (Q, C)
     best, which = classes.flatten().topk(min(100, classes.numel()))
 
-    # The masks of those pairs at the image's own size; a score only gets lower by its mask.
+    # Resize those masks to the image's own size. The mask can only lower a score, so pairs
+    # below the threshold are left out beforehand.
     found = {}
-    for probability, index in zip(best[best > CONFIDENT].tolist(), which.tolist()):
+    for probability, index in zip(best[best > THRESHOLD].tolist(), which.tolist()):
         query, label = divmod(index, classes.shape[1])
         logits = output.masks_queries_logits[0, query].float()[None, None]
         logits = F.interpolate(logits, x.shape[2:], mode="bilinear")[:, :, :h, :w]
         logits = F.interpolate(logits, (image.height, image.width), mode="bilinear")[0, 0]
         mask = logits > 0                                              # (H, W)
         score = probability * float(logits.sigmoid()[mask].sum() / (mask.sum() + 1e-6))
-        if score > CONFIDENT:
+        if score > THRESHOLD:
             ys = mask.any(1).nonzero().flatten().tolist()
             xs = mask.any(0).nonzero().flatten().tolist()
-            found.setdefault(names[label], []).append({
+            found.setdefault(class_names[label], []).append({
                 "box": [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], "score": score,
                 "mask": mask.cpu().numpy()})
     return found
 
 
 @functools.cache
-def color_texts(clip, name):
-    """Return the ten colours of a thing of class `name` as embeddings (10, D)."""
-    templates = (f"a photo of a {{}} {name}", f"a photo of a {{}}-colored {name}",
-                 "a photo of a {} object")
+def color_texts(clip_name, class_name):
+    """Return the ten colours of a thing of a class as embeddings (10, D)."""
     means = []
     for color in COLORS:
-        means.append(clip_texts(clip, [text.format(color) for text in templates]).mean(0))
+        texts = [f"a photo of a {color} {class_name}", f"a photo of a {color}-colored {class_name}",
+                 f"a photo of a {color} object"]
+        means.append(clip_texts(clip_name, texts).mean(0))
     return F.normalize(torch.stack(means), dim=-1)
 
 
-def color_of_object(clip, image, thing, name):
+def color_of_object(clip_name, image, thing, class_name):
     """Return the colour of an object, kept as thing["color"], that CLIP finds most likely.
 
     It sees the object's box alone, grey (#999) outside its mask.
@@ -569,8 +591,9 @@ def color_of_object(clip, image, thing, name):
             image = Image.composite(image, grey, Image.fromarray(thing["mask"]))
         x0, y0, x1, y1 = map(round, thing["box"][:4])
         box = (x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))
-        vector = clip_images(clip, [image.crop(box)])[0]               # (D,)
-        thing["color"] = COLORS[int((color_texts(clip, name) @ vector).argmax())]
+        vector = clip_images(clip_name, [image.crop(box)])[0]          # (D,)
+        likeness = color_texts(clip_name, class_name) @ vector         # (10,)
+        thing["color"] = COLORS[int(likeness.argmax())]
     return thing["color"]
 
 
@@ -596,35 +619,38 @@ def read_geneval(folder):
     return images
 
 
-def judge_scene(objects, metadata, image, clip):
+def verdict_on(objects, metadata, image, clip_name):
     """Return geneval_verdict of those detected objects that are confident enough."""
-    floor = CONFIDENT_COUNTING if metadata["tag"] == "counting" else CONFIDENT
+    threshold = COUNTING_THRESHOLD if metadata["tag"] == "counting" else THRESHOLD
     seen = {}
-    for name, things in objects.items():
+    for class_name, things in objects.items():
         things = sorted(things, key=lambda thing: -thing["score"])
-        seen[name] = [thing for thing in things if thing["score"] > floor][:MOST]
-    return geneval_verdict(seen, metadata, functools.partial(color_of_object, clip, image))
+        confident = [thing for thing in things if thing["score"] > threshold]
+        seen[class_name] = confident[:MAX_OBJECTS]
+    return geneval_verdict(seen, metadata, functools.partial(color_of_object, clip_name, image))
 
 
 def judge_folder(folder, args, weights, detections):
     """Write geneval.jsonl, a verdict for each image, and return ({task: score}, counts)."""
     images = read_geneval(folder)
+    # Which colours are told depends on the metadata.
+    extra = {file: {"metadata": metadata} for file, metadata in images.items()}
 
     def look(file, image):
         objects = detect(args.detector, image)
         # Colours are told now, because masks are not kept.
-        judge_scene(objects, images[file], image, args.clip)
+        verdict_on(objects, images[file], image, args.clip)
         for thing in itertools.chain(*objects.values()):
             del thing["mask"]
         return {"objects": objects}
 
     verdicts = []
     right = {}
-    for file, image, row in judged(folder, list(images), "detections.jsonl", weights, look,
-                                   detections):
+    for file, image, row in cached_answers(folder, list(images), "detections.jsonl", weights,
+                                           look, detections, extra):
         metadata = images[file]
         try:
-            correct, reason = judge_scene(row["objects"], metadata, image, args.clip)
+            correct, reason = verdict_on(row["objects"], metadata, image, args.clip)
         # A box can be infinite, or larger than any picture.
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError,
                 Image.DecompressionBombError) as error:
@@ -726,9 +752,9 @@ def read_questions(path):
 
 
 @torch.no_grad()
-def ask(name, image, questions):
+def ask(vqa_name, image, questions):
     """Return [bool]: does a VQA model say yes to the questions about an image?"""
-    model, processor = pretrained(name, "AutoModelForVisualQuestionAnswering", "AutoProcessor")
+    model, processor = pretrained(vqa_name, "AutoModelForVisualQuestionAnswering", "AutoProcessor")
     inputs = processor([image] * len(questions), questions, padding=True, return_tensors="pt")
     inputs = inputs.to(DEVICE)
     # BLIP says words, ViLT chooses a label.
@@ -748,22 +774,61 @@ def quarters(grid):
     return [grid.crop((x, y, x + half, y + half)) for x, y in corners]
 
 
+def grids_of(folder, files, prompts):
+    """Return those image files that are named after one of `prompts`. Raises UserError."""
+    grids = {}
+    for file in files:
+        prompt = Path(file).stem
+        # One prompt must not count twice.
+        if prompt in grids:
+            raise UserError(f"{folder}: {grids[prompt]} and {file} are both named after prompt "
+                            f"{prompt}: leave one of them there")
+        if prompt in prompts:
+            grids[prompt] = file
+    return list(grids.values())
+
+
+def answers_of(row, questions, source):
+    """Return [{question id: bool}] of a grid's images, from its row's "answers".
+
+    Raises UserError, which names the file `source`.
+    """
+    wanted = (f'{source}: "answers" of {row["file"]} must list, for each image, '
+              f"{{question id: true or false}}, with ids {', '.join(map(str, questions))}")
+    answers = row.get("answers")
+    if not isinstance(answers, list) or not answers:
+        raise UserError(wanted)
+
+    found = []
+    for of_image in answers:
+        try:
+            texts = {number: str(of_image[str(number)]).lower() for number in questions}
+        except (KeyError, TypeError):
+            raise UserError(wanted) from None
+        found.append({number: text in ("true", "yes", "1") for number, text in texts.items()})
+    return found
+
+
 def dpg(args):
     """Table 3: DPG-Bench on 2 x 2 grids named after their prompts' ids"""
     prompts = read_questions(args.questions)
     files = list_images(args.images)
-    known = [file for file in files if Path(file).stem in prompts]
+    known = grids_of(args.images, files, prompts)
     if not known:
         raise UserError(f"{args.images}: no image is named after a prompt of {args.questions}, "
                         f"like {min(prompts)}.png")
     read_results(args.images)
-    args.judge = (args.judge or args.answers) if args.answers else args.vqa
     weights = {args.questions: sha256(args.questions)}
-    if not args.answers:
+    if args.answers:
+        # A judge without a name is known by the hash of the file of answers.
+        args.judge = args.judge or args.answers
+        weights[args.answers] = sha256(args.answers)
+    else:
+        args.judge = args.vqa
         weights[args.vqa] = weights_hash(args.vqa)
     sizes = set()
 
-    def judge(file, grid):
+    def ask_about_grid(file, grid):
         sizes.add(grid.size)
         if grid.width != grid.height or grid.width % 2 or len(sizes) > 1:
             raise UserError(f"{Path(args.images, file)}: {grid.width} x {grid.height} pixels are "
@@ -777,18 +842,12 @@ def dpg(args):
 
     values = {"overall": []}
     source = args.answers or Path(args.images, "answers.jsonl")
-    for file, _, row in judged(args.images, known, "answers.jsonl", weights, judge, args.answers):
+    for file, _, row in cached_answers(args.images, known, "answers.jsonl", weights,
+                                       ask_about_grid, args.answers):
         questions = prompts[Path(file).stem]
         parents = {number: question.parents for number, question in questions.items()}
         of_images = []
-        answered = row.get("answers")
-        for answers in answered if answered and isinstance(answered, list) else [{}]:
-            try:
-                yes = {n: str(answers[str(n)]).lower() in ("true", "yes", "1") for n in questions}
-            except (KeyError, TypeError):
-                raise UserError(f'{source}: "answers" of {file} must list, for each image, '
-                                "{question id: true or false}, with ids "
-                                f"{', '.join(map(str, questions))}") from None
+        for yes in answers_of(row, questions, source):
             of_images.append(dpg_score(yes, parents))
             # Categories count answers as they are, whatever their parents'.
             for number, question in questions.items():
@@ -928,9 +987,10 @@ def main(argv=None):
     add("--size", type=int, default=256,
         help="both sides: shorter side to this, then centre crop")
     add("--no-crop", action="store_true", help="leave the images as they are")
-    add("--k", type=int, default=3, help="a sample's ball reaches to this neighbour")
+    add("--k", type=int, default=3,
+        help="a sample's ball reaches to this neighbour; 3 is our choice")
     add("--chunk", type=int, default=10_000,
-        help="P, R, D, C: mean over chunks of so many; 0: all")
+        help="P, R, D, C: mean over chunks of so many; 0: all; 10,000 is our choice")
     add("--seed", type=int, default=0, help="how the images are shuffled into chunks")
     add("--save-stats", metavar="FILE",
         help="keep the features of --real in one .safetensors file")

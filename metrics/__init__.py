@@ -1,1 +1,1 @@
-"""What training and evaluation are looked at with: distances, the network of FID, tables, curves, speed."""
+"""How training and evaluation are measured and shown: distances, FID, tables, curves, speed."""

@@ -6,8 +6,9 @@ import math
 from common import complete, read_jsonl
 
 SVG = "http://www.w3.org/2000/svg"
-CURVE_COLORS = ["#3366cc", "#dc3912", "#109618", "#ff9900",
-                "#990099", "#0099c6", "#dd4477", "#66aa00"]
+# Ten: progress.html draws a curve for each tenth of t.
+CURVE_COLORS = ["#3366cc", "#dc3912", "#109618", "#ff9900", "#990099",
+                "#0099c6", "#dd4477", "#66aa00", "#8b4513", "#333333"]
 
 
 def line_chart(series, x_label, y_label, log=False, width=720, height=300):
@@ -96,7 +97,12 @@ def log_ticks(low, high):
     """Return round numbers between 10^low and 10^high, some three to eight of them."""
     ticks = []
     decades = high - low
-    digits = [1] if decades > 4 else [1, 2, 5] if decades > 1 else range(1, 10)
+    if decades > 4:
+        digits = [1]
+    elif decades > 1:
+        digits = [1, 2, 5]
+    else:
+        digits = range(1, 10)
     for exponent in range(math.floor(low), math.ceil(high) + 1):
         ticks += [digit * 10.0 ** exponent for digit in digits]
     inside = [tick for tick in ticks if low - 1e-9 <= math.log10(tick) <= high + 1e-9]

@@ -16,7 +16,7 @@ def mean_and_factor(x):
         raise UserError(f"a Fréchet distance needs at least 2 images on each side, here is "
                         f"{len(x)}")
 
-    # One value that is not finite spoils the mean, so only the mean needs a look.
+    # A NaN or infinite value makes its mean NaN or infinite, so checking the mean is enough.
     mean = x.mean(0, dtype=torch.float64)
     if not mean.isfinite().all():
         raise UserError("a Fréchet distance needs finite features, here are NaN or infinite ones")
@@ -45,8 +45,9 @@ def mean_and_factor(x):
 def frechet_distance(a, b):
     """Return |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features (N, D) and (M, D).
 
-    m are means, S unbiased covariances; arrays or tensors. On `Inception`'s features it
-    is FID as pytorch-fid computes it.
+    m are means, S unbiased covariances; arrays or tensors. This is pytorch-fid's formula.
+    Its FID of the same images differs, because it prepares them in another way:
+    `Inception` resizes and scales as the original TensorFlow code and torch-fidelity do.
 
     With S = F^T F, the nonzero eigenvalues of S_a S_b are those of P P^T, P = F_a F_b^T.
     That matrix is symmetric: no Schur decomposition as in scipy's sqrtm is needed, and no
@@ -73,7 +74,8 @@ def squared_distances(a, b):
     norms_a = a.square().sum(1)
     norms_b = b.square().sum(1)
 
-    # Expanding the square leaves one matrix product: differences would be D times as large.
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b needs one matrix product; keeping all differences
+    # a_i - b_j would take D times the memory.
     for rows in torch.arange(len(a), device=a.device).split(128):
         products = a[rows] @ b.T
         yield rows, norms_a[rows, None] + norms_b - 2 * products
@@ -102,15 +104,19 @@ def prdc(real, fake, k=3):
         coverage  = share of reals whose ball holds any fake
 
     as in clovaai's package `prdc`. Arrays or tensors; memory grows with N + M, not N x M.
-    Raises UserError for k samples or fewer.
+    Raises UserError for k samples or fewer, and for features that are not finite.
     """
     real = torch.as_tensor(real).double()
     fake = torch.as_tensor(fake).double()
     if not 1 <= k < min(len(real), len(fake)):
         raise UserError(f"k = {k} neighbours need more than k images: real {len(real)}, "
                         f"fake {len(fake)}")
+    # A NaN is inside no ball: it would end in zeros that look like scores.
+    if not (real.isfinite().all() and fake.isfinite().all()):
+        raise UserError("precision, recall, density and coverage need finite features, here are "
+                        "NaN or infinite ones")
 
-    # Distances are finest near the origin.
+    # Centred first: the expanded square loses digits where |a| is much larger than |a - b|.
     centre = real.mean(0)
     real = real - centre
     fake = fake - centre

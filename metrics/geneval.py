@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 
-NEAR = 0.1                  # share of both boxes' sizes by which their offset is shortened
-TURN = 0.5                  # share of the offset along one axis that makes it a direction
+POSITION_THRESHOLD = 0.1    # times both boxes' sizes: the offset that still counts as none
+DIRECTION = 0.5             # "left of": x is beyond this share of the offset's length
 
 
 def relations(a, b):
@@ -14,12 +14,13 @@ def relations(a, b):
     b = np.asarray(b[:4], float).reshape(2, 2)
     offset = a.mean(0) - b.mean(0)
     sides = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
-    shrunk = np.sign(offset) * np.maximum(np.abs(offset) - NEAR * sides, 0)
+    shrunk = np.sign(offset) * np.maximum(np.abs(offset) - POSITION_THRESHOLD * sides, 0)
     if (np.abs(shrunk) < 1e-3).all():
         return set()
     # Divided by the length of the whole offset, not of the shrunk one.
     x, y = shrunk / np.linalg.norm(offset)
-    holds = {"left of": x < -TURN, "right of": x > TURN, "above": y < -TURN, "below": y > TURN}
+    holds = {"left of": x < -DIRECTION, "right of": x > DIRECTION,
+             "above": y < -DIRECTION, "below": y > DIRECTION}
     return {name for name in holds if holds[name]}
 
 

@@ -138,7 +138,7 @@ class BlockE(Block):
 
 
 def resize_tf1(x, size=299):
-    """Resize (B, C, H, W) to size x size as TensorFlow 1 did: FID is defined so.
+    """Resize (B, C, H, W) to size x size as TensorFlow 1 did, because FID was defined with it.
 
     Bilinear: pixel i is taken at i x scale, with no shift by half a pixel and no
     antialias.
@@ -212,6 +212,6 @@ class Inception(nn.Sequential):
     @torch.no_grad()
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def forward(self, images):
-        # The network was trained on values between -1 and 1.
+        # As in the original graph: 0 becomes -1, and 255 becomes 0.992.
         x = (resize_tf1(images.float()) - 128) / 128                   # (B, 3, 299, 299)
         return super().forward(x).mean((2, 3))

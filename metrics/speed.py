@@ -141,8 +141,9 @@ def time_sampling(args):
     sentences = args.prompt or ["A golden retriever lies on a red sofa beside a cushion."]
     prompts = (sentences * B)[:B]
 
-    # The operations of one evaluation of the network, before it is compiled; those of T5 and of the
-    # decoder are not counted, and their time is taken off.
+    # Count the operations of one evaluation of the network, before it is compiled. Those of T5 and
+    # of the decoder are not counted, and their time is taken off. Those of `condition` are not
+    # counted either, but its time stays in: it runs once a caption, before many evaluations.
     noise = sample.starting_noise(model, range(B)).to(device)
     ones = torch.ones(B, device=device)
     texts = encode_text(tokenizer, t5, prompts, args.max_tokens)

@@ -1,4 +1,4 @@
-"""results.json -> the paper's Tables 1 to 5 in Markdown and CSV, what was published beside it."""
+"""Turn results.json into the paper's Tables 1 to 5, as Markdown or CSV, beside published rows."""
 
 import csv
 import math
@@ -45,8 +45,8 @@ TABLES = [
     Table("Table 4: settings of CutMix", ("CutMix",), ABLATION, {"": ""}),
     Table("Table 5: probability of composites", ("p",), ABLATION, {"": ""})]
 
-# Settings that a score depends on, of the score or else of its command. Scores are ranked
-# only where these are the same, and the numbers that `conditions` adds.
+# What a score depends on, by the score's name, or else by its command's. Scores of a column
+# are ranked only if they agree in all of these, and in the counts that `conditions` adds.
 DEPENDS_ON = {"fid": ("inception", "size", "no_crop"), "fid_dino": ("dino", "size", "no_crop"),
               "quality": ("dino", "size", "no_crop", "chunk", "k", "seed"), "clip": ("clip",),
               "jina": ("jina",), "geneval": ("detector", "clip"), "dpg": ("judge", "questions")}
@@ -85,12 +85,19 @@ def scores_of(path, command, section):
 
     # A prefix keeps apart what has the same name in two tables: FID on COCO and on
     # ImageNet, for instance.
-    prefix = "dpg " if command == "dpg" else "COCO " if section.get("data") == "COCO" else ""
+    prefix = ""
+    if command == "dpg":
+        prefix = "dpg "
+    elif section.get("data") == "COCO":
+        prefix = "COCO "
 
     # GenEval has scores of two kinds of prompts, one level deeper than the others.
     if command == "geneval":
-        found = {f"{prompts} {task}": value for prompts in found
-                 for task, value in found[prompts].items()}
+        tasks = {}
+        for prompts, values in found.items():
+            for task, value in values.items():
+                tasks[f"{prompts} {task}"] = value
+        found = tasks
 
     # JSON in Python may hold NaN, and True counts as an int: neither belongs in a table.
     for name, value in found.items():
@@ -106,9 +113,11 @@ def scores_of(path, command, section):
 
     # A standard error belongs to its score and is none itself.
     scores = {}
-    for name in [name for name in found if not name.endswith("_error")]:
-        scores[prefix + name] = Score(found[name], found.get(f"{name}_error"),
-                                      conditions(command, section, name), tuple(map(str, notes)))
+    for name, value in found.items():
+        if not name.endswith("_error"):
+            error = found.get(f"{name}_error")
+            made_with = conditions(command, section, name)
+            scores[prefix + name] = Score(value, error, made_with, tuple(map(str, notes)))
     return scores
 
 
@@ -151,7 +160,9 @@ def conditions(command, section, name):
         # Detections that nobody put a name to are known by the file that they were in.
         files = settings.get("detections")
         if files and not settings.get("detector"):
-            file = files[-1] if kind == "extended" else files[0]
+            file = files[0]
+            if kind == "extended":
+                file = files[-1]
             found["detector"] = weights.get(file, file)
     return found
 
@@ -237,10 +248,14 @@ def joined(rows):
 
 
 def disagreement(scores):
-    """Return in what Scores of a column were measured differently, "" if in nothing."""
-    reasons = []
+    """Return the conditions in which the Scores of a column differ, as text; "" if they agree."""
     # A dict and not a set, because it keeps the order of the keys.
-    for key in {key: None for score in scores for key in score.made_with}:
+    keys = {}
+    for score in scores:
+        keys.update(dict.fromkeys(score.made_with))
+
+    reasons = []
+    for key in keys:
         values = sorted({str(score.made_with.get(key)) for score in scores})
         if len(values) > 1:
             shown = [short_hash(value) for value in values]
@@ -254,18 +269,21 @@ def short_hash(text):
 
 
 def notes_of(rows, columns):
-    """Return {note: names of the rows} of what rows have to say of their scores `columns`."""
+    """Return {note: names of the rows that have it}, for the notes on the scores `columns`."""
     found = {}
     for row in rows:
-        scores = [score for name, score in row.scores.items() if name in columns]
         # A dict and not a set, because it keeps the order of the notes.
-        for note in dict.fromkeys(note for score in scores for note in score.notes):
+        notes = {}
+        for name, score in row.scores.items():
+            if name in columns:
+                notes.update(dict.fromkeys(score.notes))
+        for note in notes:
             found.setdefault(note, []).append(row.name)
     return found
 
 
 def cell_texts(scores, rivals, lowest, digits):
-    """Return Scores as text, of the rivals the best bold, the second underlined.
+    """Return Scores as text. The best of the `rivals` is bold, the second best underlined.
 
     None is an empty cell.
     """
@@ -280,7 +298,10 @@ def cell_texts(scores, rivals, lowest, digits):
 
         if score in rivals and len(rivals) > 1:
             place = places.index(round(score.value, digits))
-            text = f"**{text}**" if place == 0 else f"<u>{text}</u>" if place == 1 else text
+            if place == 0:
+                text = f"**{text}**"
+            elif place == 1:
+                text = f"<u>{text}</u>"
         texts.append(text)
     return texts
 

@@ -120,6 +120,16 @@ def test_prdc_wants_more_than_k_images_on_both_sides():
             evaluate.prdc(np.zeros((n, 2)), np.zeros((m, 2)), 3)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_prdc_refuses_features_that_are_not_finite(value):
+    good = RNG(0).normal(size=(9, 2))
+    bad = good.copy()
+    bad[4, 1] = value
+    for real, fake in (good, bad), (bad, good):
+        with pytest.raises(UserError, match="need finite features"):
+            evaluate.prdc(real, fake, 3)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Inception
 
@@ -566,7 +576,7 @@ def samples(folder, prompts, **options):
 def test_clip_score_is_the_cosine_of_transformers_own_pipeline(models, tmp_path, capsys):
     import transformers as tf
     prompts = ["a photo of a red dog", "a blue cup", "the bench of a dog " * 30]         # the last one is cut
-    path = samples(tmp_path, prompts, size=(48, 32))
+    path = samples(tmp_path, prompts, size=(48, 32))        # an even margin, which no crop has to round
     run("clip", "--samples", path, "--clip", models / "clip")
     model = tf.CLIPModel.from_pretrained(models / "clip").eval()
     processor = tf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
@@ -730,6 +740,33 @@ def test_geneval_detects_judges_and_goes_on_where_it_was_killed(geneval, models,
     pictures(folder / "00000/samples", 1, seed=77)                          # a new picture is looked at again
     geneval("--images", folder, "--detector", detector)
     assert len(seen) == 2
+
+
+def test_an_edited_metadata_file_makes_the_detector_look_again(geneval, tmp_path, monkeypatch):
+    folder = geneval_folder(tmp_path, DOG, images=1)
+    mask = np.zeros((40, 40), bool)
+    mask[2:4, 1:5] = True
+    mask[2, 1] = False
+    looks, crops = [], []
+
+    def detect(name, image):
+        looks.append(image)
+        return {"dog": [{"box": [1, 2, 5, 4], "score": 0.9, "mask": mask}]}
+    monkeypatch.setattr(evaluate, "detect", detect)
+    monkeypatch.setattr(evaluate, "clip_images",
+                        lambda name, images: crops.extend(images) or torch.eye(10)[[0]])
+    monkeypatch.setattr(evaluate, "color_texts", lambda clip, name: torch.eye(10))
+
+    geneval("--images", folder)
+    geneval("--images", folder)
+    assert (len(looks), len(crops)) == (1, 0)
+    # The same prompt with a colour: CLIP has to see the object, and grey around its mask.
+    (folder / "00000/metadata.jsonl").write_text(json.dumps({"prompt": "a photo", **RED_DOG}))
+    geneval("--images", folder)
+    geneval("--images", folder)
+    assert (len(looks), len(crops)) == (2, 1)
+    assert crops[0].getpixel((0, 0)) == (0x99,) * 3 and crops[0].getpixel((1, 0)) != (0x99,) * 3
+    assert results(folder, "geneval")["scores"]["original"] == {"overall": 1, "colors": 1}
 
 
 def test_detections_are_those_of_transformers_where_masks_have_its_size(models, tmp_path):

@@ -1,9 +1,11 @@
 """evaluate.py: which images are compared, chunks, ranks and kills; compare, its tables; curve."""
 
 import csv
+import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
@@ -17,6 +19,7 @@ from PIL import Image
 
 import evaluate
 from common import UserError
+from metrics.charts import line_chart
 
 RNG = np.random.default_rng
 
@@ -667,6 +670,11 @@ def test_curve_writes_only_what_is_called_svg(tmp_path, out):
     assert f"--out {out!r}: must be a file that ends in .svg" in line
 
 
+def test_ten_curves_have_ten_colours():
+    picture = line_chart({f"t {k}": [(0, k), (1, k)] for k in range(10)}, "step", "loss")
+    assert len(set(re.findall('stroke="(#[0-9a-f]{6})"', picture))) == 10
+
+
 # --------------------------------------------------------------------------------------
 # What GenEval and DPG refuse
 
@@ -683,6 +691,46 @@ def test_given_detections_are_known_by_their_file_or_by_the_name_of_their_detect
     row = evaluate.read_row(tmp_path / "results.json")
     assert row.scores["original overall"].made_with["detector"] == "mmdet"
     assert f"- objects: detections of mmdet, from {given}" in capsys.readouterr().out
+
+
+QUESTIONS = ("item_id,proposition_id,dependency,tuple,question_natural_language\n"
+             "a,1,0,entity - whole (dog),A dog?\n")
+
+
+def test_given_answers_are_known_by_their_content_or_by_the_name_of_their_judge(
+        tmp_path, monkeypatch, capsys):
+    (tmp_path / "dpg.csv").write_text(QUESTIONS)
+    contents = {}
+    for name, answer in ("one", True), ("two", False):
+        folder = tmp_path / name
+        folder.mkdir()
+        photo(0, (40, 40)).save(folder / "a.png")
+        given = write_lines(folder / "answers.jsonl", [{"file": "a.png", "answers": [{"1": answer}]}])
+        contents[name] = hashlib.sha256(given.read_bytes()).hexdigest()
+
+    # Two judges wrote their answers to files of one name.
+    def run_dpg(name, *options):
+        monkeypatch.chdir(tmp_path / name)
+        evaluate.sha256.cache_clear()
+        evaluate.main(["dpg", "--images", ".", "--questions", "../dpg.csv",
+                       "--answers", "answers.jsonl", *options])
+        row = evaluate.read_row(Path("results.json"))
+        return row.scores["dpg overall"].made_with["judge"]
+    assert {name: run_dpg(name) for name in contents} == contents
+    out = compared(capsys, tmp_path / "one", tmp_path / "two")
+    assert "- not ranked: Entity ↑, Overall ↑; measured with another judge" in out
+
+    assert run_dpg("one", "--judge", "mplug") == run_dpg("two", "--judge", "mplug") == "mplug"
+    assert "not ranked" not in compared(capsys, tmp_path / "one", tmp_path / "two")
+
+
+def test_two_grids_of_one_prompt_are_refused(tmp_path):
+    for file in "a.png", "old/a.png":
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        photo(0, (40, 40)).save(tmp_path / file)
+    (tmp_path / "dpg.csv").write_text(QUESTIONS)
+    line = refused("evaluate.py", "dpg", "--images", tmp_path, "--questions", tmp_path / "dpg.csv")
+    assert "a.png and old/a.png are both named after prompt a" in line
 
 
 @pytest.mark.parametrize("side", [float("inf"), 1e300, 1e5])
@@ -703,13 +751,11 @@ def test_a_box_larger_than_any_picture_ends_in_one_line(tmp_path, side):
 def test_answers_that_are_no_list_end_in_one_line(tmp_path, answers):
     photo(0, (40, 40)).save(tmp_path / "a.png")
     questions = tmp_path / "dpg.csv"
-    questions.write_text("item_id,proposition_id,dependency,tuple,question_natural_language\n"
-                         "a,1,0,entity - whole (dog),A dog?\n")
+    questions.write_text(QUESTIONS)
     given = write_lines(tmp_path / "given.jsonl", [{"file": "a.png", "answers": answers}])
     line = refused("evaluate.py", "dpg", "--images", tmp_path, "--questions", questions,
                    "--answers", given, "--judge", "us")
     assert 'given.jsonl: "answers" of a.png must list' in line
-
 
 
 def test_a_tag_or_a_file_that_is_a_list_ends_in_one_line(tmp_path):
