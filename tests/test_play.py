@@ -21,7 +21,7 @@ from PIL import Image
 from common import UserError, read_jsonl, to_images
 from encode import encode_text
 from sample import ddim
-from toy import play, world
+from toy import play, recipe, world
 
 PROMPT = "a large red circle and a blue star top left on light ground"
 ASKED = {"prompt": PROMPT, "models": ["TA"], "steps": 3, "guidance": 2, "seed": 1}
@@ -133,6 +133,9 @@ def test_unknown_words_are_said_to_be_unknown_and_spelling_is_forgiven(server):
     ("a red star left of a circle",
      [{"class": "circle", "count": 1},
       {"class": "star", "count": 1, "color": "red", "position": ["left of", 0]}], []),
+    ("a star above and left of a circle",
+     [{"class": "circle", "count": 1}, {"class": "star", "count": 1, "position": ["above", 0]},
+      {"class": "star", "count": 1, "position": ["left of", 0]}], []),
     ("a red star top left and a blue circle bottom left on dark ground",
      [{"class": "circle", "count": 1, "color": "blue"},
       {"class": "star", "count": 1, "color": "red", "position": ["above", 0]}], []),
@@ -142,14 +145,40 @@ def test_unknown_words_are_said_to_be_unknown_and_spelling_is_forgiven(server):
      [{"class": "star", "count": 1, "color": "red"}, {"class": "circle", "count": 1, "color": "blue"}], []),
 ])
 def test_a_prompt_is_read_as_genevals_metadata(prompt, include, exclude):
-    assert play.asked_for(prompt) == {"include": include, "exclude": exclude}
+    assert play.metadata_of(prompt) == {"include": include, "exclude": exclude}
+
+
+@pytest.mark.parametrize("prompt", [
+    "a red and a blue star",                            # the red one has no shape
+    "a red blue star",
+    "five stars",                                       # more than the toy counts
+    "2 stars",
+    "two red stars and a blue star",                    # three, of two colours
+    "a small red star in the top left corner",          # a place in other words
+    "a circle on the left of a star",
+    "a top left star",
+    "left of a star is a circle",
+    "a star left of a circle above a square",           # only two things have a relation in the rules
+    "a star behind a circle",
+    "a red circle on a sofa",
+    "dark ground",
+])
+def test_what_is_not_understood_is_not_judged(prompt):
+    assert play.metadata_of(prompt) is None
+
+
+def test_a_caption_of_the_toys_world_is_understood(toy_paper):
+    for row in read_jsonl(toy_paper[0] / "captions.jsonl"):
+        asked = play.metadata_of(row["caption"])
+        shape = row["file"].split("/")[0]
+        assert [clause["class"] for clause in asked["include"]] == [shape]
 
 
 def test_the_toys_own_prompts_are_read_as_their_metadata_says(toy_paper):
     """The world wrote the metadata beside its prompts; here they are read from the words alone."""
     for kind in ("short", "long"):
         for row in read_jsonl(toy_paper[0] / f"prompts-{kind}.jsonl"):
-            read = play.asked_for(row["prompt"])
+            read = play.metadata_of(row["prompt"])
             assert read["exclude"] == row.get("exclude", [])
             for clause in row["include"]:
                 same = [one for one in read["include"] if clause.items() <= one.items()]
@@ -380,6 +409,7 @@ def test_the_page_learns_the_worlds_words_and_checkpoints(server):
     assert status == 200
     assert known["shapes"] == world.SHAPES
     assert set(known["colors"]) == set(world.COLORS)
+    assert known["steps"] == recipe.SAMPLE_STEPS
     assert [model["name"] for model in known["models"]] == ["TA", "TA + IA"]
     assert all(model["toy"] for model in known["models"])
     assert "circle" in known["words"] and "sofa" not in known["words"]

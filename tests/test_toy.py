@@ -22,7 +22,8 @@ import common
 import cutmix
 import encode
 from common import read_jsonl
-from toy import autoencoder, detector, estimate, prompts, score, side_by_side, tables_page, world
+from toy import (autoencoder, detector, estimate, experiments, prompts, score, side_by_side,
+                 tables_page, world)
 
 MANY = 60           # pictures on which the detector is measured
 
@@ -102,6 +103,20 @@ def test_captions_of_composites_name_what_was_pasted_and_where():
     seen = world.seen_in_composite(base, paste, (32, 0, 64, 64), "1/2")
     text = world.long_caption(seen, base, random.Random(0))
     assert "half a large red star left" in text and "half a large blue circle right" in text
+
+
+@pytest.mark.parametrize("name, other", [
+    ("pasted_place", lambda rng, setting, radius: (radius / 2, 16, 16)),
+    ("KINDS", {**world.KINDS, "large": 0.43, "corners": 0.34}),
+    ("BACKGROUNDS", ["plain", "striped"]),
+    ("PLACES", {**world.PLACES, (0, 0): "upper left"}),
+    ("seen_in_composite", lambda base, paste, box, setting: []),
+])
+def test_another_world_has_another_fingerprint(monkeypatch, name, other):
+    before = world.world_fingerprint()
+    assert world.world_fingerprint() == before
+    monkeypatch.setattr(world, name, other)
+    assert world.world_fingerprint() != before
 
 
 def test_every_original_shows_one_class():
@@ -407,3 +422,22 @@ def test_the_time_of_jobs_side_by_side_is_that_of_a_schedule():
     # The third job takes the place of the second, and the fourth that of the first.
     assert estimate.end_times([5, 2, 4, 1], places=2) == [5, 2, 6, 6]
     assert estimate.end_times([5, 2, 4, 1], places=1) == [5, 7, 11, 12]
+
+
+def test_a_seed_without_a_right_pair_does_not_remove_the_others(tmp_path, monkeypatch):
+    lines = experiments.lines_of("tau", range(2))[:1]
+    row = {"tag": "two_object", "one_background": True}
+    # The first seed has one of two pairs right, the second one none.
+    for run_of_seed, right in zip(lines[0].runs, (True, False)):
+        rows = [{**row, "right": right}, {**row, "right": False}]
+        common.write_jsonl(tables_page.scores_file(tmp_path, run_of_seed, "long"), rows)
+    drawn = []
+    monkeypatch.setattr(tables_page, "line_chart", lambda curves, *labels: drawn.append(curves))
+    tables_page.trade_chart(tmp_path, lines)
+    assert list(drawn[0].values()) == [[(1.0, 0.25)]]
+
+
+def test_a_copy_of_a_run_is_no_seed(tmp_path):
+    for name in ("dit-long-seed0", "dit-long-seed12", "dit-long-seed3.bak", "dit-long-seed"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert tables_page.seeds_there(tmp_path) == {0, 12}

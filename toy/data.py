@@ -12,7 +12,8 @@ import cutmix
 import encode
 from common import complete, read_jsonl
 from toy.autoencoder import VAE
-from toy.prompts import make_prompts, make_text_encoder
+from toy.prompts import make_prompts
+from toy.text_encoder import make_text_encoder
 from toy.world import SIZE, caption_composites, caption_originals, make_world
 
 

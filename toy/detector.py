@@ -17,16 +17,28 @@ from scipy import ndimage
 
 from toy.world import COLORS, SHAPES, SIZE, draw
 
-RADII = np.linspace(2.1, 5.3, 40) ** 2      # of the templates, in pixels: 4.4 to 28
+# The radii of the templates, in pixels: 4.4 to 28. They are closer together where they are
+# small, because half a pixel is a larger part of a small object.
+RADII = np.linspace(2.1, 5.3, 40) ** 2
 THRESHOLD = 0.72            # the score that makes a patch an object
 CLEAR = 0.62                # the score that does if the patch resembles no other shape:
 MARGIN = 0.3                # if all others have a score that is lower by this much
 FORGIVEN = 3                # pixels that may be wrong away from the edge
 MOST_HIDDEN = 0.42          # the share of an object that something may cover
+HIDDEN_WEIGHT = 0.1         # what `agreement` takes off for the share that is hidden, and
+WRONG_WEIGHT = 0.25         # for the wrong pixels in relation to the length of the edge
 AROUND = 7                  # pixels by which the square that CutMix pastes may surround its object
 SMALL = 300                 # pixels of a small object
 SMALLEST_PATCH = 12         # pixels
 NEIGHBOURS = np.ones((3, 3), bool)
+
+# The search for the best place of a template. A patch that is smaller, in relation to the template,
+# is more than something may hide, with a margin for sizes in between. One that is larger is better
+# explained by a larger template.
+LEAST_AREA = 0.9 * (1 - MOST_HIDDEN)
+MOST_AREA = 1.3
+BEST_PLACES = 4             # places that are searched more closely, around each
+MOST_GAIN = 0.35            # what a move by a pixel and a half adds to a score at most
 
 
 # --------------------------------------------------------------------------------------------
@@ -117,47 +129,58 @@ class Patch:
 
 
 def agreement(template, patch, x, y):
-    """Return how well a patch agrees with a template whose upper left corner is at (x, y), at most 1.
+    """Return how well a patch agrees with a template whose upper left corner is at (x, y), at most 1:
 
-    It is the patch's intersection over union with what is not hidden of the template, less for
-    every wrong pixel in relation to the length of the edge, and less for hiding much.
+        right / (right + wrong) - 0.1 hidden - 0.25 wrong / edge - doubt
+
+    right: pixels that are in both. wrong: pixels that are in one of them only. hidden: the share
+    of the template that the patch lacks because another object hides it; that is not wrong, but
+    what is seen in there is. edge: the length of the template's edge that is not hidden, in
+    pixels. doubt: THRESHOLD - CLEAR if a part is hidden, or if more than FORGIVEN pixels are
+    wrong away from the edge; otherwise 0.
+
+    Where nothing is hidden or in doubt, this is the intersection over union, less for wrong pixels.
+    It is 0 if most of the patch lies outside of the template, or if more than MOST_HIDDEN is hidden.
     """
     height, width = template.whole.shape
     here = as_slices((x, y, x + width, y + height))
     seen = template.whole & patch.mask[here]
     lacking = template.whole & ~patch.mask[here]
-    right = np.count_nonzero(seen)
-    outside = patch.area - right
-    # Most places end here, at little cost: too much of the patch lies outside of the template.
-    if right < CLEAR * patch.area:
+    both = np.count_nonzero(seen)
+    # Most places end here, at little cost.
+    if both < CLEAR * patch.area:
         return 0.0
 
-    unexplained = np.count_nonzero(lacking)
-    edge = np.count_nonzero(template.edge) + 1
+    # In the hidden box nothing of the object must be seen: what is seen there is wrong. The
+    # pixels around the box may be seen or not: something's edge runs through them.
+    seen_in_box = 0
     covered = 0
-    hidden = hidden_box(template, patch, x, y)
-    if hidden:
-        # In the hidden box nothing of the object must be seen; the pixels around it may be either.
-        x0, y0, x1, y1 = hidden
+    covered_edge = 0
+    box = hidden_box(template, patch, x, y)
+    if box:
+        x0, y0, x1, y1 = box
         around = as_slices((max(0, x0 - 1), max(0, y0 - 1), x1 + 1, y1 + 1))
-        seen_inside = np.count_nonzero(seen[as_slices(hidden)])
-        right -= seen_inside
-        outside += seen_inside
+        seen_in_box = np.count_nonzero(seen[as_slices(box)])
         covered = np.count_nonzero(lacking[around])
-        unexplained -= covered
-        edge -= np.count_nonzero(template.edge[around])
+        covered_edge = np.count_nonzero(template.edge[around])
 
-    share = covered / template.area
-    if share > MOST_HIDDEN:
+    hidden = covered / template.area
+    if hidden > MOST_HIDDEN:
         return 0.0
+
+    right = both - seen_in_box
+    outside = patch.area - right
+    unexplained = np.count_nonzero(lacking) - covered
     wrong = outside + unexplained
-    score = right / (right + wrong) - 0.1 * share - 0.25 * wrong / edge
+    # One more, so that it is never 0.
+    edge = np.count_nonzero(template.edge) - covered_edge + 1
+    score = right / (right + wrong) - HIDDEN_WEIGHT * hidden - WRONG_WEIGHT * wrong / edge
 
     # A wobbly edge may be forgiven (see `recognise`). A bite or a lump may not, and that something
     # hides a part is only a guess: then the rest must agree all the better.
     bite = np.count_nonzero(template.core & ~patch.near[here])
     lump = np.count_nonzero(patch.core) - np.count_nonzero(template.whole & patch.core[here])
-    if hidden or bite + lump > FORGIVEN:
+    if box or bite + lump > FORGIVEN:
         score -= THRESHOLD - CLEAR
     return score
 
@@ -206,17 +229,18 @@ def best_agreement(sizes, patch):
         # Half a pixel matters to small objects only.
         tried = [shifted[0], shifted[3]] if shifted[0].area < SMALL else [shifted[0]]
         for template in tried:
-            # How much of the object would be seen.
-            if not 0.9 * (1 - MOST_HIDDEN) < patch.area / template.area < 1.3:
+            # Most sizes end here, before any place is tried.
+            if not LEAST_AREA < patch.area / template.area < MOST_AREA:
                 continue
             for x, y in likely_corners(template, patch.box):
                 score = agreement(template, patch, x, y)
                 rough.append((score, number, x, y))
+
     rough.sort(reverse=True)
     best = 0.0
-    for score, number, x, y in rough[:4]:
-        # A move by a pixel and a half improves a score by no more than this.
-        if score < CLEAR - 0.35:
+    for score, number, x, y in rough[:BEST_PLACES]:
+        # However it is moved, this one and those behind it stay below what makes an object.
+        if score < CLEAR - MOST_GAIN:
             break
         for template in sizes[number]:
             for dx, dy in MOVES:

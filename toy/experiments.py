@@ -13,7 +13,7 @@ from toy.prompts import TASKS
 from toy.recipe import P, TAU, sample_command, train_command
 from toy.side_by_side import Command, Job, remaining
 
-KINDS = ("short", "long")           # of prompts
+PROMPT_KINDS = ("short", "long")
 KEPT = 8                            # checkpoints of a run of Fig. 5
 
 
@@ -164,7 +164,7 @@ def job_of(out, run, steps, tables, first_seed=0):
     commands = [Command("train", options)]
 
     # Every run is scored on both kinds of prompts.
-    for kind in KINDS:
+    for kind in PROMPT_KINDS:
         samples = folder / f"samples-{kind}"
         prompts = quoted(out / f"prompts-{kind}.jsonl")
         options = sample_command(quoted(checkpoint), prompts, quoted(samples), run.seed)

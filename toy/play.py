@@ -25,6 +25,7 @@ import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -37,7 +38,7 @@ from evaluate import geneval_verdict
 from sample import (MODELS, check_encoders, encoder_names, generate, load_model,
                     load_pipeline)
 from toy.detector import detect
-from toy.recipe import GUIDANCE
+from toy.recipe import GUIDANCE, SAMPLE_STEPS
 from toy.world import BACKGROUNDS, COLORS, GREYS, PLACES, SHAPES, SIZE
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -48,25 +49,67 @@ MAX_STEPS = 250
 MAX_GUIDANCE = 30
 MAX_MODELS = 4              # checkpoints that draw side by side
 MAX_WAITING = 8             # requests that may wait while one is being drawn
+# What the page begins with where no checkpoint is the toy's.
+REAL_STEPS = 50             # the paper takes 250, for which a page would have to wait too long
+REAL_GUIDANCE = 8           # that of CAD-I's evaluation
 
 
 # ------------------------------------------------------------------------------------------
 # What a prompt asks for, as GenEval's metadata
 
 MARKS = (",", ".")
-NUMBERS = {"two": 2, "three": 3, "four": 4}
+NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}       # as far as the toy's world counts
+SIZES = ("large", "small", "tiny")
 RELATIONS = ("left of", "right of", "above", "below")
 
 
-def asked_for(prompt):
-    """Return what a prompt in the toy's words asks for, as GenEval's metadata, or None.
+def phrases():
+    """Return {phrase: (kind, what it means)}: all that a prompt is read by."""
+    table = {}
+    for words in ("a", "an", "and", "half", "to the", "photo of", "image of", *MARKS):
+        table[words] = ("link", None)
+    for size in SIZES:
+        table[size] = ("size", None)
+    for background, grey in product(BACKGROUNDS, GREYS):
+        ground = f"{background} {grey}".replace("plain ", "")
+        table[f"on {ground} ground"] = ("ground", None)
+        table[f"before a {ground} wall"] = ("ground", None)
+
+    # Both plural endings are accepted for every shape,
+    # which is simpler than knowing which one is right.
+    for shape in SHAPES:
+        for ending in ("", "s", "es"):
+            table[shape + ending] = ("shape", shape)
+    for color in COLORS:
+        table[color] = ("color", color)
+    for word, number in NUMBERS.items():
+        table[word] = ("count", number)
+    for place, words in PLACES.items():
+        table[words] = ("place", place)
+    for relation in RELATIONS:
+        table[relation] = ("relation", relation)
+    return table
+
+
+PHRASES = phrases()
+LONGEST = max(len(phrase.split()) for phrase in PHRASES)
+
+
+def metadata_of(prompt):
+    """Return what a prompt asks for, as GenEval's metadata, or None: it cannot be judged.
 
     "a red circle above a star" becomes {"include": [{"class": "star", "count": 1}, {"class":
-    "circle", "count": 1, "color": "red", "position": ["above", 0]}], "exclude": []}. None: no
-    shape is named.
+    "circle", "count": 1, "color": "red", "position": ["above", 0]}], "exclude": []}.
+
+    Read are prompts in the words of the toy's captions: numbers up to four, a size and a colour
+    before a shape, a place behind it ("a red star top left"), a relation between two things, the
+    ground. With any other word, or one in another place, it is None: half a prompt is not judged.
+
+    GenEval's rules check no size and no ground. They check a place only as a relation: of two
+    things that both have one. Of several things of one class they check the number, and a colour
+    that all of them have.
     """
-    words = prompt.split()
-    things = mentioned(words)
+    things = mentioned(prompt)
     if not things:
         return None
 
@@ -75,6 +118,8 @@ def asked_for(prompt):
     exclude = []
     for shape in dict.fromkeys(thing["class"] for thing in things):
         clause = clause_for([thing for thing in things if thing["class"] == shape])
+        if clause is None:
+            return None
         include.append(clause)
         # Whoever asks for two does not want three.
         if clause["count"] > 1:
@@ -84,70 +129,100 @@ def asked_for(prompt):
     # stands above and to the left of it has two clauses.
     if len(things) == len(include) == 2:
         first, second = include
-        relations = relations_of(*things, words)
+        relations = relations_of(*things)
         if relations:
             include = [second]
             for relation in relations:
                 include.append({**first, "position": [relation, 0]})
+    # Of a chain, "a star left of a circle above a square", a part would be lost.
+    elif len(include) > 1 and any(thing["relations"] for thing in things):
+        return None
     return {"include": include, "exclude": exclude}
 
 
-def mentioned(words):
-    """Return the things that words name, in their order, as dicts.
-
-    Each has `class`, `count`, `word` (the index of the shape's own word), `color` (before it) and
-    `place` (behind it, a key of PLACES); these two are None if they are not said.
-    """
-    # A shape's word, singular or plural -> the shape.
-    # Both plural endings are accepted for every shape,
-    # which is simpler than knowing which one is right.
-    singular = {}
-    for shape in SHAPES:
-        singular |= {shape: shape, shape + "s": shape, shape + "es": shape}
-
-    # A colour and a number wait in these variables
-    # until the shape that they belong to is named.
-    things = []
-    color = None
-    count = 1
-    for index, word in enumerate(words):
-        if word in COLORS:
-            color = word
-        elif word in NUMBERS:
-            count = NUMBERS[word]
-        elif word in singular:
-            things.append({"class": singular[word], "count": count, "color": color,
-                           "place": place_after(words[index + 1:]), "word": index})
-            # The next thing has a colour and a number of its own.
-            color = None
-            count = 1
-    return things
-
-
-def place_after(words):
-    """Return the place that words begin with, a key of PLACES, or None.
-
-    "top left" is one place, not "top" and another word; "left of" is none.
-    """
-    # If "top" were tried first, it would be found where "top left" is meant.
-    longest_first = sorted(PLACES.items(), key=lambda item: -len(item[1]))
-
-    # Behind "left of" another thing is named: that is a relation,
-    # which `relations_of` reads, and not a place of its own.
-    for place, phrase in longest_first:
-        length = len(phrase.split())
-        if words[:length] == phrase.split() and words[length:length + 1] != ["of"]:
-            return place
+def first_phrase(words):
+    """Return the longest phrase that words begin with, or None."""
+    # If "left" were tried first, it would be found where "left of" is meant.
+    for length in range(LONGEST, 0, -1):
+        phrase = " ".join(words[:length])
+        if phrase in PHRASES:
+            return phrase
     return None
 
 
+def as_phrases(prompt):
+    """Return the (kind, meaning) of each phrase of a prompt, or None: a word is not understood."""
+    words = prompt.split()
+    found = []
+    while words:
+        phrase = first_phrase(words)
+        if phrase is None:
+            return None
+        found.append(PHRASES[phrase])
+        words = words[len(phrase.split()):]
+    return found
+
+
+def mentioned(prompt):
+    """Return the things that a prompt names, in their order, as dicts, or None: not understood.
+
+    Each has `class`, `count`, `color` (None if it is not said), `place` (a key of PLACES, or
+    None) and `relations`: where the thing before it is, seen from this one.
+    """
+    phrases_found = as_phrases(prompt)
+    if phrases_found is None:
+        return None
+
+    things = []
+    said = {}               # a colour and a number, until the shape that they belong to is named
+    relations = []          # named since the last thing
+    before = None           # the kind of the last phrase
+    for kind, meaning in phrases_found:
+        if kind in ("color", "count"):
+            # "a red blue star": one of the two would be lost.
+            if kind in said:
+                return None
+            said[kind] = meaning
+        elif kind == "shape":
+            things.append({"class": meaning, "count": said.get("count", 1),
+                           "color": said.get("color"), "place": None, "relations": relations})
+            said = {}
+            relations = []
+        # "a red and a blue star": the red one would be lost.
+        elif said and kind != "size":
+            return None
+        elif kind == "place":
+            if before != "shape":
+                return None
+            things[-1]["place"] = meaning
+        elif kind == "relation":
+            relations.append(meaning)
+        before = kind
+
+    # Behind the last thing nothing may be left over, and before
+    # the first one there is nothing that it could be seen from.
+    if said or relations or (things and things[0]["relations"]):
+        return None
+    return things
+
+
 def clause_for(things):
-    """Return GenEval's clause for all mentions of a class: how many, of which colour if of one."""
-    # Mentions may be of the same things: after "two stars" each of the two
-    # can be described once more. So their counts are compared, not added up.
-    many = max(thing["count"] for thing in things)
+    """Return GenEval's clause for all mentions of a class: how many, of which colour if of one.
+
+    None if it is not clear how many there are.
+    """
     alone = [thing for thing in things if thing["count"] == 1]
-    clause = {"class": things[0]["class"], "count": max(many, len(alone))}
+    several = [thing for thing in things if thing["count"] > 1]
+    if several:
+        # "two stars , a red star left and a red star right": the two are described once more.
+        # "two red stars and a blue star" are three, which no clause tells apart.
+        count = several[0]["count"]
+        once_more = len(alone) == count and several[0]["color"] is None
+        if len(several) > 1 or (alone and not once_more):
+            return None
+    else:
+        count = len(alone)
+    clause = {"class": things[0]["class"], "count": count}
 
     # A clause has one colour for all of its objects. Where the colours
     # differ, or one is not said, the objects are only counted.
@@ -157,14 +232,10 @@ def clause_for(things):
     return clause
 
 
-def relations_of(first, second, words):
+def relations_of(first, second):
     """Return where the first of two things is, seen from the second: a list of RELATIONS."""
-    # A relation in words stands between the two things. The spaces
-    # around both texts keep it from matching inside a longer word.
-    between_them = " ".join(words[first["word"] + 1:second["word"]])
-    for relation in RELATIONS:
-        if f" {relation} " in f" {between_them} ":
-            return [relation]
+    if second["relations"]:
+        return second["relations"]
 
     # Both have a place of their own: a thing without one fills the frame, and is everywhere.
     relations = []
@@ -183,7 +254,7 @@ def relations_of(first, second, words):
 def what_the_detector_sees(image, prompt):
     """Return the objects found in a toy picture and GenEval's verdict, ready to be sent as JSON.
 
-    `verdict` is None where the prompt asks for nothing that GenEval's rules can check.
+    `verdict` is None where `metadata_of` cannot read the prompt.
     """
     found = detect(image)
 
@@ -196,7 +267,7 @@ def what_the_detector_sees(image, prompt):
                             "score": round(float(thing["score"]), 2)})
 
     verdict = None
-    metadata = asked_for(prompt)
+    metadata = metadata_of(prompt)
     if metadata:
         # The toy's detector reports an object's colour
         # itself, so no classifier has to look again.
@@ -413,12 +484,12 @@ def parse_request(body, painters):
         raise BadRequest(400, "checkpoints: one is named twice")
 
     return {"prompt": prompt, "models": names,
-            "steps": number(request, "steps", int, 1, MAX_STEPS),
-            "guidance": number(request, "guidance", (int, float), 0, MAX_GUIDANCE),
-            "seed": number(request, "seed", int, 0, 2 ** 31 - 1)}
+            "steps": checked_number(request, "steps", int, 1, MAX_STEPS),
+            "guidance": checked_number(request, "guidance", (int, float), 0, MAX_GUIDANCE),
+            "seed": checked_number(request, "seed", int, 0, 2 ** 31 - 1)}
 
 
-def number(request, name, kind, low, high):
+def checked_number(request, name, kind, low, high):
     """Return a number of a request. Raises BadRequest: of another kind, or out of bounds."""
     value = request.get(name)
     # True is an int to Python, and NaN fails both comparisons.
@@ -621,7 +692,7 @@ class Handler(BaseHTTPRequestHandler):
             if path == "/":
                 self.reply(200, "text/html; charset=utf-8", PAGE.read_bytes())
             elif path == "/world":
-                self.reply_json(200, about(self.server.painters))
+                self.reply_json(200, what_the_page_knows(self.server.painters))
             else:
                 raise BadRequest(404, "no such page")
         # urlsplit raises ValueError for an address that it cannot take apart.
@@ -773,7 +844,7 @@ class Handler(BaseHTTPRequestHandler):
         """Print nothing: what is asked for is nobody's business, and may be anything."""
 
 
-def about(painters):
+def what_the_page_knows(painters):
     """Return what the page needs to know: the toy's words, the checkpoints, the limits."""
     places = []
     for (column, row), phrase in PLACES.items():
@@ -785,13 +856,14 @@ def about(painters):
     if toys:
         words = sorted(toys[0].pipeline.tokenizer.get_vocab())
 
-    # Special tokens such as <pad> are no words to type. Steps and guidance are
-    # what the page begins with: real networks get more of both than the toy.
+    # Special tokens such as <pad> are no words to type. The page begins with the steps
+    # and the guidance of the toy's scores: real networks get more of both.
     return {"models": [painter.about() for painter in painters.values()],
             "words": [word for word in words if not word.startswith("<")],
             "shapes": SHAPES, "colors": COLORS, "greys": GREYS, "backgrounds": BACKGROUNDS,
             "places": places, "size": SIZE,
-            "steps": 25 if toys else 50, "guidance": GUIDANCE if toys else 8}
+            "steps": SAMPLE_STEPS if toys else REAL_STEPS,
+            "guidance": GUIDANCE if toys else REAL_GUIDANCE}
 
 
 # ------------------------------------------------------------------------------------------

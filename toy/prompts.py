@@ -1,14 +1,12 @@
-"""The toy's GenEval: prompts of the benchmark's six tasks, once short and once long; and the tiny T5."""
+"""The toy's GenEval: prompts of the benchmark's six tasks, once short and once long."""
 
 import random
 from itertools import product
 
-import torch
-
 from common import write_jsonl
-from toy.world import (BACKGROUNDS, COLORS, CORNERS, GREYS, NUMBERS, SHAPES, corner_place,
-                       describe_background, describe_object, large_place, long_caption, make_object,
-                       plural, relations, seen_in_original)
+from toy.world import (BACKGROUNDS, COLORS, CORNERS, GREYS, NUMBERS, SHAPES, cell_relations,
+                       corner_place, describe_background, describe_object, large_place,
+                       long_caption, make_object, plural, seen_in_original)
 
 TASKS = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 
@@ -96,45 +94,9 @@ def make_prompt(task, rng):
         first, second = things
         # Objects in opposite corners have two relations, of which a prompt names
         # one. The long prompt must name the same one, so it is written here again.
-        words = rng.choice(relations(first, second))
+        words = rng.choice(cell_relations(first, second))
         metadata["include"] = [include[1], {**include[0], "position": [words, 0]}]
         brief = f"{names[0]} {words} {names[1]}"
         detailed = (f"{describe_object(first)} , {words} {describe_object(second)} "
                     f"{describe_background(scene, rng)}")
     return metadata, brief, detailed
-
-
-def make_text_encoder(folder, texts, seed, dim=128):
-    """Save a tiny random T5, and a tokenizer of the words in `texts`, as any T5 on the hub is saved."""
-    # Imported here, since they are slow to import and
-    # most users of this module need only the prompts.
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    # Every word of the texts becomes a token, so that none of them is unknown.
-    known = {word for text in texts for word in text.split()}
-    words = ["<pad>", "</s>", "<unk>", *sorted(known)]
-    numbers = {word: i for i, word in enumerate(words)}
-
-    # The ends of a text are marked as T5 does it, so that encode.py treats both alike.
-    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)])
-
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.save_pretrained(folder)
-
-    torch.manual_seed(seed)
-    config = T5Config(vocab_size=len(words), d_model=dim, d_kv=32, d_ff=2 * dim, num_layers=2,
-                      num_heads=4, decoder_start_token_id=0)
-    t5 = T5EncoderModel(config)
-    # Trained heads look at neighbours, random ones everywhere: a caption would be a bag of words.
-    # T5 has a bias for each distance: 1 and 2 are one and two words back, 17 and 18 ahead. Each
-    # of the four heads gets one of them.
-    attention = t5.encoder.block[0].layer[0].SelfAttention
-    bias = attention.relative_attention_bias.weight.data                            # (32, heads)
-    bias.zero_()
-    bias[[1, 2, 17, 18], range(4)] = 6.0
-    t5.save_pretrained(folder)

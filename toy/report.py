@@ -71,7 +71,7 @@ def table(rows):
     return "<table>" + "\n".join(lines) + "</table>"
 
 
-def number(value):
+def share_text(value):
     """Return a share as text, "-" for none."""
     # NaN stands for no pictures to count, which is not the same as a share of 0.
     return "-" if math.isnan(value) else f"{value:.2f}"
@@ -131,8 +131,8 @@ def score_rows(scores):
     # The names in the head are in the order of `task_scores`.
     lines = [["", *map(spoken, TASKS), "overall", "one background"]]
     for kind, rows in scores.items():
-        shares = [number(value) for value in task_scores(rows).values()]
-        lines.append([f"{kind} prompts", *shares, number(one_background(rows))])
+        shares = [share_text(value) for value in task_scores(rows).values()]
+        lines.append([f"{kind} prompts", *shares, share_text(one_background(rows))])
 
     return lines
 

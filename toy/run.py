@@ -26,7 +26,7 @@ from toy.prompts import TASKS
 from toy.recipe import IMAGES, LARGEST_SEED, P, PROMPTS, STEPS, TAU, sample_command, train_command
 from toy.report import report, score_rows
 from toy.score import score
-from toy.world import SHAPES, drawing
+from toy.world import SHAPES, world_fingerprint
 
 
 def estimate(images, steps, prompts):
@@ -74,7 +74,8 @@ def make_toy_paper(args):
     out = Path(args.out)
 
     # These settings fix the data. The number of steps is not among them.
-    settings = {"images": args.images, "prompts": args.prompts, "seed": args.seed, "drawing": drawing()}
+    settings = {"images": args.images, "prompts": args.prompts, "seed": args.seed,
+                "drawing": world_fingerprint()}
     begin_or_resume(out / "toy.json", out, settings)
     # Timing the parts takes a while. After a complete run it would be of no use.
     if not (out / "report.html").exists():

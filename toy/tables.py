@@ -20,7 +20,7 @@ from toy.experiments import MODEL_NAMES, TABLES, data_of, expected_seconds, job_
 from toy.recipe import IMAGES, LARGEST_SEED, TAU
 from toy.side_by_side import remaining, run_side_by_side
 from toy.tables_page import write_tables
-from toy.world import SHAPES, drawing
+from toy.world import SHAPES, world_fingerprint
 
 # All models share the data, which is that of the first seed. Validation pictures and the small
 # set are others.
@@ -28,7 +28,7 @@ VALIDATION_SEED = 1_000_000
 SMALL_SEED = 2_000_000
 
 
-def arguments(argv):
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(prog="python -m toy tables", description=__doc__,
                                      formatter_class=HelpFormatter)
     add = parser.add_argument
@@ -62,9 +62,9 @@ def make_data(args, runs):
     out = args.out
     text_encoder = out / "t5"
     # The setting "all" is always made: the T5's words come from its captions, too.
-    settings = sorted({run.setting for run in runs if run.setting} | {"all"})
+    cuts = sorted({run.setting for run in runs if run.setting} | {"all"})
 
-    draw_world(out, args.images, args.seed, settings)
+    draw_world(out, args.images, args.seed, cuts)
     draw_noise(out, args.seed, TAU)
     make_prompts_and_encoder(out, args.prompts, args.seed)
 
@@ -119,7 +119,7 @@ def seconds_of_jobs(args, jobs):
 
 
 def main(argv=None):
-    args = arguments(argv)
+    args = parse_arguments(argv)
     with only_command(args.out):
         make_tables(args)
 
@@ -132,7 +132,7 @@ def make_tables(args):
     # they only choose what is made, and how many at a time.
     settings = {name: getattr(args, name)
                 for name in ("images", "small", "val", "steps", "prompts", "seed")}
-    begin_or_resume(out / "tables.json", out, {**settings, "drawing": drawing()})
+    begin_or_resume(out / "tables.json", out, {**settings, "drawing": world_fingerprint()})
 
     seeds = range(args.seed, args.seed + args.seeds)
     runs = runs_of(args.tables, seeds)

@@ -2,14 +2,15 @@
 
 import html
 import math
+import re
 import statistics
 
 from common import read_json, read_jsonl
 from metrics.charts import line_chart
-from toy.experiments import KINDS, checkpoint_of, kept_steps, lines_of, name_of
+from toy.experiments import PROMPT_KINDS, checkpoint_of, kept_steps, lines_of, name_of
 from toy.prompts import TASKS
 from toy.recipe import TAU
-from toy.report import card, number, picture, spoken, table, verdicts, write_page
+from toy.report import card, picture, share_text, spoken, table, verdicts, write_page
 from toy.score import TWO_OBJECTS, one_background, task_scores
 
 TITLES = {
@@ -72,15 +73,20 @@ def line_columns(out, line, kind):
     return values
 
 
+def without_nan(values):
+    """Return the values that are numbers, of which there may be none."""
+    # A seed with no right two-object picture has no share of one background.
+    return [value for value in values if not math.isnan(value)]
+
+
 def mean_and_spread(values):
     """Return values of several seeds as text: "0.52 &plusmn; 0.03"."""
-    # A seed with no right two-object picture has no share of one background.
-    values = [value for value in values if not math.isnan(value)]
+    values = without_nan(values)
     if not values:
         return "-"
 
     # A deviation needs two values; one seed alone is shown without.
-    text = number(statistics.mean(values))
+    text = share_text(statistics.mean(values))
     if len(values) > 1:
         text += f" &plusmn; {statistics.stdev(values):.2f}"
 
@@ -94,7 +100,7 @@ def score_table(out, lines):
     """Return the lines' scores for long and short prompts; every score is a link to its pictures."""
     rows = [["", "prompts", *map(spoken, TASKS), "overall", "one background"]]
     # Long prompts come first: most models were trained on captions like them.
-    for kind in reversed(KINDS):
+    for kind in reversed(PROMPT_KINDS):
         for line in lines:
             runs = ended_runs(out, line, kind)
             columns = line_columns(out, line, kind)
@@ -116,7 +122,7 @@ def links(runs, values, kind, column):
     """Return the scores of single runs, each a link to its pictures."""
     # A page has a heading for each task, and none for the columns over several tasks.
     place = f"#{column}" if column in TASKS else ""
-    parts = [f'<a href="runs/{name_of(run)}/pictures-{kind}.html{place}">{number(value)}</a>'
+    parts = [f'<a href="runs/{name_of(run)}/pictures-{kind}.html{place}">{share_text(value)}</a>'
              for run, value in zip(runs, values)]
     return f"<small>{' '.join(parts)}</small>"
 
@@ -133,8 +139,7 @@ def score_chart(out, lines):
 
         for curve, points in curves.items():
             # Tasks have underscores in their names, the other columns have spaces.
-            values = columns.get(curve.replace(" ", "_"), columns.get(curve, []))
-            values = [value for value in values if not math.isnan(value)]
+            values = without_nan(columns.get(curve.replace(" ", "_"), columns.get(curve, [])))
             if values:
                 points.append((x, statistics.mean(values)))
     return line_chart(curves, name, "long prompts: share of pictures")
@@ -152,7 +157,8 @@ def trade_chart(out, lines):
             rows = [row for row in read_scores(out, run, "long") if row["tag"] in TWO_OBJECTS]
             scores.append(statistics.mean(row["right"] for row in rows))
             shares.append(one_background(rows))
-        if scores:
+        shares = without_nan(shares)
+        if shares:
             points.append((statistics.mean(shares), statistics.mean(scores)))
     return line_chart({f"{lines[0].label} to {lines[-1].label}": points},
                       "share of right pictures of two objects with one background",
@@ -160,7 +166,7 @@ def trade_chart(out, lines):
 
 
 def same_prompts(out, lines, kind="long", of_each_task=2):
-    """Return pictures of the same prompts by the models of all lines, side by side, seed 0."""
+    """Return pictures of the same prompts, side by side, by each line's model of the first seed."""
     # Only lines whose first model has ended get a column.
     shown = []
     for line in lines:
@@ -294,13 +300,19 @@ def is_there(out, name, seeds):
 
 def seeds_there(out):
     """Return the seeds of all runs that were begun in a folder."""
-    return {int(folder.name.rpartition("-seed")[2]) for folder in (out / "runs").glob("*-seed*")}
+    seeds = set()
+    for folder in (out / "runs").glob("*-seed*"):
+        # Somebody may keep a copy of a run beside it, under a name such as "...-seed0.bak".
+        name = re.fullmatch(r".*-seed(\d+)", folder.name)
+        if name:
+            seeds.add(int(name[1]))
+    return seeds
 
 
-def write_tables(out, asked_for, seeds, settings):
+def write_tables(out, tables_wanted, seeds, settings):
     """Write OUT/tables.html, and for each run that has ended the pages of its pictures.
 
-    asked_for: names of tables. seeds: asked for, too. What else an earlier command has made stays on
+    tables_wanted: names of tables. seeds: asked for, too. What else an earlier command has made stays on
     the page. settings: the "steps", "images", "prompts" and "seed" of all runs.
     """
     seeds = sorted({*seeds, *seeds_there(out)})
@@ -308,7 +320,7 @@ def write_tables(out, asked_for, seeds, settings):
     error = 0.5 / math.sqrt(settings["prompts"])
     parts = [INTRODUCTION.format(error=error, **settings)]
     for name in TITLES:
-        if name not in asked_for and not is_there(out, name, seeds):
+        if name not in tables_wanted and not is_there(out, name, seeds):
             continue
         parts.append(section(out, name, seeds, settings["steps"]))
         for line in lines_of(name, seeds):
@@ -324,7 +336,7 @@ def write_tables(out, asked_for, seeds, settings):
 def write_pictures(out, run):
     """Write the pages with all pictures of a run and their verdicts, once its scores are there."""
     folder = out / "runs" / name_of(run)
-    for kind in KINDS:
+    for kind in PROMPT_KINDS:
         scores = scores_file(out, run, kind)
         page = folder / f"pictures-{kind}.html"
         # Written again only where the samples were judged again.

@@ -9,6 +9,7 @@ smaller ones. Colours, sizes and backgrounds vary and are not in the class name.
 import hashlib
 import math
 import random
+from itertools import product
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -163,12 +164,6 @@ def make_object(shape, color, place):
             "radius": round(radius, 1), "x": round(x, 1), "y": round(y, 1)}
 
 
-def drawing():
-    """Return a short hash that changes where scenes are chosen or drawn in another way."""
-    pixels = [draw(random_scene(random.Random(shape), shape)).tobytes() for shape in SHAPES]
-    return hashlib.sha256(b"".join(pixels)).hexdigest()[:12]
-
-
 def make_world(out, count, seed):
     """Draw OUT/images, in ImageNet's layout, and write OUT/scenes.jsonl, what is in each picture."""
     scenes = []
@@ -285,7 +280,7 @@ def join(phrases):
     return f"{' , '.join(phrases[:-1])} and {phrases[-1]}"
 
 
-def relations(one, two):
+def cell_relations(one, two):
     """Return the words for where the first object is, seen from the second: none, one or two."""
     words = []
 
@@ -350,7 +345,7 @@ def long_caption(things, scene, rng):
 
     text = join([describe_object(thing) for thing in things])
     if len(things) == 2 and whole and none_large and rng.random() < 0.4:
-        words = relations(*things)
+        words = cell_relations(*things)
         if words:
             first, second = [describe_object(thing) for thing in things]
             text = f"{first} , {rng.choice(words)} {second}"
@@ -380,7 +375,7 @@ def brief_caption(things, rng):
     # Between two objects of one shape a relation
     # would say nothing: both have the same name.
     if len(things) == len(counts) == 2 and rng.random() < 0.5:
-        words = relations(*things)
+        words = cell_relations(*things)
         if words:
             first, second = things
             return f"a photo of a {first['shape']} {rng.choice(words)} a {second['shape']}"
@@ -398,6 +393,19 @@ def caption_of(things, scene, rng):
     if rng.random() < share:
         return brief_caption(things, rng)
     return long_caption(things, scene, rng)
+
+
+def caption_of_composite(base, paste, box, setting, rng):
+    """Return a caption of the composite of two scenes; `box` is where the second one was pasted."""
+    things = seen_in_composite(base, paste, box, setting)
+    # Each half of CM 1/2 has its background: the caption names one of them.
+    ground = rng.choice([base, paste]) if setting == "1/2" else base
+    if not things:
+        return f"nothing {describe_background(ground, rng)}"
+    # Never a brief one: "a photo of a star" is no caption for a part of a star.
+    if len(things) == 1:
+        return long_caption(things, ground, rng)
+    return caption_of(things, ground, rng)
 
 
 def caption_originals(out, seed):
@@ -423,15 +431,37 @@ def caption_composites(out, composites, captions, seed):
 
         base = scenes[row["base"]]
         paste = scenes[row["paste"]]
-        things = seen_in_composite(base, paste, row["box"], row["setting"])
-        # Each half of CM 1/2 has its background: the caption names one of them.
-        ground = rng.choice([base, paste]) if row["setting"] == "1/2" else base
-        if not things:
-            text = f"nothing {describe_background(ground, rng)}"
-        elif len(things) == 1:
-            # Never a brief one: "a photo of a star" is no caption for a part of a star.
-            text = long_caption(things, ground, rng)
-        else:
-            text = caption_of(things, ground, rng)
+        text = caption_of_composite(base, paste, row["box"], row["setting"], rng)
         rows.append({"file": row["file"], "caption": text})
     write_jsonl(out / captions, rows)
+
+
+# --------------------------------------------------------------------------------------------
+# What tells this world from another one
+
+SAMPLES = 10            # scenes of each kind and shape, and composites of each setting
+
+
+def world_fingerprint():
+    """Return a short hash that changes where scenes are chosen, drawn or captioned in another way.
+
+    A folder remembers it: in another world its old pictures would get new captions.
+    """
+    # Samples cannot show every small change of a share, so the shares are part of it themselves.
+    parts = [repr((KINDS, BRIEF_FOR_ONE, BRIEF_FOR_SEVERAL)).encode()]
+    rng = random.Random("fingerprint")
+    for kind, shape in product(KINDS, SHAPES):
+        scenes = [random_scene(rng, shape, kind) for _ in range(SAMPLES)]
+        # A picture takes much longer than a caption, so one of each kind and shape is enough.
+        parts.append(draw(scenes[0]).tobytes())
+        for scene in scenes:
+            parts.append(repr(scene).encode())
+            parts.append(caption_of(seen_in_original(scene), scene, rng).encode())
+
+    for setting in cutmix.SETTINGS:
+        for _ in range(SAMPLES):
+            base = random_scene(rng)
+            paste = random_scene(rng)
+            box = cutmix.paste_box(setting, SIZE, rng)
+            parts.append(caption_of_composite(base, paste, box, setting, rng).encode())
+    return hashlib.sha256(b"\n".join(parts)).hexdigest()[:12]
