@@ -147,7 +147,7 @@ def draw_inputs(batch, scaling_factor, device):
     noise_of_x_0 = noise[:, 0]
     eps = noise[:, 1]
 
-    # Looked up before the lengths are on the GPU: the CPU would have to wait for it.
+    # Looked up while the lengths are still on the CPU, so that it need not wait for the GPU.
     length = padded_length(batch["lengths"])
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     text, mask = pad_text(batch["tokens"], batch["lengths"], length)
@@ -295,7 +295,7 @@ class Lamb(torch.optim.Optimizer):
             else:
                 # One by one, and all in the same memory: what the step of a matrix reads then stays
                 # in the CPU's cache, and memory that is new to a process is slow to touch.
-                memory = torch.empty(max(w.numel() for w in ws))
+                memory = ws[0].new_empty(max(w.numel() for w in ws))
                 for w, g, m, v in tensors:
                     u = memory[:w.numel()].view_as(w)
                     lamb_update([w], [g], [m], [v], [u], numbers, *constants)
@@ -364,8 +364,8 @@ def finish_step(optimizer, averages, loss, step, args):
 
     Returns [loss, gradient norm, 1, 0] as a tensor on the device, or [0, 0, 0, 1] if the step
     was skipped because its loss or gradient is not finite: what is added to LOSS, GRAD_NORM, MADE
-    and SKIPPED. The loss is that of all ranks,
-    and DDP gave them one gradient, so that all decide alike.
+    and SKIPPED. The loss is that of all ranks, and DDP gave them one gradient, so that all decide
+    alike.
     """
     gradients = [p.grad for p in averages if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
