@@ -144,7 +144,7 @@ ALL_VIEWS = [0, 1, 2, 3, 4]
 def kept_patches(setting, box, size):
     """Return the views of a composite that LLaVA is shown, as a list of numbers.
 
-    The paper calls LLaVA's views patches; elsewhere here, a patch is a P-th part of a view's side.
+    The paper calls these views patches; below, a view is cut into P x P smaller patches.
     0 is the whole image, 1 to 4 are its quadrants, row by row. A photo (setting None)
     and 1/2 need only the whole: what they show is large. All others also need the
     quadrant with most of the small photo, or several if they have equal shares. `box`
@@ -748,10 +748,9 @@ class SharedFile:
             self.remove_parts()
             return True
 
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.refuse_other_ranks()
-        begin_or_resume(self.settings, self.out, settings)
         with only_command(self.out.parent, self.out.name):
+            self.refuse_other_ranks()
+            begin_or_resume(self.settings, self.out, settings)
             self.append_my_share(produce, unit)
             return self.join_parts()
 

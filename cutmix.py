@@ -479,12 +479,12 @@ def main(argv=None):
         return
 
     with only_command(args.out):
-        make_composites(args, photos, composites, rank, world)
+        make_composites(args, composites, rank, world)
 
 
-def make_composites(args, photos, composites, rank, world):
+def make_composites(args, composites, rank, world):
     """Make this rank's composites; the last rank to end lists all of them in cutmix.jsonl."""
-    list_of_photos = hashlib.sha256(photos.tobytes()).hexdigest()
+    list_of_photos = hashlib.sha256(composites.files.tobytes()).hexdigest()
     settings = {"setting": args.setting, "size": args.size, "times": args.times,
                 "seed": args.seed, "photos": list_of_photos[:16]}
     begin_or_resume(args.out / "parts" / "settings.json", args.out, settings)

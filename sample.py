@@ -723,7 +723,6 @@ def arguments(argv):
     add("--max-tokens", type=int, default=256,
         help="tokens of a prompt that are read (paper: 256, released CAD-I: 128)")
     add("--seed", type=int, default=0, help="image i has seed + i")
-
     add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA, else fp32")
 
     # The rest changes no image, unless --vae or --text-encoder names other weights.

@@ -38,8 +38,8 @@ from common import (HelpFormatter, StopRequest, UserError, append_jsonl, at_leas
                     contact_sheet, encoders_of, end_workers, local_device, on_any_rank, one_line,
                     only_command, pad_text, padded_length, rank_and_world, read_jsonl,
                     refuse_other_settings, report_lost_rank, signals_wait, to_images, write_jsonl)
-from encode import Encoded, load_vae, refuse_other_encoders
 from cutmix import SETTINGS
+from encode import Encoded, load_vae, refuse_other_encoders
 from metrics.charts import draw_progress
 from sample import MODELS, ddim, gamma, load_model, save_checkpoint
 
@@ -238,8 +238,8 @@ def adamw_update(ws, gs, ms, vs, numbers, beta1, beta2, eps, decay):
 def lamb_update(ws, gs, ms, vs, us, numbers, beta1, beta2, eps, decay):
     """Make one step of LAMB (You et al. 2020) for lists of tensors, in place.
 
-    With m^ and v^ for the moments without their bias, u = -(m^ / (sqrt(v^) + eps) + decay * w), and
-    each tensor makes a step as long as itself: w <- w + lr * |w| / |u| * u.
+    With m^ and v^ for the moments without their bias, u = -(m^ / (sqrt(v^) + eps) + decay * w).
+    Each tensor's step is as long as lr times the tensor itself: w <- w + lr * |w| / |u| * u.
 
     ws, gs, ms, vs: as for `adamw_update`. us: tensors of the same shapes, which are overwritten.
     """
@@ -625,9 +625,10 @@ def save_state(run, step):
                 torch.save(state, file)
         # On a full disk, torch's writer raises errors of many kinds.
         except (OSError, RuntimeError) as error:
-            reason = f"{one_line(error)}: is the disk full?"
             if isinstance(error, OSError):
                 reason = error.strerror
+            else:
+                reason = f"{one_line(error)}: is the disk full?"
             raise UserError(f"{path}: cannot be written ({reason}); the state before it is "
                             f"whole") from None
 

@@ -577,16 +577,21 @@ def section_sample():
     from torch.utils.flop_counter import FlopCounterMode
 
     import sample
-    from common import autocast, compile_blocks, local_device
+    from common import autocast, compile_blocks, local_device, peak_flops
     device = local_device()
     cuda = device.type == "cuda"
-    # A CPU in float32 and in CPU time, as all the rest here; a GPU in bfloat16.
-    side = 8192 if cuda else 2048
-    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
-    torch.matmul(a, a)
-    peak = 2 * side ** 3 / best_on(device, torch.matmul, a, a)
-    presets = (("dit", "L/2"), ("cad", "L")) if cuda else (("dit", "S/2"), ("cad", "B"))
-    B, L = (64, 160) if cuda else (4, 160)
+    L = 160
+    if cuda:
+        B = 64
+        presets = (("dit", "L/2"), ("cad", "L"))
+        peak, source = peak_flops(device, "auto")
+    else:
+        B = 4
+        presets = (("dit", "S/2"), ("cad", "B"))
+        # In CPU time, as all the rest here.
+        a = torch.randn(2048, 2048)
+        peak = 2 * 2048 ** 3 / best_of(torch.matmul, a, a)
+        source = "a matrix product's speed"
     for name, preset in presets:
         torch.manual_seed(0)
         with device:
@@ -606,7 +611,7 @@ def section_sample():
             condition = best_on(device, model.condition, text, mask, one)
         reached = counter.get_total_flops() / denoise / peak
         print(f"sample: {name} {preset}, {B} images: {1e3 * denoise:.0f} ms a step without "
-              f"guidance, {reached:.0%} of a matrix product's speed; the captions' part, computed once, "
+              f"guidance, {reached:.0%} of {source}; the captions' part, computed once, "
               f"{1e3 * condition:.0f} ms, would be {condition / (condition + denoise):.0%} of each "
               f"step", flush=True)
 

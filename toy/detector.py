@@ -37,7 +37,7 @@ NEIGHBOURS = np.ones((3, 3), bool)
 # explained by a larger template.
 LEAST_AREA = 0.9 * (1 - MOST_HIDDEN)
 MOST_AREA = 1.3
-BEST_PLACES = 4             # places that are searched more closely, around each
+BEST_PLACES = 4             # the search goes on around so many of the places tried
 MOST_GAIN = 0.35            # what a move by a pixel and a half adds to a score at most
 
 
@@ -131,7 +131,7 @@ class Patch:
 def agreement(template, patch, x, y):
     """Return how well a patch agrees with a template whose upper left corner is at (x, y), at most 1:
 
-        right / (right + wrong) - 0.1 hidden - 0.25 wrong / edge - doubt
+        right / (right + wrong) - HIDDEN_WEIGHT hidden - WRONG_WEIGHT wrong / edge - doubt
 
     right: pixels that are in both. wrong: pixels that are in one of them only. hidden: the share
     of the template that the patch lacks because another object hides it; that is not wrong, but

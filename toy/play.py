@@ -39,7 +39,7 @@ from sample import (MODELS, check_encoders, encoder_names, generate, load_model,
                     load_pipeline)
 from toy.detector import detect
 from toy.recipe import GUIDANCE, SAMPLE_STEPS
-from toy.world import BACKGROUNDS, COLORS, GREYS, PLACES, SHAPES, SIZE
+from toy.world import BACKGROUNDS, COLORS, GREYS, PLACES, SHAPES, SIZE, background_phrases
 
 PAGE = Path(__file__).with_suffix(".html")
 MAX_BODY = 32768            # bytes of a request
@@ -71,9 +71,8 @@ def phrases():
     for size in SIZES:
         table[size] = ("size", None)
     for background, grey in product(BACKGROUNDS, GREYS):
-        ground = f"{background} {grey}".replace("plain ", "")
-        table[f"on {ground} ground"] = ("ground", None)
-        table[f"before a {ground} wall"] = ("ground", None)
+        for words in background_phrases(background, grey):
+            table[words] = ("ground", None)
 
     # Both plural endings are accepted for every shape,
     # which is simpler than knowing which one is right.

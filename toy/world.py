@@ -323,10 +323,15 @@ def describe_object(thing):
     return f"{article} {size}{thing['color']} {thing['shape']}{place}"
 
 
+def background_phrases(background, grey):
+    """Return both ways to name a background: "before a dark wall", "on dark ground"."""
+    kind = f"{background} {grey}".replace("plain ", "")
+    return [f"before a {kind} wall", f"on {kind} ground"]
+
+
 def describe_background(scene, rng):
-    """Return words for the background: "on dark ground"."""
-    kind = f"{scene['background']} {scene['grey']}".replace("plain ", "")
-    return rng.choice([f"before a {kind} wall", f"on {kind} ground"])
+    """Return words for the background, one way or the other."""
+    return rng.choice(background_phrases(scene["background"], scene["grey"]))
 
 
 def long_caption(things, scene, rng):
