@@ -1,86 +1,72 @@
-"""What every stage shares and no stage is about: errors, files, ranks, images, the hub.
+"""What every stage shares: one line for a mistake, whole files, one way in and one way out.
 
-Every stage promises its user the same things. A mistake ends in one line, not in a
-traceback. A file that bears its final name is whole. A killed command goes on when it is
-started again, and refuses to mix two kinds of data in one output. Several processes share
-the work, and but for training they need not talk to each other. This file keeps those
-promises in one place, and draws the pictures that people look at. It imports no stage, and
-torch only where it is needed: cutmix.py works without, and its many worker processes stay
-small.
+In: `reading` turns whatever goes wrong with a file that a user brings into one line that names
+it. Out: `make_together` makes an output file by file, by any number of ranks, as often as it
+takes, and refuses to mix two kinds of data in one. Beside them: images as they come, pictures
+to look at, models from a folder or the hub. This file imports no stage, and torch only where
+it is needed.
 """
 
 import argparse
+import collections
 import contextlib
-import csv
+import fcntl
 import functools
 import hashlib
+import html
+import importlib.util
+import itertools
 import json
 import math
 import os
-import platform
-import signal
+import stat
 import sys
-import time
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-
-
 # --------------------------------------------------------------------------------------
-# Errors and command lines
+# Mistakes
 
 class UserError(Exception):
     """A mistake of the user's: a path, a number, a file. It is reported in one line."""
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter,
-                    argparse.ArgumentDefaultsHelpFormatter):
-    """Format `--help`: the module's docstring as it is written, and the options' defaults."""
-
-    def _get_help_string(self, action):
-        has_default = action.default is not None and not isinstance(action.default, bool)
-        if has_default:
-            return super()._get_help_string(action)
-        return action.help
-
-
 def command_line(main):
     """Run a stage's `main()`. A mistake becomes one line and exit code 2.
 
-    So does a failing file system, and a GPU whose memory is too small.
+    So does a failing file system, a GPU whose memory is too small, and a rank that is gone.
     """
     try:
         main()
     except (UserError, OSError) as error:
-        end_with(error)
+        end_with(one_line(error, 500))
     except RuntimeError as error:
         # By its name, because this file does without torch.
-        if type(error).__name__ != "OutOfMemoryError":
+        if type(error).__name__ == "OutOfMemoryError":
+            end_with(f"{one_line(error)} A smaller --batch-size (of train.py: --micro-batch, "
+                     f"--checkpoint-activations) needs less")
+        of_other_ranks = any(word in str(error) for word in ("gloo", "NCCL", "Connection", "peer"))
+        if rank_and_world()[1] == 1 or not of_other_ranks:
             raise
-        end_with(f"{one_line(error)} A smaller --batch-size (of train.py: --micro-batch, "
-                 f"--checkpoint-activations) needs less")
+        end_with(f"another rank has ended, see its line, or is out of reach ({one_line(error)})")
     except KeyboardInterrupt:
         close_progress_bars()
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(130)
 
 
-def end_with(error):
-    """End the program with an error's message in one line, and exit code 2."""
+def end_with(message):
+    """End the program with a message in one line, and exit code 2."""
     close_progress_bars()
-    print(f"{program_name()}: {one_line(error, 500)}", file=sys.stderr)
-    sys.exit(2)
-
-
-def program_name():
-    """Return the command's name as it was typed: `train.py`, or `toy` for `python -m toy`."""
     path = Path(sys.argv[0])
-    if path.name == "__main__.py":
-        return path.parent.name
-    return path.name
+    name = path.parent.name if path.name == "__main__.py" else path.name
+    print(f"{name}: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def close_progress_bars():
@@ -90,394 +76,99 @@ def close_progress_bars():
 
 
 def one_line(error, length=200):
-    """Return an exception's message as one line of at most `length` characters.
-
-    A DataLoader raises an error of its worker processes again with their whole traceback as
-    the message. What the error said stands at its end, behind the name of its class.
-    """
-    message = str(error)
-    if message.startswith("Caught ") and "\nOriginal Traceback" in message:
-        message = message.rpartition(f"{type(error).__name__}: ")[2]
-    message = " ".join(message.split())
-    return message[:length] or type(error).__name__
+    """Return an exception's message as one line of at most `length` characters."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
 
 
-def at_least(args, **bounds):
-    """Check options against lower bounds: `at_least(args, steps=1)`.
-
-    An option that this command does not have, or that was not given (None), passes.
-    Raises UserError.
-    """
-    for name, low in bounds.items():
-        value = getattr(args, name, None)
-        if value is None:
-            continue
-        if not value >= low or not math.isfinite(value):
-            raise UserError(f"{option(name)} {value}: must be at least {low}")
+def end_quietly(kind, error, trace):
+    """Show no traceback where Ctrl-C comes while a stage still imports torch."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
 
 
-def between(args, low, high, *names):
-    """Check that options lie in [low, high]; NaN does not. Raises UserError."""
-    for name in names:
-        value = getattr(args, name)
-        if not low <= value <= high:
-            raise UserError(f"{option(name)} {value}: must be in [{low}, {high}]")
-
-
-def option(name):
-    """Return the command-line option that sets `args.name`: "batch_size" -> "--batch-size"."""
-    return "--" + name.replace("_", "-")
-
-
-# --------------------------------------------------------------------------------------
-# Complete files
-
-@contextlib.contextmanager
-def complete(path, durable=False):
-    """Yield a temporary path to write to, and rename it to `path` when the block is done.
-
-    The temporary name is the same at the next attempt (and another for each rank), so that
-    running the same command again clears away what a kill left behind.
-
-    `durable` waits until the bytes are on the disk before the rename. Without it, a file may
-    bear its final name and be empty after a crash of the whole machine. It is for files
-    whose loss would cost work.
-
-    An OSError that names no file gets the name of this one.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
-    rank = os.environ.get("RANK", "0")
-    temporary = path.with_name(f".{path.name}.{rank}.tmp")
-    try:
-        with errors_name(path):
-            yield temporary
-            if durable:
-                flush_to_disk(temporary)
-            os.replace(temporary, path)
-            if durable:
-                flush_to_disk(path.parent)
-    except BaseException:
-        # The temporary path may be a folder; the first error is the one to report.
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+sys.excepthook = end_quietly
 
 
 @contextlib.contextmanager
-def errors_name(path):
-    """Give an OSError that names no file the name of this one.
-
-    "No space left on device" alone does not tell the user which disk is full.
-    """
+def reading(path, what):
+    """Give whatever goes wrong while a file is read one line: "x: not COCO's captions (why)"."""
     try:
         yield
     except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise UserError(f"{path}: {error.strerror or one_line(error)}") from None
+    except UserError:
+        raise
+    # Bytes of any kind: damaged, of another program, with text where a number should be.
+    except Exception as error:  # noqa: BLE001
+        kind = type(error).__name__
+        why = f"no {error}" if kind == "KeyError" else f"{kind}: {one_line(error)}"
+        if is_lfs_pointer(path):
+            why = LFS_POINTER
+        raise UserError(f"{path}: not {what} ({why})") from None
 
 
-def flush_to_disk(path):
-    """Wait until a file, or the list of names in a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+LFS_POINTER = "a git-lfs pointer, not the file itself: git lfs pull fetches it"
 
 
-def read_json(path, what):
-    """Return the object in a JSON file.
-
-    `what` says in the message what the file should have been: "the settings of an output".
-    Raises UserError if it is not there, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not {what} ({one_line(error)})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not {what} (no JSON object)")
-    return value
-
-
-def read_jsonl(path):
-    """Return the objects of a JSONL file, one a line.
-
-    A last line without its newline was torn by a kill and is left out. Raises UserError
-    (file, line) for anything else that is not a JSON object.
-    """
-    rows = []
-    try:
-        # Bytes, because a torn line may end inside a character.
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    if not line.endswith(b"\n"):
-                        break
-                    reason = getattr(error, "msg", error)
-                    raise UserError(f"{path} line {number}: not JSON ({reason})") from None
-                if not isinstance(row, dict):
-                    raise UserError(f"{path} line {number}: not a JSON object")
-                rows.append(row)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    return rows
-
-
-def write_jsonl(path, rows):
-    """Write objects to a JSONL file, in ASCII: even a file name that is not UTF-8 survives."""
-    lines = [json.dumps(row) + "\n" for row in rows]
-    with complete(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
-
-
-def append_jsonl(path, rows):
-    """Add objects to the end of a JSONL file."""
-    lines = [json.dumps(row) + "\n" for row in rows]
-    with errors_name(path), open(path, "a", encoding="utf-8") as file:
-        file.writelines(lines)
-
-
-@functools.cache
-def sha256(path):
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def is_lfs_pointer(path):
+    """Tell whether a file holds only git-lfs's note of where its content is."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
+    return False
 
 
 # --------------------------------------------------------------------------------------
-# Captions of images
+# Command lines
 
-def read_captions(path):
-    """Return {file: caption}; every file is a path below the folder of images.
+class HelpFormatter(argparse.RawDescriptionHelpFormatter,
+                    argparse.ArgumentDefaultsHelpFormatter):
+    """Format --help: the docstring as it is written, and the options' defaults."""
 
-    The suffix tells the format. JSONL and CSV name the image `file`, as caption.py does,
-    or `image_path`, as the captions do that the paper's authors have published. CSV begins
-    with a line that names its columns. A `.tsv` is what the authors' captioner writes:
-    file, tab, caption, and no such line. Theirs leave out an image's folder.
+    def _get_help_string(self, action):
+        has_default = action.default is not None and not isinstance(action.default, bool)
+        return super()._get_help_string(action) if has_default else action.help
 
-    Raises UserError: a line without file or caption, a file with two captions.
+
+class Options(argparse.ArgumentParser):
+    """A command's options: its docstring and the defaults in --help, a mistake in one line."""
+
+    def __init__(self, description=None, **more):
+        super().__init__(description=description, formatter_class=HelpFormatter, **more)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind, low, high=math.inf):
+    """Return what turns an option's text into an int or float from `low` to `high`.
+
+    It goes beside the option: `type=number(int, 1)`. Not a number and infinity are refused.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix == ".tsv":
-        rows = read_tsv_captions(path)
-    elif suffix == ".csv":
-        rows = read_csv_captions(path)
-    elif suffix == ".parquet":
-        raise UserError(f"{path}: Parquet is not read here; save it as JSONL or CSV, for "
-                        'instance with load_dataset(...).to_json("captions.jsonl")')
-    else:
-        rows = read_jsonl(path)
-
-    captions = {}
-    for number, row in enumerate(rows, 1):
-        file = row.get("file", row.get("image_path"))
-        caption = row.get("caption")
-        both_are_text = isinstance(file, str) and isinstance(caption, str)
-        if not (both_are_text and file and caption):
-            raise UserError(f"{path}, caption {number}: needs a file and a caption")
-        if captions.setdefault(file, caption) != caption:
-            raise UserError(f"{path}, caption {number}: {file} had another caption before (a "
-                            "name in two folders? then the captions must name the folder too)")
-    return captions
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {bounds}")
+        return value
+    # argparse names it where the text is no number at all.
+    convert.__name__ = "whole number" if kind is int else "number"
+    return convert
 
 
-def read_tsv_captions(path):
-    """Return the lines "file<TAB>caption" as dicts. Raises UserError if not UTF-8."""
-    rows = []
-    try:
-        with open(path, encoding="utf-8", newline="\n") as lines:
-            for line in lines:
-                torn_by_a_kill = "\t" not in line and not line.endswith("\n")
-                if torn_by_a_kill:
-                    break
-                file, _, caption = line.partition("\t")
-                rows.append({"file": file, "caption": caption.strip()})
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8") from None
-    return rows
-
-
-def read_csv_captions(path):
-    """Return the rows of a CSV file as dicts, keyed by the names in its first line.
-
-    Raises UserError if it is not UTF-8, not CSV, or has no columns of files and captions.
-    """
-    try:
-        # Spreadsheets begin UTF-8 with an invisible mark (BOM), which "utf-8-sig" removes.
-        with open(path, encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines)
-            columns = reader.fieldnames or []
-            if "caption" not in columns or not {"file", "image_path"} & set(columns):
-                raise UserError(f"{path}: its first line must name the columns file (or "
-                                "image_path) and caption, and is "
-                                f"{shorten(', '.join(columns) or 'empty')}")
-            return list(reader)
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8") from None
-    except csv.Error as error:
-        line = reader.reader.line_num
-        raise UserError(f"{path} line {line}: not CSV ({error})") from None
+def keep_apart(out, *inputs):
+    """Raise UserError if an output is one of a command's inputs, or lies in one (None: not given)."""
+    place = Path(out).resolve()
+    for given in inputs:
+        if given and place.is_relative_to(Path(given).resolve()):
+            raise UserError(f"--out {out}: is {given} or lies in it, and that is an input of this "
+                            f"command: choose another")
 
 
 # --------------------------------------------------------------------------------------
-# An output belongs to the settings it was begun with
-
-def refuse_other_settings(output, before, now):
-    """Raise UserError if the settings `now` differ from those that `output` was begun with.
-
-    Both are dicts. Going on with other settings would silently mix two kinds of data.
-    """
-    for key in [*before, *now]:
-        old = before.get(key)
-        new = now.get(key)
-        if old != new:
-            name = key.replace("_", " ")
-            change = f"{name} {shorten(old)}, now {shorten(new)}"
-            raise UserError(f"{output}: begun with other settings ({change}): use the same, or "
-                            f"another --out, or delete it")
-
-
-def shorten(value):
-    """Return a value as text, cut after 80 characters."""
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def begin_or_resume(path, output, settings):
-    """Remember in the file `path` which settings `output` is made with.
-
-    Where the file exists already, check its settings instead. Raises UserError if they differ.
-    """
-    path = Path(path)
-    # As JSON gives it back: a tuple becomes a list, a number as a key becomes a string.
-    settings = json.loads(json.dumps(settings))
-    if path.exists():
-        before = read_json(path, "the settings of an output")
-        refuse_other_settings(output, before, settings)
-    else:
-        with complete(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def only_command(folder, file=""):
-    """Keep `folder`, or one file in it, for this command (this rank of it) until the block ends.
-
-    Two commands that write to one place at once would take turns at the same temporary names.
-    The operating system releases the lock when the process ends, also after a kill -9. A folder
-    that is still empty at the end is removed. Raises UserError if another command is at work.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f".{file}.lock" if file else ".lock"
-    path = folder / f"{name}.{os.environ.get('RANK', '0')}"
-    with take_lock(path, folder / file) as lock:
-        try:
-            # What a killed command left here is overwritten. On a full disk the file stays empty:
-            # the lock does not depend on what is in it.
-            with contextlib.suppress(OSError):
-                os.ftruncate(lock.fileno(), 0)
-                os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
-
-def take_lock(path, output):
-    """Return the open file `path`, locked by this process, before it writes to `output`.
-
-    Raises UserError if another process has the lock.
-    """
-    begun = time.monotonic()
-    while True:
-        lock = open(path, "a+", encoding="utf-8")                    # noqa: SIM115
-        locked = try_to_lock(lock)
-        # Another command may have deleted the file after it was opened here.
-        deleted = os.fstat(lock.fileno()).st_nlink == 0
-        if locked and not deleted:
-            return lock
-        lock.seek(0)
-        holder = lock.read()
-        lock.close()
-        if not deleted and time.monotonic() - begun > patience(holder):
-            raise UserError(f"{output}: another command is writing to it ({holder}); wait until "
-                            f"it has ended, or choose another --out")
-        time.sleep(0.1)
-
-
-def try_to_lock(lock):
-    """Lock an open file if no other process has it; tell whether it is ours now."""
-    import fcntl
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass                # A file system without locks: there is nothing to ask.
-    return True
-
-
-def patience(holder):
-    """Return for how many seconds to wait for a lock: "process 12 on node7" was written into it."""
-    words = holder.split()
-    if len(words) != 4 or not words[1].isdigit():
-        return 0
-    # A file server keeps the lock of a node that has crashed for a minute or two.
-    if words[3] != platform.node():
-        return 120
-    try:
-        os.kill(int(words[1]), 0)
-    except ProcessLookupError:
-        return 15           # Its workers, which keep the lock, notice within seconds that it was killed.
-    except OSError:
-        pass                # It lives, and belongs to somebody else.
-    return 0
-
-
-# --------------------------------------------------------------------------------------
-# Texts of a batch
-
-def pad_text(tokens, lengths, length):
-    """Return text (B, length, D), zero behind each caption, and its mask (B, length) bool.
-
-    tokens (sum of L_i, D) are all captions one after the other, lengths (B,) those L_i.
-    """
-    import torch
-    start = lengths.cumsum(0) - lengths                                  # (B,)
-    position = torch.arange(length, device=tokens.device)                # (length,)
-    mask = position < lengths[:, None]                                   # (B, length)
-    index = (start[:, None] + position).clamp(max=len(tokens) - 1)       # (B, length)
-    return tokens[index] * mask[:, :, None], mask
-
-
-def padded_length(lengths):
-    """Return the length of the longest caption, rounded up to a multiple of 32.
-
-    torch.compile makes a version of the network for each length: eight for up to 256 tokens.
-    """
-    return 32 * math.ceil(int(lengths.max()) / 32)
-
-
-# --------------------------------------------------------------------------------------
-# Ranks and devices
+# Ranks, threads, devices
 
 def rank_and_world():
-    """Return (rank, number of ranks) from the environment that torchrun sets; (0, 1) without.
-
-    Raises UserError.
-    """
+    """Return (rank, number of ranks), as torchrun sets them; (0, 1) without. Raises UserError."""
     rank = os.environ.get("RANK", "0")
     world = os.environ.get("WORLD_SIZE", "1")
     valid = rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
@@ -487,24 +178,44 @@ def rank_and_world():
     return int(rank), int(world)
 
 
-def is_last_rank(rank, paths, product):
-    """Tell whether all of `paths` exist, so that this rank has to make `product` of them.
-
-    Ranks never wait for each other. Each makes its share and then looks whether the others'
-    shares are there; only the last one to end finds them all.
-    """
-    missing = [path for path in paths if not Path(path).exists()]
-    if missing:
-        print(f"rank {rank}: its share is done; the last rank to end writes {product}")
-    return not missing
-
-
 def default_workers():
-    """Return the number of worker processes for a rank: its part of the machine's cores."""
+    """Return the number of threads that read for a rank: its part of the machine's cores."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # Cores that this process may use: a container may have fewer than the machine.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // ranks_here)
+
+
+def ahead(function, items, threads):
+    """Yield function(item) for all items, in order, while threads compute those that come next.
+
+    At most twice as many results as there are threads wait to be taken. threads: 0 computes
+    each one when it is asked for.
+    """
+    if not threads:
+        yield from map(function, items)
+        return
+    waiting = collections.deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def progress(items, total, unit, title=None):
+    """Return the items of an iterable under a progress bar, which rank 0 alone shows."""
+    return tqdm(items, total=total, unit=unit, desc=title, disable=rank_and_world()[0] > 0)
+
+
+def in_batches(items, size):
+    """Return a list as a list of lists of `size` items; the last one may be shorter."""
+    return [items[start:start + size] for start in range(0, len(items), size)]
 
 
 def local_device():
@@ -532,179 +243,264 @@ def autocast(device, precision):
     return contextlib.nullcontext()
 
 
-# Dense bfloat16 multiplications and additions a second, from the makers' data sheets. The first
-# name that is part of the card's own name counts.
-PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
+# --------------------------------------------------------------------------------------
+# Whole files
 
+@contextlib.contextmanager
+def complete(path, durable=None):
+    """Yield a temporary path to write to. It gets its final name when its bytes are on the disk.
 
-def peak_flops(device, precision):
-    """Return a device's peak in FLOP/s, and in words what it was taken from.
-
-    Cards in PEAK_FLOPS have their maker's figure. Of any other device, a large matrix product
-    is timed in the precision that `autocast` takes for `precision`.
+    The temporary name is the same at the next attempt (and another for each rank), so that
+    running the same command again clears away what a kill left behind. An OSError that names
+    no file gets the name of this one.
     """
-    import torch
-    from torch.utils.benchmark import Timer
-    if device.type == "cuda":
-        card = torch.cuda.get_device_name(device)
-        for name, peak in PEAK_FLOPS.items():
-            if name in card and precision != "fp32":
-                return peak, f"the peak of {name}"
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device)
-    with autocast(device, precision):
-        # A product has the precision that it is made in: then nothing but products is timed.
-        a = a @ a
-        timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
-        seconds = timer.timeit(5).mean
-    return 2 * n ** 3 / seconds, f"a {n} x {n} matrix product"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{rank_and_world()[0]}.tmp")
+    try:
+        yield temporary
+        # Otherwise a file may bear its final name and be empty after a crash of the machine.
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except BaseException as error:
+        # The temporary path may be a folder; the first error is the one to report.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        # "No space left on device" alone does not say which disk is full.
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
-def compile_blocks(model, dynamic=None):
-    """Let torch.compile translate a network: the captions' part, then block by block.
+def read_json(path, what):
+    """Return the object in a JSON file. Raises UserError: "path: not WHAT (why)"."""
+    with reading(path, what):
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+    return value
 
-    Equal blocks are translated only once. And DDP sends a gradient as soon as it is there:
-    those of a compiled block are sent while the backward pass goes on below it. A network
-    compiled as a whole hands over all of them at its end, and torch's way of splitting it for
-    DDP knows neither activation checkpoints nor CAD's first pass without gradients.
 
-    dynamic: False makes one version for each batch size and length of text; None, torch's
-    default, makes a version for all of them when the second one comes.
+def write_json(path, value):
+    """Write an object to a JSON file."""
+    with complete(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_jsonl(path):
+    """Return the objects of a JSONL file, one a line.
+
+    A last line without its newline was torn by a kill and is left out. Raises UserError
+    (file, line) for anything else that is not a JSON object.
     """
-    import torch
-    from torch._inductor.async_compile import AsyncCompile
-    # If a signal to the whole job ended torch's compiler processes, the step would wait for ever.
-    with signals_wait():
-        AsyncCompile.warm_pool()
-    # Blocks are small enough for DDP: torch need not cut them up once more.
-    torch._dynamo.config.optimize_ddp = False
-    # One version for each length of text, with and without gradients.
-    torch._dynamo.config.recompile_limit = 64
-    model.condition = torch.compile(model.condition, dynamic=dynamic)
-    for block in model.blocks:
-        block.compile(dynamic=dynamic)
+    rows = []
+    # Bytes, because a torn line may end inside a character, and lines end at \n only.
+    with reading(path, "JSONL"), open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            # Editors put a mark (BOM) before the first line.
+            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                if not line.endswith(b"\n"):
+                    print(f"{path}: its last line is torn, and left out", file=sys.stderr)
+                    break
+                why = LFS_POINTER if is_lfs_pointer(path) else getattr(error, "msg", error)
+                raise UserError(f"{path} line {number}: not JSON ({why})") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path} line {number}: not a JSON object")
+            rows.append(row)
+    return rows
+
+
+def write_jsonl(path, rows):
+    """Write objects to a JSONL file."""
+    with complete(path) as temporary:
+        temporary.write_text(jsonl(rows), encoding="utf-8")
+
+
+def jsonl(rows):
+    """Return objects as lines of JSON, in ASCII: even a file name that is not UTF-8 survives."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@functools.cache
+def sha256(path):
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(rows, weights=()):
+    """Return 16 hexadecimal digits that tell lists of JSON values, and networks, apart.
+
+    weights: (name, tensor) of a network. The first 256 values of each tensor count: whoever
+    trains a network further changes all of its tensors.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode())
+    for name, tensor in weights:
+        digest.update(f"{name} {tensor.flatten()[:256].tolist()}".encode())
+    return digest.hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------
-# Long runs of several processes: signals, ranks that fail
-
-class StopRequest:
-    """Remembers that SIGTERM or Ctrl-C came, so that the step in hand is finished first.
-
-    Use it as a context; `name` is "" until a signal comes. A second signal changes nothing:
-    torchrun passes on to its ranks those that they got already. Before `worth_saving` is set
-    to True, a signal ends the program: a long start must not be waited for.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self):
-        self.name = ""
-        self.worth_saving = False
-
-    def __enter__(self):
-        self.before = [signal.signal(number, self.receive) for number in self.SIGNALS]
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in zip(self.SIGNALS, self.before):
-            signal.signal(number, handler)
-
-    def receive(self, number, frame):
-        self.name = signal.Signals(number).name
-        # `signals_wait` holds back a signal to this thread, but it may have reached another one.
-        held = number in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        if self.worth_saving or held:
-            return
-        if rank_and_world()[0] == 0:
-            close_progress_bars()
-            print(f"{program_name()}: stopped by {self.name} before its first step, nothing to save")
-        sys.exit(0)
-
+# An output that is made of files
 
 @contextlib.contextmanager
-def signals_wait():
-    """Hold signals back until the block ends. Processes that are started in it never receive them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def only_command(folder, file=None):
+    """Keep a folder for this command (this rank of it). Raises UserError if another one has it.
 
-
-def end_workers(iterator):
-    """End the workers of a DataLoader's iterator, also where an error's traceback still holds it.
-
-    Otherwise they would only be ended when Python exits, by a signal that they do not receive.
+    The system frees it at the end, also after kill -9. It is a record lock, because a fork does
+    not inherit that: processes that outlive a killed command hold nothing.
     """
-    shut_down = getattr(iterator, "_shutdown_workers", None)
-    if shut_down:
-        shut_down()
-        # One that does not answer would keep the program from ending, too.
-        for worker in iterator._workers:
-            worker.kill()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".lock.{rank_and_world()[0]}"
+    with open(path, "w") as file:
+        taken = False
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            taken = True
+        except OSError:
+            pass                        # A file system without locks.
+        # One that has just ended may have removed the file that was opened here.
+        if taken or os.fstat(file.fileno()).st_nlink == 0:
+            raise UserError(f"{folder}: another command is writing to it; wait until it has "
+                            f"ended, or choose another --out")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            # A command that made nothing leaves nothing.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
-def on_any_rank(flag, world):
-    """Tell whether `flag` is true on any rank. The ranks' CPUs talk; no GPU is waited for."""
-    if world == 1:
-        return flag
-    import torch
-    vote = torch.tensor(float(flag))
-    torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MAX)
-    return bool(vote)
+def refuse_other_settings(output, before, now):
+    """Raise UserError if an output was begun with other settings: two kinds of data in one."""
+    for key in {**before, **now}:
+        old = before.get(key)
+        new = now.get(key)
+        # Of a table, name the line that has changed.
+        if isinstance(old, dict) and isinstance(new, dict):
+            refuse_other_settings(output, old, new)
+        elif old != new:
+            change = f"{key.replace('_', ' ')} {shorten(old)}, now {shorten(new)}"
+            raise UserError(f"{output}: begun with other settings ({change}): use the same, or "
+                            f"another --out, or delete it")
 
 
-@contextlib.contextmanager
-def report_lost_rank(rank, world):
-    """Raise UserError, one line, for the errors of a rank whose partner or data worker is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            raise UserError(f"a process that reads data has ended ({one_line(error, 80)}): was there "
-                            f"too little memory? Fewer --workers need less") from None
-        if "DataLoader timed out" in str(error):
-            raise UserError(f"{one_line(error)}: is /dev/shm full? A container needs more of it than "
-                            f"64 MB (docker run --shm-size 16g), or --workers 0") from None
-        signs = ("Connection", "gloo", "NCCL", "peer")
-        if world == 1 or not any(sign in str(error) for sign in signs):
-            raise
-        raise UserError(f"rank {rank}: another rank has ended, see its line, or cannot be reached "
-                        f"({one_line(error, 300)})") from None
+def shorten(value):
+    """Return a value as text, cut after 80 characters."""
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def has_content(path):
+    """Tell whether a file is there. An empty one is what a crashed or full disk left."""
+    return path.is_file() and path.stat().st_size > 0
+
+
+def make_together(out, settings, units, make, is_whole=has_content):
+    """Make this rank's share of the files of an output that are not there yet.
+
+    out: its folder. settings: all that its files depend on, for JSON; they bind as soon as one
+    file is there. units: {name of a file in `out`: what it is made from}. make([what, ...])
+    yields the bytes of these files in the same order, so it may read ahead. is_whole(path) tells
+    whether a file need not be made.
+
+    Returns whether all files are there now. If so, it is for this rank, which ended last, to
+    describe them (or for two that end together, who then write the same). Ranks never wait for
+    each other, and their number may be another one next time. Raises UserError.
+    """
+    out = Path(out)
+    rank, world = rank_and_world()
+    # As JSON gives them back: a tuple becomes a list.
+    settings = json.loads(json.dumps(settings))
+    with only_command(out):
+        there = {name for name in units if is_whole(out / name)}
+        if there:
+            before = read_json(out / "settings.json", "the settings of this output")
+            refuse_other_settings(out, before, settings)
+        else:
+            write_json(out / "settings.json", settings)
+
+        # The share is of all files, not of the missing ones: ranks need not look at the same time.
+        mine = [name for name in list(units)[rank::world] if name not in there]
+        made = make([units[name] for name in mine]) if mine else ()
+        for name, content in zip(mine, made, strict=True):
+            with complete(out / name) as path:
+                path.write_bytes(content)
+    whole = all(name in there or is_whole(out / name) for name in units)
+    if not whole:
+        print(f"rank {rank}: its share is done; the rank that ends last completes {out}")
+    return whole
+
+
+def join_rows(folder, units, product, skipped):
+    """Join JSONL files of a folder to `product`, but rows with a "reason" to `skipped`.
+
+    Returns the number of rows in both. Raises UserError if there are none in `product`: then the
+    units are removed, so that the same command tries again.
+    """
+    good, bad = [], []
+    for name in units:
+        for line in (folder / name).read_text().splitlines(keepends=True):
+            (bad if "reason" in json.loads(line) else good).append(line)
+    if not good:
+        for name in units:
+            (folder / name).unlink(missing_ok=True)
+        first = json.loads(bad[0])
+        raise UserError(f"{product}: nothing could be made of {len(bad)} files; the first: "
+                        f"{first['file']}: {first['reason']}")
+    # The product is the sign that all is done, so it comes last.
+    for path, lines in ((skipped, bad), (product, good)):
+        with complete(path) as temporary:
+            temporary.write_text("".join(lines))
+    return len(good), len(bad)
 
 
 # --------------------------------------------------------------------------------------
 # Images
 
+IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+
+
 def list_images(folder):
     """Return all images below `folder`, as sorted paths relative to it with forward slashes.
 
-    Only names are read, no file is opened. Hidden files and folders are passed over.
-    Raises UserError.
+    Only names are read, no file is opened. Hidden files and folders are passed over. Raises
+    UserError.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder")
     files = []
-    for here, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = os.path.relpath(here, folder).replace(os.sep, "/")
-        prefix = "" if inside == "." else f"{inside}/"
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in IMAGE_SUFFIXES and not name.startswith("."):
-                files.append(prefix + name)
+
+    def walk(here, prefix, above):
+        """List one folder; `above` are the folders that are being walked."""
+        status = os.stat(here)
+        this = (status.st_dev, status.st_ino)
+        # A link may lead back up: without this, its photos would be listed again and again.
+        if this in above:
+            return
+        for entry in os.scandir(here):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                walk(entry.path, f"{prefix}{entry.name}/", above | {this})
+            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                files.append(prefix + entry.name)
+
+    walk(str(folder), "", frozenset())
     if not files:
         known = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"{folder}: no images in it (looked for {known})")
@@ -720,50 +516,6 @@ def class_of(file):
     return folder if slash else ""
 
 
-def load_ahead(folder, parts, load, skipped):
-    """Yield for each part, a list of files, [(file, load(path))] while threads load the next.
-
-    An image that cannot be read is left out, and put into `skipped` as {file: reason}.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    def attempt(file):
-        try:
-            return load(Path(folder, file))
-        except OSError as error:
-            skipped[file] = str(error)
-            return None
-
-    loading = {}
-    with ThreadPoolExecutor(default_workers()) as pool:
-        for number, part in enumerate(tqdm(parts, disable=len(parts) < 3)):
-            # This part, where it is the first one, and the two after it.
-            for ahead in range(number, min(number + 3, len(parts))):
-                if ahead not in loading:
-                    loading[ahead] = pool.map(attempt, parts[ahead])
-            images = list(loading.pop(number))
-            yield [(file, image) for file, image in zip(part, images) if image is not None]
-
-
-def report_skipped(folder, skipped, total):
-    """Name unreadable images, {file: reason}, in the folder's skipped.jsonl and on stderr.
-
-    Raises UserError if they are all `total` images.
-    """
-    if not skipped:
-        return
-    first = skipped[min(skipped)]
-    if len(skipped) == total:
-        raise UserError(f"{folder}: none of its {total} images is readable; the first: {first}")
-    close_progress_bars()
-    print(f"{program_name()}: skipped {len(skipped)} of {total} images in {folder}, see its "
-          f"skipped.jsonl; the first: {first}", file=sys.stderr)
-    # The folder may be read-only.
-    with contextlib.suppress(OSError):
-        rows = [{"file": file, "error": skipped[file]} for file in sorted(skipped)]
-        write_jsonl(Path(folder, "skipped.jsonl"), rows)
-
-
 def rgb(image):
     """Return a PIL image in RGB. It is not copied if it is RGB already, which saves time."""
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -776,7 +528,11 @@ def open_image(path, size):
     palette, 16-bit, alpha (put on white) and EXIF rotation. Raises OSError with one line
     that names the file.
     """
+    being_opened.path = path
     try:
+        # A named pipe would be waited for for ever.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a regular file")
         with Image.open(path) as image:
             # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size: cheaper than shrinking it.
             image.draft(None, (size, size))
@@ -784,10 +540,13 @@ def open_image(path, size):
             # A damaged EXIF block does not spoil the pixels.
             with contextlib.suppress(Exception):
                 ImageOps.exif_transpose(image, in_place=True)
-            # 16-bit grey, which convert() would clip at 255.
-            if image.mode[0] == "I":
+            # 16-bit grey, which convert() would clip at 255. A PNG of 16 bits may be called "I", too.
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
                 grey = (np.asarray(image) // 256).clip(0, 255)
                 image = Image.fromarray(grey.astype(np.uint8))
+            # Is 1 white, or 255, or the largest number in it?
+            if image.mode in ("I", "F"):
+                raise ValueError("32 bits a pixel: which number is white is not known")
             # Alpha, or a transparent palette entry or key colour.
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -797,10 +556,36 @@ def open_image(path, size):
     # Pillow raises almost any exception on broken bytes.
     except Exception as error:  # noqa: BLE001
         reason = getattr(error, "strerror", None)
+        if is_lfs_pointer(path):
+            reason = LFS_POINTER
         if not reason:
             # Pillow's messages often name the path, which ours does already.
             reason = str(error).replace(repr(str(path)), "").strip() or type(error).__name__
         raise OSError(f"{path}: not a readable image ({reason})") from None
+    finally:
+        being_opened.path = None
+
+
+# Pillow remarks on odd files without saying which. Each thread remembers what it opens.
+being_opened = threading.local()
+show_warning = warnings.showwarning
+
+
+def name_the_image(message, category, filename, lineno, file=None, line=None):
+    """Print a warning that comes while an image is opened in one line, with the image's name."""
+    path = getattr(being_opened, "path", None)
+    if path:
+        tqdm.write(f"{path}: {one_line(message)}", file=sys.stderr)
+    else:
+        show_warning(message, category, filename, lineno, file, line)
+
+
+warnings.showwarning = name_the_image
+
+
+def reason_without(path, error):
+    """Return why an image cannot be read, without its name, for a row that names it already."""
+    return str(error).removeprefix(f"{path}: ")
 
 
 def resize_and_crop(image, size, part=None, resample=Image.Resampling.LANCZOS):
@@ -875,54 +660,87 @@ def wrap_text(text, width, pen):
     return lines
 
 
-def labelled_grid(rows, row_titles, column_titles=(), cell=192):
-    """Return rows of PIL images as one picture, with titles left of rows and above columns.
+def save_png(image, path):
+    """Save a PIL image as PNG."""
+    with complete(path) as temporary:
+        image.save(temporary, "PNG")
 
-    Every image is drawn in a square of at least `cell` pixels.
+
+# Ten: progress.html draws a curve for each tenth of t.
+CURVE_COLORS = ["#3366cc", "#dc3912", "#109618", "#ff9900", "#990099",
+                "#0099c6", "#dd4477", "#66aa00", "#8b4513", "#333333"]
+CHART_WIDTH, CHART_HEIGHT = 720, 300
+
+
+def line_chart(curves, x_label, y_label, log=False):
+    """Return curves {name: [(x, y), ...]} as an SVG picture, for an HTML page or a file alone.
+
+    Points that are not finite (or, with `log`, not positive) are left out. `log` makes the y axis
+    logarithmic. A curve of one point is drawn as a dot.
     """
-    size = max(cell, rows[0][0].width)
-    width = grid_left(len(rows[0]), size)
-    height = GRID_TOP + len(rows) * (size + GRID_GAP) + 20
-    picture = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(size=13)
-    for r, (title, row) in enumerate(zip(row_titles, rows)):
-        y = GRID_TOP + r * (size + GRID_GAP)
-        pen.text((GRID_LEFT - 8, y + size // 2), title, "black", font, anchor="rm")
-        for c, image in enumerate(row):
-            image = image.resize((size, size), Image.Resampling.BOX)
-            picture.paste(image, (grid_left(c, size), y))
-    for c, title in enumerate(column_titles):
-        middle = grid_left(c, size) + size // 2
-        pen.text((middle, GRID_TOP // 2), title, "black", font, anchor="mm")
-    return picture
+    def height_of(y):
+        return math.log10(y) if log else y
+
+    drawn = {}
+    for name, points in curves.items():
+        drawn[name] = [(x, y) for x, y in points
+                       if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log)]
+    corners = list(itertools.chain(*drawn.values())) or [(0, 1)]
+    xs = axis([x for x, _ in corners])
+    ys = axis([height_of(y) for _, y in corners])
+    left, right, top, bottom = 72, CHART_WIDTH - 16, 12, CHART_HEIGHT - 42
+
+    def place(x, y):
+        across = left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left)
+        up = bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)
+        return f"{across:.1f}", f"{up:.1f}"
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{CHART_WIDTH}" '
+             f'height="{CHART_HEIGHT}" viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" '
+             f'font-family="sans-serif" font-size="11">',
+             '<rect width="100%" height="100%" fill="white"/>']
+
+    # Numbers along both axes, and a thin line across the picture at each height.
+    for x in xs:
+        across, _ = place(x, ys[0])
+        parts.append(f'<text x="{across}" y="{bottom + 16}" text-anchor="middle">{x:.4g}</text>')
+    for y in ys:
+        _, up = place(xs[0], y)
+        value = 10 ** y if log else y
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{up}" y2="{up}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 6}" y="{up}" text-anchor="end">{value:.3g}</text>')
+    middle_x = (left + right) / 2
+    middle_y = (top + bottom) / 2
+    parts.append(f'<text x="{middle_x}" y="{CHART_HEIGHT - 8}" text-anchor="middle">'
+                 f'{html.escape(x_label)}</text>')
+    parts.append(f'<text transform="translate(14 {middle_y}) rotate(-90)" text-anchor="middle">'
+                 f'{html.escape(y_label)}</text>')
+
+    # The curves, and a legend in the upper right corner.
+    for k, (name, points) in enumerate(drawn.items()):
+        color = CURVE_COLORS[k % len(CURVE_COLORS)]
+        places = [place(x, height_of(y)) for x, y in points]
+        if len(places) == 1:
+            across, up = places[0]
+            parts.append(f'<circle cx="{across}" cy="{up}" r="3" fill="{color}"/>')
+        line = " ".join(",".join(pair) for pair in places)
+        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{line}"/>')
+        parts.append(f'<text x="{right - 4}" y="{top + 12 + 14 * k}" text-anchor="end" '
+                     f'fill="{color}">{html.escape(name)}</text>')
+    return "\n".join([*parts, "</svg>"])
 
 
-GRID_LEFT, GRID_TOP, GRID_GAP = 50, 26, 6
-
-
-def grid_left(column, size=192):
-    """Return the x coordinate at which a column of `labelled_grid` begins."""
-    return GRID_LEFT + column * (size + GRID_GAP)
-
-
-# --------------------------------------------------------------------------------------
-# A checkpoint's encoders
-
-def encoders_of(meta):
-    """Return the fingerprints in an encoded set's meta.json, named as in a config.json."""
-    return {"vae_fingerprint": meta.get("autoencoder"), "T5": meta.get("T5")}
-
-
-def changed_encoders(checkpoint, found):
-    """Return the keys of fingerprints `found` that the config of a checkpoint contradicts."""
-    # Old checkpoints, and those from elsewhere, have no fingerprints.
-    training = checkpoint.get("training") or {}
-    changed = []
-    for key, fingerprint in found.items():
-        if fingerprint and training.get(key) and training[key] != fingerprint:
-            changed.append(key)
-    return changed
+def axis(values):
+    """Return some round numbers, one distance apart, the first and last of which hold all values."""
+    low, high = min(values), max(values)
+    if low == high:
+        margin = 0.5 * abs(high) or 1.0
+        low, high = low - margin, high + margin
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = next(k * power for k in (1, 2, 5, 10) if (high - low) / (k * power) <= 6)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [k * step for k in range(first, last + 1)]
 
 
 # --------------------------------------------------------------------------------------
@@ -932,11 +750,12 @@ def fetch(path_or_repo, *names):
     """Return the path of the first of `names` in a local folder or in a hub repository.
 
     The hub is asked only where there is no such folder. Raises UserError: no such folder or
-    repository, the hub is out of reach, or none of the names is there.
+    repository, the hub is out of reach, none of the names is there, or a git-lfs pointer is.
     """
     folder = Path(path_or_repo)
     for name in names:
         if (folder / name).is_file():
+            refuse_pointers(folder)
             return folder / name
     # "out/dit" beside an existing "out" is a mistyped path, not a repository.
     mistyped = folder.parent != Path(".") and folder.parent.exists()
@@ -947,25 +766,33 @@ def fetch(path_or_repo, *names):
     raise UserError(f"{folder}: no such folder, or no {' or '.join(names)} in it")
 
 
+def refuse_pointers(folder):
+    """Raise UserError if a file of a model's folder is only a git-lfs pointer."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and is_lfs_pointer(path):
+            raise UserError(f"{path}: {LFS_POINTER}")
+
+
 def download(repo, names):
     """Return a local copy of the first of `names` that a hub repository has, or None.
 
     Raises UserError if the repository cannot be read.
     """
-    from huggingface_hub import errors, hf_hub_download
+    import huggingface_hub as hub
     # What was downloaded before needs no network.
     for name in names:
         with contextlib.suppress(Exception):
-            return Path(hf_hub_download(repo, name, local_files_only=True))
-    for name in names:
-        try:
-            return Path(hf_hub_download(repo, name, local_files_only=False))
-        except errors.RemoteEntryNotFoundError:
-            continue
-        # No such repository, a licence to accept, no network, ...
-        except Exception as error:  # noqa: BLE001
-            reason = one_line(error)
-            raise UserError(f"{repo}: no such folder, and not on the hub ({reason})") from None
+            return Path(hub.hf_hub_download(repo, name, local_files_only=True))
+    # No such repository, a licence to accept, no network, ...
+    try:
+        # Asked once: without a network, a download would try again and again.
+        hub.get_session().head(hub.constants.ENDPOINT, timeout=10)
+        for name in names:
+            with contextlib.suppress(hub.errors.RemoteEntryNotFoundError):
+                return Path(hub.hf_hub_download(repo, name))
+    except Exception as error:  # noqa: BLE001
+        reason = one_line(error)
+        raise UserError(f"{repo}: no such folder, and not on the hub ({reason})") from None
     return None
 
 
@@ -975,24 +802,70 @@ def weights_hash(name):
                         "model.safetensors.index.json"))
 
 
-@functools.cache
-def pretrained(name, kind, companion=None, **options):
-    """Return (model, companion) of a folder or hub id, the model in eval mode on this
-    process's device.
+def pretrained(name, kind, companion=None, device=None, **options):
+    """Return (model, companion) of a folder or hub id, the model in eval mode on a device.
 
-    `kind` is a class of transformers, `companion` that of a tokenizer or processor. Raises
-    UserError where there is no such model, or the weights are those of another class.
+    kind: a class of transformers; companion: that of its tokenizer or processor, None for none.
+    device: without, this process's. options: further arguments of the model's `from_pretrained`.
+    Raises UserError where there is no such model, the weights are those of another one, or the
+    tokenizer does not know the model's words.
     """
+    import logging
+
     import transformers
+    # transformers would print up to 79 lines of its own above ours.
+    transformers.utils.logging.set_verbosity(logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
     # Refuses a model that is not there, for which transformers' own words are hard to understand.
-    weights_hash(name)
+    fetch(name, "config.json")
     try:
-        model, info = getattr(transformers, kind).from_pretrained(
+        model, report = getattr(transformers, kind).from_pretrained(
             name, output_loading_info=True, **options)
         companion = companion and getattr(transformers, companion).from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{name}: does not load as {kind} ({reason})") from None
-    if len(info["missing_keys"]) > len(model.state_dict()) / 10:
-        raise UserError(f"{name}: these are not the weights of a {type(model).__name__}")
-    return model.eval().to(local_device()), companion
+    # transformers raises almost any exception if the folder is wrong.
+    except Exception as error:  # noqa: BLE001
+        hint = needs_sentencepiece(name) or one_line(error)
+        raise UserError(f"{name}: does not load as {kind} ({hint})") from None
+    # What the file lacks, transformers fills with random numbers.
+    parameters = {key for key, _ in model.named_parameters()}
+    lacking = [key for key in report["missing_keys"] if key in parameters]
+    wrong = [*lacking, *map(str, report["mismatched_keys"])]
+    if wrong:
+        raise UserError(f"{name}: not the weights of a {type(model).__name__} ({len(wrong)} are "
+                        f"missing or wrong, {wrong[0]} first)")
+    if companion:
+        refuse_strange_tokenizer(name, getattr(companion, "tokenizer", companion), model.config)
+    return model.eval().requires_grad_(False).to(device or local_device()), companion
+
+
+def needs_sentencepiece(name):
+    """Return what to do where a folder has a tokenizer of a package that is not installed, or ""."""
+    folder = Path(name)
+    has_model = (folder / "spiece.model").is_file() or (folder / "tokenizer.model").is_file()
+    installed = importlib.util.find_spec("sentencepiece")
+    if not has_model or (folder / "tokenizer.json").is_file() or installed:
+        return ""
+    return "its tokenizer needs pip install sentencepiece, or a tokenizer.json beside it"
+
+
+def refuse_strange_tokenizer(name, tokenizer, config):
+    """Raise UserError if a tokenizer is not the model's own.
+
+    Without its files, transformers invents one of some hundred words, and says nothing.
+    """
+    vocabulary = getattr(config.get_text_config(), "vocab_size", 0)
+    tokens = tokenizer("The image shows a photo of a red dog and an apple.").input_ids
+    unknown = (tokenizer.unk_token_id, tokenizer.eos_token_id)
+    knows_english = any(token not in unknown for token in tokens)
+    fits = vocabulary / 2 <= len(tokenizer) and max(tokens) < vocabulary
+    if vocabulary and not (fits and knows_english):
+        hint = needs_sentencepiece(name) or "are its tokenizer's files missing?"
+        raise UserError(f"{name}: a tokenizer of {len(tokenizer)} words for a model of "
+                        f"{vocabulary}: {hint}")
+
+
+# Until every stage has moved.
+from legacy import (PEAK_FLOPS, StopRequest, append_jsonl, at_least, begin_or_resume, between,  # noqa: E402, F401
+                    changed_encoders, compile_blocks, encoders_of, end_workers, grid_left, is_last_rank,
+                    labelled_grid, load_ahead, on_any_rank, option, pad_text, padded_length, peak_flops,
+                    read_captions, report_lost_rank, report_skipped, signals_wait)
