@@ -209,8 +209,11 @@ def ahead(function, items, threads):
 
 
 def progress(items, total, unit, title=None):
-    """Return the items of an iterable under a progress bar, which rank 0 alone shows."""
-    return tqdm(items, total=total, unit=unit, desc=title, disable=rank_and_world()[0] > 0)
+    """Yield the items of an iterable under a progress bar, which rank 0 alone shows."""
+    with tqdm(total=total, unit=unit, desc=title, disable=rank_and_world()[0] > 0) as bar:
+        for item in items:
+            bar.update()
+            yield item
 
 
 def in_batches(items, size):

@@ -6,42 +6,29 @@ A composite holds two things in one picture, which photos of a single object nev
 Its seams are wrong, so training uses it only where noise hides them (train.py, t >
 tau). There are four ways to cut, named after the share of the picture that the second
 photo gets: 1/2, 1/4, 1/9 and 1/16; `all` makes a quarter of the data set each way.
+`--preview` only draws examples.
 
-Writes OUT/00000/000000000.jpg, ... (1,000 a folder; composite i has photo i as its
-base), OUT/cutmix.jsonl (what is where) and OUT/skipped.jsonl (photos that could not be
-read). `--preview` only draws a sheet of examples, `--noise` the same under more and
-more noise, to choose tau by eye. On several nodes, start it under torchrun, or with
-RANK and WORLD_SIZE set. If it was killed, start it again: it goes on where it was.
+OUT gets 00000/000000000.jpg, ... (composite i has photo i as its base), cutmix.jsonl
+(what is where) and skipped.jsonl (photos that could not be read). A killed command goes
+on when it is started again; under torchrun, or with RANK and WORLD_SIZE set, ranks share
+the folders of a thousand composites.
 """
 
-import argparse
-import contextlib
 import functools
-import hashlib
 import io
 import itertools
-import json
-import math
-import multiprocessing
-import os
-import signal
-import threading
-import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+from PIL import Image
 
-from common import (HelpFormatter, UserError, at_least, begin_or_resume, between,
-                    class_of, command_line, complete, default_workers, grid_left,
-                    is_last_rank, labelled_grid, list_images, only_command, open_image,
-                    rank_and_world, resize_and_crop, rgb)
+from common import (Options, UserError, ahead, class_of, command_line, contact_sheet,
+                    default_workers, fingerprint, join_rows, jsonl, keep_apart, list_images,
+                    make_together, number, open_image, progress, reason_without,
+                    resize_and_crop, rgb, save_png)
 
 # --------------------------------------------------------------------------------------
 # The composite (paper 3.2, "Image augmentation")
@@ -112,7 +99,8 @@ CUTS = {
     "1/9": Cut(scale=3, place=middle_of_border),
     "1/16": Cut(scale=4, place=off_centre),
 }
-SETTINGS = tuple(CUTS)
+
+SETTINGS = tuple(CUTS)          # Until train.py and the toy have moved.
 
 # It takes half of Lanczos's time. The two differ by 36 to 45 dB (PSNR), which cannot be seen under
 # noise, and composites are shown to the model under noise only.
@@ -178,23 +166,11 @@ class Composites:
     Number i is a function of the photos, `seed` and i, whoever makes it and whenever.
     """
     images: str             # the folder of photos
-    files: np.ndarray       # (n,) bytes: forked processes share an array, not strings
+    files: list             # their names below it
     out: Path
     setting: str
     size: int
-    times: int              # how many composites each photo is the base of
     seed: int
-
-    def __len__(self):
-        return len(self.files) * self.times
-
-    def indices(self, folder):
-        """Return the numbers of the composites in sub-folder number `folder`."""
-        return range(folder * A_FOLDER, min((folder + 1) * A_FOLDER, len(self)))
-
-    def part_file(self, folder):
-        """Return the path of a sub-folder's part of the manifest."""
-        return self.out / "parts" / f"{folder:05d}.jsonl"
 
     def setting_of(self, index):
         """Return the setting of a composite.
@@ -204,13 +180,13 @@ class Composites:
         """
         if self.setting != "all":
             return self.setting
-        group, position = divmod(index, len(SETTINGS))
-        return shuffled_settings(self.seed, group)[position]
+        group, position = divmod(index, len(CUTS))
+        return shuffled(tuple(CUTS), self.seed, group)[position]
 
     def partner(self, base, rng):
         """Return the file of a photo of another class, each as likely as the others."""
         while True:
-            file = os.fsdecode(self.files[int(rng.random() * len(self.files))])
+            file = one_of(self.files, rng)
             if may_be_mixed(base, file):
                 return file
 
@@ -222,14 +198,14 @@ class Composites:
         base itself.
         """
         rng = np.random.default_rng((self.seed, index))
-        base = os.fsdecode(self.files[index % len(self.files)])
+        base = self.files[index]
         # Decoded larger than needed, as JPEG decoders average crudely when they shrink.
         detail = int(1.4 * self.size)
         paste_detail = detail // CUTS[setting].scale
         try:
             base_image = open_image(f"{self.images}/{base}", detail)
         except OSError as error:
-            reason = str(error).removeprefix(f"{self.images}/{base}: ")
+            reason = reason_without(f"{self.images}/{base}", error)
             return None, {"file": base, "reason": reason}
 
         for _ in range(100):
@@ -246,37 +222,28 @@ class Composites:
         reason = "no photo of another class could be read (100 tried)"
         return None, {"file": base, "reason": reason}
 
-    def make(self, index):
-        """Save composite number `index`, if it is not there; return its row as JSON.
-
-        Each JPEG carries its row as a comment. So a run that goes on in a half-made
-        folder need not make again what is there, or guess which partner a broken file
-        led to.
-        """
-        path = self.out / composite_file(index)
-        if path.exists():
-            # After a crash of the whole machine it may be empty; then it is made again.
-            with contextlib.suppress(OSError, KeyError), Image.open(path) as image:
-                return image.info["comment"].decode()
+    def save(self, index):
+        """Save composite number `index` and return its row."""
         picture, row = self.compose(index, self.setting_of(index))
-        # JSON in ASCII: any file name survives, even one that is not UTF-8.
-        line = json.dumps(row)
         if picture:
             jpeg = io.BytesIO()
             # 4:4:4: pixels that share a colour would carry it over the seam.
-            picture.save(jpeg, "JPEG", quality=95, subsampling=0, comment=line.encode())
-            # At once: Pillow would write a file in small pieces.
-            with complete(path) as temporary:
-                temporary.write_bytes(jpeg.getbuffer())
-        return line
+            picture.save(jpeg, "JPEG", quality=95, subsampling=0)
+            path = self.out / row["file"]
+            try:
+                path.write_bytes(jpeg.getbuffer())
+            except OSError as error:
+                # "No space left on device" alone does not say which one is full.
+                raise OSError(error.errno, error.strerror, str(path)) from error
+        return row
 
 
 # Remembered, because the composites of a group are made one after the other.
-@functools.lru_cache(maxsize=1)
-def shuffled_settings(seed, group):
-    """Return all settings, in an order that depends on `seed` and `group` only."""
-    order = np.random.default_rng((seed, group, 1)).permutation(len(SETTINGS))
-    return [SETTINGS[k] for k in order]
+@functools.lru_cache(maxsize=100)
+def shuffled(settings, seed, group):
+    """Return the settings in an order that depends on `seed` and `group` only."""
+    order = np.random.default_rng((seed, group, 1)).permutation(len(settings))
+    return [settings[k] for k in order]
 
 
 def may_be_mixed(a, b):
@@ -293,260 +260,96 @@ def composite_file(index):
     return f"{index // A_FOLDER:05d}/{index:09d}.jpg"
 
 
-# --------------------------------------------------------------------------------------
-# Making it, in several processes
-#
-# A pool sends tasks to its workers through a pipe, and a list of a million files must
-# not go through it with each of them. So a task is just a number, and a worker finds
-# all else in this variable: it is set when the worker starts, from an argument that a
-# fork hands over as it is.
+def make_all(composites, workers):
+    """Make this rank's folders of composites; the rank that ends last lists them all.
 
-composites_of_worker = None
-
-
-def start_worker(composites):
-    """Prepare a worker process: it gets its data set, and will end with its parent."""
-    global composites_of_worker
-    composites_of_worker = composites
-    # Ctrl-C reaches all processes; the parent stops its workers, they need not complain.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A killed parent cannot stop its workers, and they would wait for tasks for ever.
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    """End this process as soon as its parent has ended, however that came about."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def make_in_worker(index):
-    """Make one composite in a worker process; see Composites.make."""
-    return composites_of_worker.make(index)
-
-
-GOES_ON = "what is made stays, the same command goes on from there"
-
-
-def make_folders(composites, folders, workers, bar):
-    """Make sub-folders of composites, and after each its part of the manifest.
-
-    A part is the sign that a sub-folder is whole. `workers` processes (0: only this
-    one) share every sub-folder. Raises UserError if a composite cannot be saved or a
-    worker is killed.
+    A folder's rows, in OUT/parts, are the sign that it is whole. Raises UserError.
     """
-    pool = None
-    if workers:
-        # A fork shares the list of files without a copy.
-        fork = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(workers, fork, start_worker, (composites,))
-    try:
-        # A pool remembers every task it is given, and there may be millions: so it gets
-        # a hundred folders at a time. Within these, no worker waits at a folder's end.
-        for start in range(0, len(folders), 100):
-            hundred = folders[start:start + 100]
-            indices = itertools.chain.from_iterable(map(composites.indices, hundred))
-            if pool:
-                lines = pool.map(make_in_worker, indices, chunksize=16)
-            else:
-                lines = map(composites.make, indices)
+    out = composites.out
 
-            # Lines come in the order of the indices.
-            for folder in hundred:
-                count = len(composites.indices(folder))
-                rows = []
-                for line in itertools.islice(lines, count):
-                    rows.append(line + "\n")
-                    bar.update()
-                with complete(composites.part_file(folder)) as temporary:
-                    temporary.write_text("".join(rows))
-    except OSError as error:
-        raise UserError(f"{error}; {GOES_ON}")
-    except BrokenProcessPool:
-        raise UserError(f"a worker process was killed (enough memory?); {GOES_ON}")
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
+    def make(folders):
+        """Yield the rows of each folder, a range of numbers, when its JPEGs are there."""
+        for numbers in folders:
+            (out / composite_file(numbers[0])).parent.mkdir(parents=True, exist_ok=True)
+        # Threads do not wait at a folder's end.
+        total = sum(len(numbers) for numbers in folders)
+        made = ahead(composites.save, itertools.chain(*folders), workers)
+        rows = progress(made, total, "img", "cutmix")
+        for numbers in folders:
+            yield jsonl(itertools.islice(rows, len(numbers))).encode()
 
-
-def join_parts(parts, out):
-    """Write skipped.jsonl and then, as the sign of the end, cutmix.jsonl.
-
-    parts: the files that hold the rows of both, in order.
-    """
-    count = 0
-    # By file, because a photo that is tried --times times is named once.
-    skipped = {}
-    with complete(out / "cutmix.jsonl") as temporary, open(temporary, "w") as manifest:
-        for part in parts:
-            for line in part.read_text().splitlines(keepends=True):
-                row = json.loads(line)
-                if "reason" in row:
-                    skipped.setdefault(row["file"], line)
-                else:
-                    manifest.write(line)
-                    count += 1
-        with complete(out / "skipped.jsonl") as beside:
-            beside.write_text("".join(skipped.values()))
-    print(f"{count} composites in {out}, {len(skipped)} photos skipped (named in "
-          "skipped.jsonl)")
+    if (out / "cutmix.jsonl").exists() and not (out / "parts").exists():
+        raise UserError(f"{out}/cutmix.jsonl: not made by this command, which would replace it")
+    count = len(composites.files)
+    units = {}
+    for start in range(0, count, A_FOLDER):
+        units[f"{start // A_FOLDER:05d}.jsonl"] = range(start, min(start + A_FOLDER, count))
+    # The table is among the settings: with another cut in it, `all` means something else.
+    cuts = {name: [cut.scale, cut.place.__name__] for name, cut in CUTS.items()}
+    settings = {"setting": composites.setting, "cuts": cuts, "size": composites.size,
+                "seed": composites.seed, "photos": fingerprint(composites.files)}
+    if make_together(out / "parts", settings, units, make):
+        good, bad = join_rows(out / "parts", units, out / "cutmix.jsonl", out / "skipped.jsonl")
+        print(f"{good} composites in {out}, {bad} photos skipped (named in skipped.jsonl)")
 
 
 # --------------------------------------------------------------------------------------
-# Sheets to look at
+# Examples to look at
 
-def example_composites(composites, setting, count=6):
-    """Return `count` composites of one setting as PIL images, spread over the data set.
+def draw_examples(composites, count=6):
+    """Return a sheet with `count` composites of each setting, spread over the data set.
 
     Raises UserError if too many photos are broken.
     """
     n = len(composites.files)
-    found = []
-    # Photos 0, n / 6, 2 n / 6 ...; if some are broken, those after them, and so on.
-    for attempt in range(4):
-        for place in range(count):
-            index = (place * n // count + attempt) % n
-            picture, _ = composites.compose(index, setting)
-            if picture:
-                found.append(picture)
-            if len(found) == count:
-                return found
-    raise UserError(f"{composites.images}: too many broken photos")
-
-
-def noise_sheet(rows, tau, seed):
-    """Return the paper's Fig. 7: a picture of each setting at t = 0, 0.1 ... 1.
-
-    A red line stands where t passes tau; gamma = 1 - t, as in training. Training adds
-    the noise to latents, of which there is one for 8 x 8 pixels. Independent noise on
-    every pixel would average out in the eye and leave the seams too clear: so 8 x 8
-    pixels share theirs.
-    """
-    rng = np.random.default_rng(seed)
-    times = [i / 10 for i in range(11)]
-    side = rows[0][0].width
-    cells = side // 8 + 1
-    strips = []
-    for k, row in enumerate(rows):
-        # Another photo in each row.
-        x_0 = np.asarray(row[k % len(row)], np.float32) / 127.5 - 1         # (S, S, 3)
-        eps = rng.standard_normal((cells, cells, 3))
-        eps = eps.repeat(8, axis=0).repeat(8, axis=1)[:side, :side]         # (S, S, 3)
-        strip = []
-        for t in times:
-            x_t = np.sqrt(1 - t) * x_0 + np.sqrt(t) * eps                   # (S, S, 3)
-            levels = (127.5 + 127.5 * x_t).clip(0, 255).astype(np.uint8)
-            strip.append(Image.fromarray(levels))
-        strips.append(strip)
-    sheet = labelled_grid(strips, SETTINGS, [f"t = {t:g}" for t in times])
-
-    # The line stands left of the first t that is greater than tau.
-    shown_before = sum(t <= tau for t in times)
-    first_after = grid_left(shown_before, max(192, side)) - 3
-    pen = ImageDraw.Draw(sheet)
-    pen.line([(first_after, 0), (first_after, sheet.height)], "red", 3)
-    font = ImageFont.load_default(size=13)
-    beside = (first_after - 6, sheet.height - 13)
-    pen.text(beside, f"tau = {tau:g}", "red", font, anchor="rm")
-    return sheet
-
-
-def save_picture(picture, path):
-    """Save a PIL image as PNG and say where it is."""
-    with complete(path) as temporary:
-        picture.save(temporary, "PNG")
-    print(path)
+    pictures = []
+    titles = []
+    for setting in CUTS:
+        # Photos 0, n / 6, 2 n / 6 ...; if some are broken, those after them, and so on.
+        places = [(place * n // count + attempt) % n
+                  for attempt in range(4) for place in range(count)]
+        made = (composites.compose(index, setting)[0] for index in places)
+        found = list(itertools.islice(filter(None, made), count))
+        if len(found) < count:
+            raise UserError(f"{composites.images}: too many broken photos")
+        pictures += found
+        titles += [setting] * count
+    return contact_sheet(pictures, titles, columns=count, lines=1)
 
 
 # --------------------------------------------------------------------------------------
 
 def main(argv=None):
-    args = parse_arguments(argv)
-    # Pillow would remark on every photo with an odd EXIF block.
-    warnings.filterwarnings("ignore", module="PIL")
-    rank, world = rank_and_world()
-    photos = photos_of_two_classes(args.images)
-    composites = Composites(images=args.images, files=photos, out=args.out,
-                            setting=args.setting, size=args.size, times=args.times,
-                            seed=args.seed)
-
-    if args.preview or args.noise:
-        rows = [example_composites(composites, setting) for setting in SETTINGS]
-        if args.preview:
-            save_picture(labelled_grid(rows, SETTINGS), args.out / "preview.png")
-        if args.noise:
-            save_picture(noise_sheet(rows, args.tau, args.seed), args.out / "noise.png")
-        return
-
-    with only_command(args.out):
-        make_composites(args, composites, rank, world)
-
-
-def make_composites(args, composites, rank, world):
-    """Make this rank's composites; the last rank to end lists all of them in cutmix.jsonl."""
-    list_of_photos = hashlib.sha256(composites.files.tobytes()).hexdigest()
-    settings = {"setting": args.setting, "size": args.size, "times": args.times,
-                "seed": args.seed, "photos": list_of_photos[:16]}
-    begin_or_resume(args.out / "parts" / "settings.json", args.out, settings)
-    if (args.out / "cutmix.jsonl").exists():
-        print(f"{args.out}: complete already")
-        return
-
-    # Each rank makes every world-th folder, and of these what is not there yet.
-    folder_count = math.ceil(len(composites) / A_FOLDER)
-    folders = []
-    for folder in range(rank, folder_count, world):
-        if not composites.part_file(folder).exists():
-            folders.append(folder)
-    total = sum(len(composites.indices(folder)) for folder in folders)
-    with tqdm(total=total, desc="cutmix", unit="img", disable=rank > 0) as bar:
-        make_folders(composites, folders, args.workers, bar)
-    parts = [composites.part_file(folder) for folder in range(folder_count)]
-    if is_last_rank(rank, parts, args.out / "cutmix.jsonl"):
-        join_parts(parts, args.out)
-
-
-def parse_arguments(argv):
-    """Return the command's options. Raises UserError for values that make no sense."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Options(__doc__)
     add = parser.add_argument
     add("--images", required=True, metavar="FOLDER",
         help="photos: <class>/<file>, or all in one flat folder")
     add("--out", required=True, metavar="FOLDER", type=Path,
         help="where the composites go")
-    add("--setting", default="all", choices=[*SETTINGS, "all"],
+    add("--setting", default="all", choices=[*CUTS, "all"],
         help="the share of the second photo")
-    add("--size", type=int, default=256, help="side of a composite, in pixels")
-    add("--times", type=int, default=1,
-        help="composites that each photo is the base of")
-    add("--seed", type=int, default=0, help="another seed, other partners and places")
-    add("--workers", type=int, default=default_workers(),
-        help="processes; 0: just this")
+    add("--size", type=number(int, 16, 8192), default=256, help="side of a composite, in pixels")
+    add("--seed", type=number(int, 0), default=0, help="another seed, other partners and places")
+    add("--workers", type=number(int, 0, 1024), default=default_workers(),
+        help="threads; 0: one composite after the other")
     add("--preview", action="store_true",
         help="only draw OUT/preview.png, examples of each setting")
-    add("--noise", action="store_true",
-        help="only draw OUT/noise.png, each setting at t = 0, 0.1 ... 1")
-    add("--tau", type=float, default=0.4, help="where --noise draws its line")
     args = parser.parse_args(argv)
-    at_least(args, size=16, times=1, seed=0, workers=0)
-    between(args, 0, 1, "tau")
-    if args.out.resolve().is_relative_to(Path(args.images).resolve()):
-        raise UserError(f"--out {args.out} is inside --images: the next run would take "
-                        "composites for photos")
-    return args
 
-
-def photos_of_two_classes(folder):
-    """Return the photos below a folder as an array (n,) of bytes, sorted by name.
-
-    Raises UserError if there are none, or if they are of one class only.
-    """
-    files = list_images(folder)
+    # A composite inside would be taken for a photo at the next start.
+    keep_apart(args.out, args.images)
+    files = list_images(args.images)
     if not any(may_be_mixed(files[0], file) for file in files):
-        raise UserError(f"{folder}: one class only, and partners come from another "
+        raise UserError(f"{args.images}: one class only, and partners come from another "
                         "(give two or more class folders, or one flat folder of two or "
                         "more images)")
-    return np.array([os.fsencode(file) for file in files])
+    composites = Composites(args.images, files, args.out, args.setting, args.size, args.seed)
+
+    if args.preview:
+        save_png(draw_examples(composites), args.out / "preview.png")
+        print(args.out / "preview.png")
+    else:
+        make_all(composites, args.workers)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,18 @@ from conftest import photo, refused
 
 MISTAKES = [
     # ---- cutmix.py
+    ("cutmix.py", ["--images", "{tmp}/nowhere", "--out", "{tmp}/out"], "no such folder"),
+    ("cutmix.py", ["--images", "{bad}/empty", "--out", "{tmp}/out"], "no images in it"),
+    ("cutmix.py", ["--images", "{bad}/photos/n1", "--out", "{tmp}/out"], "one class only"),
+    ("cutmix.py", ["--images", "{bad}/pointers", "--out", "{tmp}/out"], "git-lfs pointer"),
+    ("cutmix.py", ["--images", "{bad}/photos", "--out", "{bad}/photos/out"], "is an input"),
+    ("cutmix.py", ["--images", "{bad}/photos", "--out", "{bad}/binary"], "Not a directory"),
+    ("cutmix.py", ["--images", "{bad}/photos", "--out", "{bad}/foreign"], "not made by this"),
+    ("cutmix.py", ["--images", "{bad}/photos", "--out", "{tmp}/out", "--size", 4], "--size: 4: must"),
+    ("cutmix.py", ["--images", "{bad}/photos", "--out", "{tmp}/out", "--size", "x"], "invalid whole"),
+    ("cutmix.py", ["--images", "{bad}/photos", "--out", "{tmp}/out", "--setting", "1/5"], "1/5"),
+    ("cutmix.py", ["--images", "{bad}/photos", "--out", "{tmp}/out", "--time", 3], "--time"),
+    ("cutmix.py", ["--images", "{bad}/photos"], "--out"),
 
     # ---- caption.py
 
@@ -29,6 +41,8 @@ def bad(tmp_path_factory):
     bad = tmp_path_factory.mktemp("bad")
     (bad / "empty").mkdir()
     (bad / "pointers").mkdir()
+    (bad / "foreign").mkdir()
+    (bad / "foreign/cutmix.jsonl").write_text("somebody's own\n")
     (bad / "photos/n1").mkdir(parents=True)
     (bad / "photos/n2").mkdir()
     photo(1).save(bad / "photos/n1/1.png")
