@@ -19,10 +19,14 @@ has options of its own: `python caption.py llava --help`.
 
 import argparse
 import contextlib
+import csv
+import functools
+import hashlib
 import itertools
 import json
 import math
 import os
+import random
 import re
 import time
 from collections import Counter
@@ -36,10 +40,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common import (HelpFormatter, UserError, at_least, begin_or_resume, class_of,
-                    command_line, complete, list_images, local_device, one_line, only_command,
-                    open_image, rank_and_world, read_captions, read_jsonl, resize_and_crop)
-from metrics.coco import read_coco_captions
+from common import (IMAGE_SUFFIXES, LFS_POINTER, HelpFormatter, UserError, at_least,
+                    begin_or_resume, class_of, command_line, complete, is_lfs_pointer, list_images,
+                    local_device, one_line, only_command, open_image, rank_and_world, read_json,
+                    read_jsonl, reading, resize_and_crop, shorten)
 
 # --------------------------------------------------------------------------------------
 # aio: 'An image of <class-name>' (paper 3.1)
@@ -418,7 +422,7 @@ def without_caption(pictures, caption_files):
     """
     captions = {}
     for path in caption_files:
-        captions.update(read_captions(path))
+        captions.update(read_captions(path)[0])
 
     # A bare name that two pictures share does not tell which of them it describes.
     names = Counter(os.path.basename(picture.file) for picture in pictures)
@@ -488,7 +492,7 @@ PLURALS = [("s", ""), ("es", ""), ("ies", "y"), ("ves", "f"), ("ves", "fe")]
 
 def extend(args):
     """Make short prompts long with a chat model. Raises UserError."""
-    rows = read_short_prompts(args.prompts, args.limit, args.seed)
+    rows, _ = read_prompts(args.prompts, args.limit, args.seed)
     model, tokenizer = load_chat_model("AutoModelForCausalLM", args.model)
 
     produce = partial(lengthen, model=model, tokenizer=tokenizer,
@@ -506,46 +510,6 @@ def extend(args):
         print(f"{len(rows)} prompts in {args.out}, {len(short)} of them kept short")
         for prompt in short[:10]:
             print(f"  {prompt}")
-
-
-def read_short_prompts(path, limit=None, seed=0):
-    """Return the prompts of a file as dicts with a "prompt", and what else there is.
-
-    `.json` is COCO's annotation file, from which `limit` and `seed` choose (see
-    read_coco_captions); `.jsonl` has a row for each prompt; any other file is text with
-    a prompt on each line. Raises UserError.
-    """
-    suffix = Path(path).suffix
-    if limit and suffix != ".json":
-        raise UserError(f"--limit chooses from COCO's annotation file (.json), which "
-                        f"{path} is not")
-    if suffix == ".json":
-        rows = read_coco_captions(path, limit, seed)
-    elif suffix == ".jsonl":
-        rows = read_jsonl(path)
-    else:
-        try:
-            # A mark (BOM) that some editors put before the first line is left out.
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8")
-        # splitlines() would also cut a prompt at U+2028 and other rare separators.
-        rows = [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
-
-    if not rows:
-        raise UserError(f"{path}: empty")
-
-    # All prompts are checked now, and not when their turn comes, maybe hours later.
-    for number, row in enumerate(rows, 1):
-        prompt = row.get("prompt")
-        if not isinstance(prompt, str) or not prompt:
-            raise UserError(f"{path}, row {number}: without a prompt")
-        try:
-            # JSON can write half a character, which no tokenizer takes: "\\ud800".
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{path}, row {number}: half a character in the prompt")
-    return rows
 
 
 def lengthen(batches, model, tokenizer, attempts, max_new_tokens):
@@ -632,6 +596,239 @@ def word_forms(word):
         if word.endswith(plural):
             forms.add(word.removesuffix(plural) + singular)
     return forms
+
+
+# --------------------------------------------------------------------------------------
+# Captions and prompts, in the formats in which users have them
+
+# What a column, or a key of JSON, may be called, in capitals too. The first that is there counts.
+FILE = ("file", "image_path", "file_path", "file_name", "filename", "image", "path")
+CAPTION = ("caption", "text")
+PROMPT = ("prompt", "caption", "text")
+
+
+def read_captions(path):
+    """Return ({file: caption}, skipped rows); every file is a path below the folder of images.
+
+    The suffix tells the format, see read_rows. The captions that the paper's authors have
+    published leave out an image's folder. A caption without a word is a skipped row, {"file",
+    "reason"}. Raises UserError: a row without file or caption, a file with two captions.
+    """
+    captions = {}
+    skipped = []
+    for number, row in enumerate(read_rows(path), 1):
+        where = f"{path} row {number}"
+        file = text_of(row, FILE, where)
+        caption = text_of(row, CAPTION, where)
+        if not file.strip():
+            raise UserError(f"{where}: a caption without a file")
+        if not has_word(caption, where):
+            skipped.append({"file": file, "reason": "its caption has no word"})
+        elif captions.setdefault(file, caption) != caption:
+            raise UserError(f"{where}: {file} had another caption before (a name in two "
+                            f"folders? then the captions must name the folder too)")
+    if not captions:
+        raise UserError(f"{path}: no caption in it")
+    return captions, skipped
+
+
+def read_prompts(path, limit=None, seed=0):
+    """Return (rows with the key "prompt", skipped rows) of a file or folder of prompts.
+
+    path: a folder of .txt files, as DPG-Bench has them (rows get its "name"); COCO's captions,
+    captions_val2014.json; or a file of read_rows. Whatever else a row holds stays in it. limit:
+    at most so many, chosen by `seed`, in the file's order. A prompt without a word is a skipped
+    row: {"file": "prompts.txt row 3", "reason"}. Raises UserError.
+    """
+    path = Path(path)
+    unit = "row"
+    if path.is_dir():
+        unit = "file"
+        found = read_folder(path)
+    elif is_coco(path):
+        unit = "image"
+        found = read_coco(path)
+    else:
+        found = dict(enumerate(read_rows(path), 1))
+
+    rows = {}
+    skipped = []
+    for key, row in found.items():
+        where = f"{path} {unit} {key}"
+        prompt = text_of(row, PROMPT, where)
+        if has_word(prompt, where):
+            rows[key] = {**row, "prompt": prompt}
+        else:
+            skipped.append({"file": f"{path.name} {unit} {key}", "reason": "it has no word"})
+    if not rows:
+        raise UserError(f"{path}: no prompts in it")
+
+    # An image of COCO's draws a lot that depends on nothing but `seed` and its id, and the lowest
+    # lots are taken: a lower limit gives a part of what a higher one gives.
+    def lot(image_id):
+        return hashlib.sha256(f"{seed} {image_id}".encode()).digest()
+
+    chosen = list(rows)
+    if limit is not None and limit < len(rows):
+        if unit == "image":
+            chosen = sorted(rows, key=lot)[:limit]
+        else:
+            # Not the first ones: files are sorted by class or task.
+            chosen = random.Random(seed).sample(chosen, limit)
+    chosen = set(chosen)
+    return [row for key, row in rows.items() if key in chosen], skipped
+
+
+def text_of(row, names, where):
+    """Return the text that a row has under the first of `names`. Raises UserError."""
+    name = column(tuple(row), names)
+    if name is None:
+        raise UserError(f"{where}: has {shorten(', '.join(row)) or 'nothing'}, but needs one of "
+                        f"{', '.join(names)}")
+    if not isinstance(row[name], str):
+        raise UserError(f"{where}: its {name} is {shorten(row[name])}, not a text")
+    return row[name]
+
+
+# Remembered, because the rows of a file have the same columns.
+@functools.lru_cache
+def column(columns, names):
+    """Return that one of `columns` which bears the first of `names`, in any case, or None."""
+    spelled = {}
+    for given in columns:
+        spelled.setdefault(given.strip().lower(), given)
+    return next((spelled[name] for name in names if name in spelled), None)
+
+
+def has_word(text, where):
+    """Tell whether a text has a letter or a digit. Raises UserError for half a character."""
+    try:
+        # JSON can write half a character, which no tokenizer takes: "\\ud83d".
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: character {error.start + 1} is half a character, which UTF-8 "
+                        f"cannot write") from None
+    return re.search(r"\w", text) is not None
+
+
+def read_rows(path):
+    """Return the rows of a file of captions or prompts as dicts. Raises UserError.
+
+    The suffix tells the format. JSONL: an object a line. CSV and TSV begin with a line that names
+    the columns, but for the TSV of the authors' captioner: file, tab, caption, and no such line.
+    All else is text with a prompt a line. Lines end at \\n only, not at U+2028 and its like.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if is_lfs_pointer(path):
+        raise UserError(f"{path}: {LFS_POINTER}")
+    if suffix in (".jsonl", ".json"):
+        return read_jsonl(path)
+    if suffix == ".csv":
+        return read_table(path, ",", csv.QUOTE_MINIMAL)
+    if suffix == ".tsv":
+        return read_tsv(path)
+    if suffix == ".parquet":
+        raise UserError(f"{path}: Parquet is not read here; save it as JSONL or CSV, for "
+                        'instance with load_dataset(...).to_json("captions.jsonl")')
+    return read_text(path)
+
+
+def read_table(path, delimiter, quoting):
+    """Return the rows of a table with named columns."""
+    with (reading(path, "a table in UTF-8"),
+          open(path, encoding="utf-8-sig", newline="\n") as lines):
+        rows = list(csv.DictReader(lines, delimiter=delimiter, quoting=quoting, strict=True,
+                                   restval=""))
+        for number, row in enumerate(rows, 1):
+            if None in row:
+                raise ValueError(f"row {number} has more cells than there are columns")
+    if not rows:
+        raise UserError(f"{path}: no rows below its first line")
+    return rows
+
+
+def read_tsv(path):
+    """Return the rows of a TSV, with named columns or of the authors' captioner."""
+    with (reading(path, "a table in UTF-8"),
+          open(path, encoding="utf-8-sig", newline="\n") as lines):
+        pairs = [line.partition("\t") for line in lines if line.strip()]
+    if pairs and Path(pairs[0][0]).suffix.lower() in IMAGE_SUFFIXES:
+        return [{"file": file, "caption": caption.strip()} for file, _, caption in pairs]
+    try:
+        return read_table(path, "\t", csv.QUOTE_MINIMAL)
+    except UserError:
+        # Most TSVs do without quoting: a cell may begin with a word in quotation marks.
+        return read_table(path, "\t", csv.QUOTE_NONE)
+
+
+def read_text(path):
+    """Return the lines of a text file as rows with a "prompt"."""
+    with reading(path, "text in UTF-8"):
+        text = path.read_bytes().decode("utf-8-sig").rstrip()
+        if "\0" in text:
+            raise ValueError("binary data; of tables, JSONL, CSV and TSV are read")
+
+    # What another program wrote: its punctuation must not become prompts.
+    first = text.lstrip().partition("\n")[0]
+    is_json = re.match(r'[\[{]\s*(["{\[]|$)', first)
+    if is_json or "\t" in first or column(tuple(re.split("[,;]", first)), PROMPT):
+        raise UserError(f"{path}: begins like JSON or a table, not like text with a prompt a "
+                        f"line: call it .jsonl, .csv or .tsv if it is that")
+    return [{"prompt": line.strip()} for line in text.split("\n")]
+
+
+def read_folder(folder):
+    """Return {name: row} of a folder with a prompt in each .txt file."""
+    rows = {}
+    # Hidden files are those of editors and of macOS.
+    for file in sorted(folder.glob("[!.]*.txt")):
+        with reading(file, "text in UTF-8"):
+            prompt = file.read_text(encoding="utf-8-sig").strip()
+        rows[file.name] = {"prompt": prompt, "name": file.stem, "prompt_file": str(file)}
+    return rows
+
+
+def is_coco(path):
+    """Tell whether a file is COCO's: one JSON object with `annotations`, and not JSONL."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return False
+    with open(path, "rb") as lines:
+        first = lines.readline()
+    try:
+        row = json.loads(first)
+    # An object of several lines, or a damaged one.
+    except (ValueError, RecursionError):
+        return True
+    return isinstance(row, dict) and "annotations" in row
+
+
+def read_coco(path):
+    """Return COCO's captions (captions_val2014.json) as {id of an image: row}, in order of ids.
+
+    A row is {"prompt", "name", "file"}; `name` is the file's name without its suffix. Of an image's
+    captions the one with the smallest id that has a word becomes the prompt.
+    """
+    data = read_json(path, "COCO's captions")
+    with reading(path, "COCO's captions"):
+        files = {image["id"]: image["file_name"] for image in data["images"]}
+        prompts = dict.fromkeys(sorted(files), "")
+        for annotation in sorted(data["annotations"], key=itemgetter("id")):
+            image_id = annotation["image_id"]
+            if not re.search(r"\w", prompts[image_id]):
+                prompts[image_id] = annotation["caption"].strip()
+
+        rows = {}
+        for image_id, prompt in prompts.items():
+            file = files[image_id]
+            rows[image_id] = {"prompt": prompt, "name": Path(file).stem, "file": file}
+        # Samples are saved under these names.
+        names = {row["name"] for row in rows.values()}
+        if len(names) < len(data["images"]):
+            raise ValueError("two images have the same id or name")
+    return rows
 
 
 # --------------------------------------------------------------------------------------
