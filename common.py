@@ -431,7 +431,8 @@ def make_together(out, settings, units, make, is_whole=has_content):
     settings = json.loads(json.dumps(settings))
     with only_command(out):
         there = {name for name in units if is_whole(out / name)}
-        if there:
+        # A broken one as well: without settings.json it is somebody else's.
+        if any((out / name).exists() for name in units):
             before = read_json(out / "settings.json", "the settings of this output")
             refuse_other_settings(out, before, settings)
         else:
