@@ -112,9 +112,11 @@ LFS_POINTER = "a git-lfs pointer, not the file itself: git lfs pull fetches it"
 
 def is_lfs_pointer(path):
     """Tell whether a file holds only git-lfs's note of where its content is."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
+    # A named pipe would be waited for for ever.
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
         return file.read(40).startswith(b"version https://git-lfs")
-    return False
 
 
 # --------------------------------------------------------------------------------------
@@ -432,16 +434,19 @@ def make_together(out, settings, units, make, is_whole=has_content):
     with only_command(out):
         there = {name for name in units if is_whole(out / name)}
         # A broken one as well: without settings.json it is somebody else's.
-        if any((out / name).exists() for name in units):
+        begun = any((out / name).exists() for name in units)
+        if begun:
             before = read_json(out / "settings.json", "the settings of this output")
             refuse_other_settings(out, before, settings)
-        else:
-            write_json(out / "settings.json", settings)
 
         # The share is of all files, not of the missing ones: ranks need not look at the same time.
         mine = [name for name in list(units)[rank::world] if name not in there]
         made = make([units[name] for name in mine]) if mine else ()
         for name, content in zip(mine, made, strict=True):
+            # Only now: a command that fails before leaves nothing.
+            if not begun:
+                write_json(out / "settings.json", settings)
+                begun = True
             with complete(out / name) as path:
                 path.write_bytes(content)
     whole = all(name in there or is_whole(out / name) for name in units)

@@ -1,29 +1,26 @@
-"""What all stages share: errors, files that are whole, captions, settings, ranks, images."""
+"""What all stages share: mistakes, whole files, outputs that ranks make together, images, the hub."""
 
-import argparse
-import contextlib
-import csv
 import errno
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
+import time
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from conftest import photo
+from conftest import ROOT, photo, run
 from PIL import Image
 from tqdm import tqdm
 
 import common
 from common import UserError
-from metrics.coco import read_coco_captions
 
 # --------------------------------------------------------------------------------------
-# Errors and options
+# Mistakes and options
 
 def test_an_error_is_one_line_that_no_progress_bar_touches(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/some/where/train.py"])
@@ -40,47 +37,67 @@ def test_an_error_is_one_line_that_no_progress_bar_touches(capsys, monkeypatch):
     assert last == ["train.py: --lr 7: must be small, much smaller", ""]
 
 
-def test_options_out_of_bounds_are_named_and_not_a_number_is_out_of_bounds():
-    args = argparse.Namespace(batch_size=0, p=float("nan"), clip=None)
-    with pytest.raises(UserError, match="--batch-size 0: must be at least 1"):
-        common.at_least(args, batch_size=1)
-    with pytest.raises(UserError, match="--p nan"):
-        common.at_least(args, p=0)
-    with pytest.raises(UserError, match="--p nan: must be in"):
-        common.between(args, 0, 1, "p")
-    # An option that was not given, and one that this command does not have.
-    common.at_least(args, clip=0, steps=1)
+def test_a_gpu_without_enough_memory_is_one_line(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...")
+
+    with pytest.raises(SystemExit) as ended:
+        common.command_line(main)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--micro-batch" in message
+
+
+@pytest.mark.parametrize("text, words", [
+    ("0", "must be at least 1"), ("nan", "invalid whole number"), ("1e3", "invalid whole number")])
+def test_an_option_out_of_its_bounds_is_refused_with_its_name(text, words):
+    parser = common.Options("About.")
+    parser.add_argument("--steps", type=common.number(int, 1))
+    parser.add_argument("--p", type=common.number(float, 0, 1))
+    with pytest.raises(UserError, match=f"--steps: .*{words}"):
+        parser.parse_args(["--steps", text])
+    for share in ("nan", "inf", "-0.1", "1.1"):
+        with pytest.raises(UserError, match="--p: .*must be from 0 to 1"):
+            parser.parse_args([f"--p={share}"])
+    assert parser.parse_args(["--steps", "3", "--p", "0.5"]).p == 0.5
+
+
+@pytest.mark.parametrize("content, why", [
+    (b"\xff", "UnicodeDecodeError"), (b"{", "JSONDecodeError"), (b"[" * 100_000, "Recursion"),
+    (b"[3]", "no JSON object"), (b"", "JSONDecodeError"), (b"version https://git-lfs.x", "git-lfs")])
+def test_whatever_is_wrong_with_a_file_is_one_line_with_its_name(tmp_path, content, why):
+    (tmp_path / "car.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"car.json: not the settings of a car .*{why}") as error:
+        common.read_json(tmp_path / "car.json", "the settings of a car")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    with pytest.raises(UserError, match="none: No such file"):
+        common.read_json(tmp_path / "none", "a car")
+
+
+def test_an_output_that_is_an_input_or_lies_in_one_is_refused(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    for out in ("photos", "photos/out", "link/out", "photos/../photos"):
+        with pytest.raises(UserError, match="choose another"):
+            common.keep_apart(tmp_path / out, None, tmp_path / "photos")
+    common.keep_apart(tmp_path / "photos-2", None, tmp_path / "photos")
 
 
 # --------------------------------------------------------------------------------------
 # Files
 
-@pytest.mark.parametrize("durable", [False, True])
-def test_what_failed_half_made_is_not_there(tmp_path, durable):
+def test_what_failed_half_made_is_not_there(tmp_path):
     path = tmp_path / "new" / "out"
     with pytest.raises(ZeroDivisionError):
-        with common.complete(path, durable) as temporary:
+        with common.complete(path) as temporary:
             temporary.write_text("half")
             assert not path.exists()
             raise ZeroDivisionError
     assert not list(path.parent.iterdir())
-    with common.complete(path, durable) as temporary:
+    with common.complete(path) as temporary:
         temporary.write_text("whole")
     assert [file.name for file in path.parent.iterdir()] == ["out"]
     assert path.read_text() == "whole"
-
-
-def test_a_folder_that_failed_half_made_is_completed_by_the_next_attempt(tmp_path):
-    for attempt in ("fails", "is whole"):
-        with contextlib.suppress(ZeroDivisionError):
-            with common.complete(tmp_path / "out") as temporary:
-                temporary.mkdir(exist_ok=True)
-                (temporary / "file").write_text(attempt)
-                assert not (tmp_path / "out").exists()
-                if attempt == "fails":
-                    raise ZeroDivisionError
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out/file").read_text() == "is whole"
 
 
 def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path):
@@ -88,28 +105,19 @@ def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path):
         with common.complete(tmp_path / "captions.jsonl"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    # A device that is always full.
-    with pytest.raises(OSError, match="No space left.*/dev/full"):
-        common.append_jsonl("/dev/full", [{"step": 1}])
 
-
-def test_jsonl_with_a_torn_last_line_is_read(tmp_path):
+def test_jsonl_is_read_line_by_line_and_damage_is_named(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
-    # Torn inside a character; and U+2028 is no end of a line.
-    path.write_bytes('{"a": "x\u2028y"}\n\n{"a": "ä'.encode()[:-1])
+    # A mark in front; U+2028 is no end of a line; torn inside a character.
+    path.write_bytes('\ufeff{"a": "x\u2028y"}\n\n{"a": "ä'.encode()[:-1])
     assert common.read_jsonl(path) == [{"a": "x\u2028y"}]
-
-
-def test_jsonl_with_other_damage_is_refused_and_the_line_named(tmp_path):
-    path = tmp_path / "a.jsonl"
+    assert "torn" in capsys.readouterr().err
     path.write_text('{"a": 1}\n{"a": \n{"a": 2}\n')
     with pytest.raises(UserError, match="line 2: not JSON"):
         common.read_jsonl(path)
     path.write_text("[1]\n")
     with pytest.raises(UserError, match="line 1: not a JSON object"):
         common.read_jsonl(path)
-    with pytest.raises(UserError, match="No such file"):
-        common.read_jsonl(tmp_path / "none.jsonl")
 
 
 def test_jsonl_keeps_every_name_even_one_that_is_not_utf8(tmp_path):
@@ -118,172 +126,141 @@ def test_jsonl_keeps_every_name_even_one_that_is_not_utf8(tmp_path):
     assert common.read_jsonl(tmp_path / "a.jsonl") == rows
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b""])
-def test_json_that_is_no_object_is_refused_and_named(tmp_path, content):
-    (tmp_path / "meta.json").write_bytes(content)
-    with pytest.raises(UserError, match="meta.json: not the settings of a car"):
-        common.read_json(tmp_path / "meta.json", "the settings of a car")
-
-
 # --------------------------------------------------------------------------------------
-# Captions
+# An output that is made of files
 
-def test_our_captions_and_those_of_the_authors_captioner_are_read(tmp_path):
-    ours = tmp_path / "a.jsonl"
-    ours.write_bytes('{"file": "n1/ä b.jpg", "caption": "x\u2028y"}\n{"file": "c", '.encode())
-    assert common.read_captions(ours) == {"n1/ä b.jpg": "x\u2028y"}
-    theirs = tmp_path / "a.tsv"
-    theirs.write_text('n1_1.JPEG\tA dog. It "sits".\nn1_2.JPEG\tA cat\twith a tab.\nn1_3')
-    assert common.read_captions(theirs) == {"n1_1.JPEG": 'A dog. It "sits".',
-                                            "n1_2.JPEG": "A cat\twith a tab."}
+UNITS = {f"{k}.txt": k for k in range(7)}
 
 
-def test_the_authors_published_captions_are_read_as_they_are(tmp_path):
-    captions = {"n01440764_10026.JPEG": 'A fish, a "tench".\nIt is green.',
-                "n01440764_10027.JPEG": "Un élève\u2028et un poisson"}
-    rows = [{"image_path": file, "caption": text} for file, text in captions.items()]
-    common.write_jsonl(tmp_path / "a.jsonl", rows)
-    assert common.read_captions(tmp_path / "a.jsonl") == captions
-    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.DictWriter(file, ["", "image_path", "caption"])
-        writer.writeheader()
-        writer.writerows(rows)
-    assert common.read_captions(tmp_path / "a.csv") == captions
-
-
-@pytest.mark.parametrize("name, content, expected", [
-    ("a.tsv", b"1.jpg\tA dog.\n1.jpg\tA cat.\n", "two folders"),
-    ("a.tsv", b"1.jpg A dog.\n", "caption 1: needs a file and a caption"),
-    ("a.tsv", b"1.jpg\t\xff\n", "not UTF-8"),
-    ("a.jsonl", b'{"file": "a"}\n', "needs a file and a caption"),
-    ("a.jsonl", b'{"file": "a", "caption": 3}\n', "needs a file and a caption"),
-    ("a.jsonl", b'{"image_path": "", "caption": "x"}\n', "needs a file and a caption"),
-    ("a.jsonl", b"what\n", "not JSON"),
-    ("a.csv", b"file,caption\n1.jpg,A dog.\n2.jpg\n", "caption 2: needs a file"),
-    ("a.csv", b"image,text\n1.jpg,A dog.\n", "must name the columns.*is image, text"),
-    ("a.csv", b"", "must name the columns.*is empty"),
-    ("a.csv", b"file,caption\n1.jpg,\xff\n", "not UTF-8"),
-    ("a.csv", b"file,caption\n1.jpg," + 200_000 * b"x", "line 2: not CSV"),
-    ("a.parquet", b"PAR1", "Parquet is not read here")])
-def test_a_bad_captions_file_is_refused_with_the_reason(tmp_path, name, content, expected):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=expected):
-        common.read_captions(tmp_path / name)
-
-
-def coco_file(path, numbers, changes=None):
-    """Write an annotation file of COCO's kind, with 3 captions an image, all shuffled.
-
-    numbers: the ids of its images; changes: entries of the file to replace.
-    """
-    data = {"info": {}, "images": [], "annotations": []}
+def tenfold(numbers):
+    """Yield the content of a unit for each number."""
     for k in numbers:
-        file = f"COCO_val2014_{k:012d}.jpg"
-        data["images"].append({"id": k, "file_name": file, "height": 480})
-        for i in range(3):
-            text = f"Bild {k}: {'eins zwei drei'.split()[i]}, schön"
-            data["annotations"].append({"id": 100 * i + k, "image_id": k, "caption": text})
-    random.Random(0).shuffle(data["images"])
-    random.Random(0).shuffle(data["annotations"])
-    path.write_text(json.dumps({**data, **(changes or {})}))
-    return path
+        yield str(10 * k).encode()
 
 
-def test_cocos_prompts_are_each_images_first_caption_in_order(tmp_path):
-    prompts = read_coco_captions(coco_file(tmp_path / "coco.json", range(50)))
-    assert len(prompts) == 50
-    for k, prompt in enumerate(prompts):
-        name = f"COCO_val2014_{k:012d}"
-        assert prompt == {"prompt": f"Bild {k}: eins, schön", "name": name,
-                          "file": f"{name}.jpg"}
+def make(out, settings=None, units=UNITS, maker=tenfold):
+    return common.make_together(out, settings or {"size": 3, "box": (1, 2)}, units, maker)
 
 
-def test_a_limit_of_cocos_images_chooses_by_seed_and_nothing_else(tmp_path):
-    path = coco_file(tmp_path / "coco.json", range(50))
-    ten = read_coco_captions(path, limit=10)
-    files = [prompt["file"] for prompt in ten]
-    assert len(set(files)) == 10 and files == sorted(files)
-    assert ten == read_coco_captions(path, limit=10, seed=0)
-    assert ten != read_coco_captions(path, limit=10, seed=1)
-
-    # A lower limit takes a part of it; one above the number of images takes all.
-    five = read_coco_captions(path, limit=5)
-    assert len(five) == 5 and all(prompt in ten for prompt in five)
-    assert len(read_coco_captions(path, limit=99)) == 50
-
-    # In a file of these ten only, the same five are taken.
-    numbers = [int(prompt["name"][-12:]) for prompt in ten]
-    few = coco_file(tmp_path / "few.json", numbers)
-    assert read_coco_captions(few, limit=5) == five
+def test_any_number_of_ranks_shares_the_units_and_the_last_one_learns_that_all_are_there(tmp_path,
+                                                                                         monkeypatch):
+    for world in (1, 2, 3, 9):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        ended = []
+        for rank in reversed(range(world)):
+            monkeypatch.setenv("RANK", str(rank))
+            ended.append(make(tmp_path / str(world)))
+        assert ended == [False] * (world - 1) + [True]
+        content = {path.name: path.read_text() for path in (tmp_path / str(world)).glob("*.txt")}
+        assert content == {name: str(10 * k) for name, k in UNITS.items()}
+        assert not list((tmp_path / str(world)).glob(".*"))
 
 
-def test_cocos_images_without_a_caption_are_left_out(tmp_path):
-    blank = {"id": 1, "image_id": 1, "caption": " \n"}
-    other = {"id": 2, "image_id": 1, "caption": "a "}
-    path = coco_file(tmp_path / "coco.json", range(2), {"annotations": [blank, other]})
-    assert [prompt["prompt"] for prompt in read_coco_captions(path)] == ["a"]
+def test_only_what_is_missing_or_empty_is_made_whoever_made_the_rest(tmp_path, monkeypatch):
+    asked = []
+
+    def watched(numbers):
+        for k in numbers:
+            asked.append(k)
+            if len(asked) == 4:
+                raise KeyboardInterrupt
+            yield str(10 * k).encode()
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, maker=watched)
+    (tmp_path / "1.txt").write_bytes(b"")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert not make(tmp_path, maker=watched)
+    assert asked == [0, 1, 2, 3] + [1, 3, 5]
 
 
-@pytest.mark.parametrize("changes, expected", [
-    ({"images": None}, "no list of 'images'"),
-    ({"images": [3]}, "entry 1 of 'images' needs 'id'"),
-    ({"images": [{"id": 0, "file_name": 3}]}, "needs 'file_name', a text, and has 3"),
-    ({"images": [{"id": k, "file_name": ".."} for k in range(2)]}, "no file name"),
-    ({"images": [{"id": k, "file_name": "a.jpg"} for k in range(2)]}, "same name"),
-    ({"images": []}, r"describes image [01], which is not among its images"),
-    ({"annotations": []}, "no image in it has a caption"),
-    ({"annotations": [{"id": 1, "image_id": 7, "caption": "x"}]}, "describes image 7"),
-    ({"annotations": [{"id": 1, "image_id": 0, "caption": 3}]}, "a text, and has 3"),
-    ({"annotations": [{"id": 1, "image_id": "0", "caption": "x"}]}, "a whole number")])
-def test_a_damaged_annotation_file_is_refused_with_the_reason(tmp_path, changes, expected):
-    path = coco_file(tmp_path / "coco.json", range(2), changes)
-    with pytest.raises(UserError, match=expected) as error:
-        read_coco_captions(path)
-    assert "\n" not in str(error.value)
+def test_settings_bind_as_soon_as_one_unit_is_there(tmp_path):
+    def fail(_):
+        raise UserError("nothing works")
+        yield
+
+    with pytest.raises(UserError, match="nothing works"):
+        make(tmp_path, {"size": 1}, maker=fail)
+    assert make(tmp_path, {"size": 3, "cuts": {"1/2": 1}}, units={"0.txt": 0})
+    for other, words in [({"size": 4, "cuts": {"1/2": 1}}, "size 3, now 4"),
+                         ({"size": 3, "cuts": {"1/2": 1, "1/25": 5}}, "1/25 None, now 5"),
+                         ({"size": 3}, "cuts .*, now None")]:
+        with pytest.raises(UserError, match=f"other settings .*{words}"):
+            make(tmp_path, other, units={"0.txt": 0})
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(UserError, match="settings.json: No such file"):
+        make(tmp_path, {"size": 3})
 
 
-# --------------------------------------------------------------------------------------
-# Settings, ranks
-
-def test_an_output_goes_on_with_the_settings_it_was_begun_with(tmp_path):
-    settings = {"size": 256, "betas": (0.9, 0.99)}
-    path = tmp_path / "new" / "settings.json"
-    common.begin_or_resume(path, "out", settings)
-    common.begin_or_resume(path, "out", settings)
-    for other in ({**settings, "size": 512}, {**settings, "more": 1}, {"size": 256}):
-        with pytest.raises(UserError, match="out: begun with other settings"):
-            common.begin_or_resume(path, "out", other)
-    path.write_text("{")
-    with pytest.raises(UserError, match="settings.json"):
-        common.begin_or_resume(path, "out", settings)
+def test_a_maker_that_makes_too_little_is_no_success(tmp_path):
+    with pytest.raises(ValueError, match="shorter"):
+        make(tmp_path, maker=lambda numbers: tenfold(numbers[1:]))
 
 
-def test_two_commands_do_not_write_to_one_folder_at_once(tmp_path, monkeypatch):
-    folder = tmp_path / "out"
-    with common.only_command(folder):
-        with pytest.raises(UserError, match="another command is writing to it"):
-            with common.only_command(folder):
-                pass
-        # Ranks of one command do.
-        monkeypatch.setenv("RANK", "1")
-        with common.only_command(folder):
-            (folder / "file").touch()
-    with common.only_command(folder):
-        pass
-    assert [path.name for path in folder.iterdir()] == ["file"]
+def test_a_kill_at_any_moment_leaves_whole_units_only_and_no_lock(tmp_path):
+    script = ("import sys, time, common\n"
+              "def slow(numbers):\n"
+              "    for k in numbers:\n"
+              "        time.sleep(0.02)\n"
+              "        yield str(10 * k).encode() * 100_000\n"
+              "common.make_together(sys.argv[1], {'size': 3}, {f'{k}.txt': k for k in range(200)}, slow)\n")
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", script, out], cwd=ROOT)
+    while len(list(out.glob("*.txt"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    # While it is at work, nobody else is.
+    with pytest.raises(UserError, match="another command is writing"):
+        make(out, {"size": 3})
+    process.kill()
+    process.wait()
+    units = {path.name: int(path.stem) for path in out.glob("*.txt")}
+    for name, k in units.items():
+        assert (out / name).read_bytes() == str(10 * k).encode() * 100_000
+    assert make(out, {"size": 3}, units=units, maker=None)
 
 
-def test_a_full_disk_does_not_keep_a_folder_from_being_locked(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_rows_are_joined_in_order_and_an_output_of_nothing_is_tried_again(tmp_path):
+    (tmp_path / "0").write_text(json.dumps({"file": "a", "reason": "broken"}) + "\n")
+    (tmp_path / "1").write_text("")
+    products = (tmp_path / "rows.jsonl", tmp_path / "skipped.jsonl")
+    with pytest.raises(UserError, match="rows.jsonl: nothing .* 1 files; the first: a: broken"):
+        common.join_rows(tmp_path, ["0", "1"], *products)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "0").write_text('{"file": "a", "reason": "broken"}\n{"file": "b"}\n')
+    (tmp_path / "1").write_text('{"file": "c"}\n')
+    assert common.join_rows(tmp_path, ["0", "1"], *products) == (2, 1)
+    assert [row["file"] for row in common.read_jsonl(products[0])] == ["b", "c"]
 
-    monkeypatch.setattr(os, "write", full)
-    with common.only_command(tmp_path):
-        with pytest.raises(UserError, match="another command is writing to it"):
-            with common.only_command(tmp_path):
-                pass
-    # Nothing is left behind.
-    assert not tmp_path.exists()
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_reading_ahead_keeps_the_order_and_hands_on_errors(threads):
+    def function(k):
+        time.sleep(0.001 * (k % 3))
+        return 1 / (50 - k)
+
+    results = common.ahead(function, range(100), threads)
+    for k in range(50):
+        assert next(results) == 1 / (50 - k)
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_reading_ahead_does_not_run_far_ahead():
+    begun = []
+    results = common.ahead(begun.append, range(1000), 2)
+    next(results)
+    time.sleep(0.05)
+    assert len(begun) <= 6
+
+
+@pytest.mark.parametrize("rank, world", [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "0")])
+def test_a_rank_that_is_none_is_refused(monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(UserError, match="RANK"):
+        common.rank_and_world()
 
 
 def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
@@ -296,38 +273,10 @@ def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
         common.local_device()
 
 
-def test_a_gpu_without_enough_memory_is_one_line(capsys):
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...")
-
-    with pytest.raises(SystemExit) as ended:
-        common.command_line(main)
-    assert ended.value.code == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "--micro-batch" in message
-
-
-def test_a_lock_that_was_deleted_after_it_was_opened_is_opened_again(tmp_path, monkeypatch):
-    real = common.try_to_lock
-    seen = []
-
-    def deleted_meanwhile(lock):
-        if not seen:
-            os.unlink(lock.name)
-        seen.append(lock.name)
-        return real(lock)
-
-    monkeypatch.setattr(common, "try_to_lock", deleted_meanwhile)
-    with common.only_command(tmp_path):
-        assert len(seen) == 2 and os.path.exists(seen[0])
-
-
-@pytest.mark.parametrize("rank, world", [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "0")])
-def test_a_rank_that_is_none_is_refused(monkeypatch, rank, world):
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", world)
-    with pytest.raises(UserError, match="RANK"):
-        common.rank_and_world()
+def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    done = run("encode.py", PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="")
+    assert done.returncode == -signal.SIGINT and not done.stderr.strip(), done.stderr
 
 
 # --------------------------------------------------------------------------------------
@@ -338,11 +287,17 @@ def test_images_are_listed_in_order_and_nothing_else_is(tmp_path):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
     assert common.list_images(tmp_path) == ["a.webp", "b/10.png", "b/2.JPG"]
-    with pytest.raises(UserError, match="no such folder"):
-        common.list_images(tmp_path / "none")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no images in it"):
-        common.list_images(tmp_path / "empty")
+
+
+def test_a_link_that_leads_back_up_lists_no_image_twice(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").touch()
+    (tmp_path / "a/up").symlink_to(tmp_path)
+    (tmp_path / "b/self").symlink_to(tmp_path / "b")
+    (tmp_path / "b/elsewhere").symlink_to(tmp_path / "a")
+    # A folder beside is entered by both its names, but not again below itself.
+    assert common.list_images(tmp_path) == ["a/1.png", "b/1.png", "b/elsewhere/1.png"]
 
 
 def test_every_kind_of_picture_becomes_the_same_rgb(tmp_path):
@@ -350,10 +305,9 @@ def test_every_kind_of_picture_becomes_the_same_rgb(tmp_path):
     grey = Image.fromarray(ramp)
     opaque = Image.new("L", (64, 64), 255)
     alpha = Image.merge("RGBA", [grey, grey, grey, opaque])
-    kinds = {"l.png": grey, "1.gif": grey, "p.png": grey.convert("P"),
-             "rgba.png": alpha, "la.png": alpha.convert("LA"),
-             "i16.png": Image.fromarray(ramp.astype(np.uint16) * 257),
-             "i.tif": Image.fromarray(ramp.astype(np.int32) * 257),
+    sixteen = Image.fromarray(ramp.astype(np.uint16) * 257)
+    kinds = {"l.png": grey, "1.gif": grey, "p.png": grey.convert("P"), "rgba.png": alpha,
+             "la.png": alpha.convert("LA"), "i16.png": sixteen, "i16.tif": sixteen,
              "cmyk.tif": grey.convert("RGB").convert("CMYK")}
     for name, image in kinds.items():
         image.save(tmp_path / name)
@@ -371,7 +325,20 @@ def test_transparent_parts_are_white(tmp_path):
         assert image.getpixel((8, 8)) == (level, level, level), name
 
 
-@pytest.mark.parametrize("size", [31, 64, 85, 256])
+def test_a_file_that_is_no_picture_or_whose_white_is_unknown_is_named_in_one_line(tmp_path):
+    (tmp_path / "text.png").write_text("text")
+    (tmp_path / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1\n")
+    os.mkfifo(tmp_path / "pipe.png")
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(np.zeros((8, 8), np.int32)).save(tmp_path / "int.tif")
+    for name, why in [("text.png", "identify"), ("none.png", "No such file"), ("pipe.png", "regular"),
+                      ("pointer.png", "git-lfs pointer"), ("float.tif", "32 bits"), ("int.tif", "32 bits")]:
+        with pytest.raises(OSError, match=f"{name}: not a readable image .*{why}") as error:
+            common.open_image(tmp_path / name, 64)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [31, 85, 256])
 def test_a_part_of_a_cropped_picture_is_that_part(size):
     for source in [(500, 375), (333, 500), (51, 77)]:
         whole = common.resize_and_crop(photo(9, source), size)
@@ -381,8 +348,7 @@ def test_a_part_of_a_cropped_picture_is_that_part(size):
             assert np.abs(expected - part).max() <= 2
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_exif_rotation_is_applied_and_a_damaged_exif_block_ignored(tmp_path):
+def test_exif_rotation_is_applied_and_a_damaged_exif_block_is_told_with_the_files_name(tmp_path, capsys):
     upright = photo(3, (64, 64))
     # The camera lay on its side: turn by 270 degrees to see it.
     exif = Image.Exif()
@@ -391,9 +357,14 @@ def test_exif_rotation_is_applied_and_a_damaged_exif_block_ignored(tmp_path):
     turned.save(tmp_path / "side.jpg", quality=95, exif=exif)
     damaged = b"Exif\x00\x00MM\x00\x2a\x00\x00\xff\xff\x00\x01"
     upright.save(tmp_path / "broken.jpg", quality=95, exif=damaged)
-    for name in ("side.jpg", "broken.jpg"):
-        got = np.asarray(common.load_image(tmp_path / name, 64)).astype(int)
-        assert np.abs(got - np.asarray(upright)).mean() < 4, name
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = common.name_the_image
+        for name in ("side.jpg", "broken.jpg"):
+            got = np.asarray(common.load_image(tmp_path / name, 64)).astype(int)
+            assert np.abs(got - np.asarray(upright)).mean() < 4, name
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith(str(tmp_path / "broken.jpg: "))
 
 
 def test_nothing_is_squashed(tmp_path):
@@ -425,12 +396,25 @@ def test_decoding_a_jpeg_at_reduced_scale_loses_nothing_that_can_be_seen(tmp_pat
     assert decibels > 40
 
 
-def test_a_file_that_is_no_image_is_named_in_one_line(tmp_path):
-    (tmp_path / "a.png").write_text("text")
-    for name in ("a.png", "none.png"):
-        with pytest.raises(OSError, match=f"{name}: not a readable image") as error:
-            common.open_image(tmp_path / name, 64)
-        assert "\n" not in str(error.value)
+# --------------------------------------------------------------------------------------
+# Charts
+
+def test_an_axis_has_round_numbers_around_all_values():
+    assert common.axis([0, 4500]) == [0, 1000, 2000, 3000, 4000, 5000]
+    assert common.axis([0.12, 0.37]) == pytest.approx([0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4])
+    for values in ([3, 3], [0, 0], [-2e-7, 5e9], [1e-9, 1.1e-9]):
+        ticks = common.axis(values)
+        rounding = 1e-9 * (ticks[-1] - ticks[0])
+        assert ticks[0] <= min(values) + rounding and max(values) <= ticks[-1] + rounding
+        assert 2 <= len(ticks) <= 8
+
+
+def test_a_chart_leaves_out_what_has_no_place_and_escapes_names():
+    curves = {"<a>": [(0, 1.0), (1, float("nan")), (2, 0.1)], "b": [(1, -1)]}
+    chart = common.line_chart(curves, "x", "y", log=True)
+    assert "nan" not in chart and "&lt;a&gt;" in chart and "<a>" not in chart
+    assert chart.count("<polyline") == 2
+    assert common.line_chart({}, "x", "y").endswith("</svg>")
 
 
 # --------------------------------------------------------------------------------------
@@ -440,27 +424,33 @@ def test_fetch_asks_the_hub_only_for_what_may_be_there(tmp_path, monkeypatch):
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
     asked = []
-    is_online = True
 
-    def download(repo, name, local_files_only):
+    def download(repo, name, local_files_only=False):
         asked.append((repo, name, local_files_only))
-        if local_files_only or not is_online:
-            raise LocalEntryNotFoundError("no connection\nsecond line")
+        if local_files_only:
+            raise LocalEntryNotFoundError("not in the cache")
         if name != "b":
             raise RemoteEntryNotFoundError.__new__(RemoteEntryNotFoundError)
         return tmp_path / name
 
+    class Session:
+        online = True
+
+        def head(self, *_, **__):
+            if not self.online:
+                raise OSError("no connection\nsecond line")
+
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
 
     # First what was downloaded before, then the hub.
     assert common.fetch("some/repo", "a", "b") == tmp_path / "b"
-    assert asked == [("some/repo", name, cached) for cached in (True, False)
-                     for name in "ab"]
+    assert asked == [("some/repo", name, cached) for cached in (True, False) for name in "ab"]
     with pytest.raises(UserError, match="some/repo: no such folder, or no a or c in it"):
         common.fetch("some/repo", "a", "c")
-    is_online = False
+    Session.online = False
     with pytest.raises(UserError, match=r"some/repo: .* hub \(no connection second line\)$"):
         common.fetch("some/repo", "b")
 
@@ -472,25 +462,9 @@ def test_fetch_asks_the_hub_only_for_what_may_be_there(tmp_path, monkeypatch):
     assert not asked
 
 
-def test_fetch_finds_the_first_name_in_a_folder(tmp_path):
-    (tmp_path / "b").touch()
-    (tmp_path / "c").touch()
-    assert common.fetch(tmp_path, "a", "b", "c") == tmp_path / "b"
-
-
-# --------------------------------------------------------------------------------------
-# Signals
-
-def test_a_process_started_while_signals_wait_outlives_those_that_all_processes_get():
-    with common.StopRequest() as stop:
-        stop.worth_saving = True
-        with common.signals_wait():
-            helper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-            signal.raise_signal(signal.SIGTERM)
-            assert stop.name == ""
-        assert stop.name == "SIGTERM"
-    helper.send_signal(signal.SIGTERM)
-    helper.send_signal(signal.SIGINT)
-    # It ends as it would have, without an error.
-    helper.communicate(b"\n", timeout=60)
-    assert helper.returncode == 0
+def test_a_models_folder_with_a_git_lfs_pointer_in_it_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert common.fetch(tmp_path, "none.json", "config.json") == tmp_path / "config.json"
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="tokenizer.json: a git-lfs pointer"):
+        common.fetch(tmp_path, "config.json")
