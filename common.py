@@ -1,10 +1,9 @@
 """What every stage shares: one line for a mistake, whole files, one way in and one way out.
 
-In: `reading` turns whatever goes wrong with a file that a user brings into one line that names
-it. Out: `make_together` makes an output file by file, by any number of ranks, as often as it
-takes, and refuses to mix two kinds of data in one. Beside them: images as they come, pictures
-to look at, models from a folder or the hub. This file imports no stage, and torch only where
-it is needed.
+In: `reading` turns whatever goes wrong with a user's file into one line that names it. Out:
+`make_together` makes an output file by file, by any number of ranks, as often as it takes,
+and refuses to mix two kinds of data in one. Beside them: images as they come, pictures to
+look at, models from a folder or the hub. Torch is imported only where it is needed.
 """
 
 import argparse
@@ -51,10 +50,10 @@ def command_line(main):
         if type(error).__name__ == "OutOfMemoryError":
             end_with(f"{one_line(error)} A smaller --batch-size (of train.py: --micro-batch, "
                      f"--checkpoint-activations) needs less")
-        of_other_ranks = any(word in str(error) for word in ("gloo", "NCCL", "Connection", "peer"))
-        if rank_and_world()[1] == 1 or not of_other_ranks:
+        signs = ("gloo", "NCCL", "Connection", "peer")
+        if rank_and_world()[1] == 1 or not any(sign in str(error) for sign in signs):
             raise
-        end_with(f"another rank has ended, see its line, or is out of reach ({one_line(error)})")
+        end_with(f"another rank has ended, see its line, or is lost ({one_line(error)})")
     except KeyboardInterrupt:
         close_progress_bars()
         sys.exit(130)
@@ -91,7 +90,7 @@ sys.excepthook = end_quietly
 
 @contextlib.contextmanager
 def reading(path, what):
-    """Give whatever goes wrong while a file is read one line: "x: not COCO's captions (why)"."""
+    """Make whatever goes wrong while a file is read one line: "x: not COCO's captions (why)"."""
     try:
         yield
     except OSError as error:
@@ -158,19 +157,19 @@ def number(kind, low, high=math.inf):
 
 
 def keep_apart(out, *inputs):
-    """Raise UserError if an output is one of a command's inputs, or lies in one (None: not given)."""
+    """Raise UserError if an output is an input, or lies in one (None: one that was not given)."""
     place = Path(out).resolve()
     for given in inputs:
         if given and place.is_relative_to(Path(given).resolve()):
-            raise UserError(f"--out {out}: is {given} or lies in it, and that is an input of this "
-                            f"command: choose another")
+            raise UserError(f"--out {out}: is {given} or lies in it, and that is an input: "
+                            f"choose another")
 
 
 # --------------------------------------------------------------------------------------
 # Ranks, threads, devices
 
 def rank_and_world():
-    """Return (rank, number of ranks), as torchrun sets them; (0, 1) without. Raises UserError."""
+    """Return (rank, number of ranks) as torchrun sets them, (0, 1) without. Raises UserError."""
     rank = os.environ.get("RANK", "0")
     world = os.environ.get("WORLD_SIZE", "1")
     valid = rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
@@ -184,7 +183,8 @@ def default_workers():
     """Return the number of threads that read for a rank: its part of the machine's cores."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # Cores that this process may use: a container may have fewer than the machine.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     return max(1, cores // ranks_here)
 
 
@@ -253,7 +253,7 @@ def autocast(device, precision):
 
 @contextlib.contextmanager
 def complete(path, durable=None):
-    """Yield a temporary path to write to. It gets its final name when its bytes are on the disk.
+    """Yield a temporary path to write to, and rename it when its bytes are on the disk.
 
     The temporary name is the same at the next attempt (and another for each rank), so that
     running the same command again clears away what a kill left behind. An OSError that names
@@ -264,7 +264,7 @@ def complete(path, durable=None):
     temporary = path.with_name(f".{path.name}.{rank_and_world()[0]}.tmp")
     try:
         yield temporary
-        # Otherwise a file may bear its final name and be empty after a crash of the machine.
+        # Otherwise a crash of the machine may leave an empty file of that name.
         descriptor = os.open(temporary, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -276,7 +276,7 @@ def complete(path, durable=None):
         with contextlib.suppress(OSError):
             temporary.unlink()
         # "No space left on device" alone does not say which disk is full.
-        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+        if isinstance(error, OSError) and error.errno and error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
@@ -361,10 +361,10 @@ def fingerprint(rows, weights=()):
 
 @contextlib.contextmanager
 def only_command(folder, file=None):
-    """Keep a folder for this command (this rank of it). Raises UserError if another one has it.
+    """Keep a folder for this command (this rank of it). Raises UserError if another has it.
 
-    The system frees it at the end, also after kill -9. It is a record lock, because a fork does
-    not inherit that: processes that outlive a killed command hold nothing.
+    The system frees it at the end, also after kill -9. It is a record lock, because a fork
+    does not inherit that: processes that outlive a killed command hold nothing.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -379,8 +379,8 @@ def only_command(folder, file=None):
             pass                        # A file system without locks.
         # One that has just ended may have removed the file that was opened here.
         if taken or os.fstat(file.fileno()).st_nlink == 0:
-            raise UserError(f"{folder}: another command is writing to it; wait until it has "
-                            f"ended, or choose another --out")
+            raise UserError(f"{folder}: another command is writing to it; wait until it "
+                            f"has ended, or choose another --out")
         try:
             yield
         finally:
@@ -391,7 +391,7 @@ def only_command(folder, file=None):
 
 
 def refuse_other_settings(output, before, now):
-    """Raise UserError if an output was begun with other settings: two kinds of data in one."""
+    """Raise UserError if an output was begun with other settings, {name: value}."""
     for key in {**before, **now}:
         old = before.get(key)
         new = now.get(key)
@@ -400,8 +400,8 @@ def refuse_other_settings(output, before, now):
             refuse_other_settings(output, old, new)
         elif old != new:
             change = f"{key.replace('_', ' ')} {shorten(old)}, now {shorten(new)}"
-            raise UserError(f"{output}: begun with other settings ({change}): use the same, or "
-                            f"another --out, or delete it")
+            raise UserError(f"{output}: begun with other settings ({change}): use the same, "
+                            f"or another --out, or delete it")
 
 
 def shorten(value):
@@ -439,7 +439,7 @@ def make_together(out, settings, units, make, is_whole=has_content):
             before = read_json(out / "settings.json", "the settings of this output")
             refuse_other_settings(out, before, settings)
 
-        # The share is of all files, not of the missing ones: ranks need not look at the same time.
+        # Of all files, not of the missing ones: ranks need not look at the same time.
         mine = [name for name in list(units)[rank::world] if name not in there]
         made = make([units[name] for name in mine]) if mine else ()
         for name, content in zip(mine, made, strict=True):
@@ -498,7 +498,7 @@ def list_images(folder):
         """List one folder; `above` are the folders that are being walked."""
         status = os.stat(here)
         this = (status.st_dev, status.st_ino)
-        # A link may lead back up: without this, its photos would be listed again and again.
+        # A link may lead back up: its photos would be listed again and again.
         if this in above:
             return
         for entry in os.scandir(here):
@@ -526,7 +526,7 @@ def class_of(file):
 
 
 def rgb(image):
-    """Return a PIL image in RGB. It is not copied if it is RGB already, which saves time."""
+    """Return a PIL image in RGB, itself if it is RGB already."""
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -549,8 +549,9 @@ def open_image(path, size):
             # A damaged EXIF block does not spoil the pixels.
             with contextlib.suppress(Exception):
                 ImageOps.exif_transpose(image, in_place=True)
-            # 16-bit grey, which convert() would clip at 255. A PNG of 16 bits may be called "I", too.
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+            # 16-bit grey, which convert() would clip at 255. Older Pillow calls PNG's "I".
+            is_png = image.format == "PNG"
+            if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
                 grey = (np.asarray(image) // 256).clip(0, 255)
                 image = Image.fromarray(grey.astype(np.uint8))
             # Is 1 white, or 255, or the largest number in it?
@@ -581,7 +582,7 @@ show_warning = warnings.showwarning
 
 
 def name_the_image(message, category, filename, lineno, file=None, line=None):
-    """Print a warning that comes while an image is opened in one line, with the image's name."""
+    """Print a warning in one line with the name of the image that is being opened."""
     path = getattr(being_opened, "path", None)
     if path:
         tqdm.write(f"{path}: {one_line(message)}", file=sys.stderr)
@@ -593,7 +594,7 @@ warnings.showwarning = name_the_image
 
 
 def reason_without(path, error):
-    """Return why an image cannot be read, without its name, for a row that names it already."""
+    """Return open_image's reason alone, for a row that names the file already."""
     return str(error).removeprefix(f"{path}: ")
 
 
@@ -740,7 +741,7 @@ def line_chart(curves, x_label, y_label, log=False):
 
 
 def axis(values):
-    """Return some round numbers, one distance apart, the first and last of which hold all values."""
+    """Return round numbers, equally far apart, between the ends of which all values lie."""
     low, high = min(values), max(values)
     if low == high:
         margin = 0.5 * abs(high) or 1.0
@@ -764,7 +765,10 @@ def fetch(path_or_repo, *names):
     folder = Path(path_or_repo)
     for name in names:
         if (folder / name).is_file():
-            refuse_pointers(folder)
+            # A tokenizer that is one would be passed over in silence.
+            for path in sorted(folder.iterdir()):
+                if is_lfs_pointer(path):
+                    raise UserError(f"{path}: {LFS_POINTER}")
             return folder / name
     # "out/dit" beside an existing "out" is a mistyped path, not a repository.
     mistyped = folder.parent != Path(".") and folder.parent.exists()
@@ -773,13 +777,6 @@ def fetch(path_or_repo, *names):
         if downloaded:
             return downloaded
     raise UserError(f"{folder}: no such folder, or no {' or '.join(names)} in it")
-
-
-def refuse_pointers(folder):
-    """Raise UserError if a file of a model's folder is only a git-lfs pointer."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and is_lfs_pointer(path):
-            raise UserError(f"{path}: {LFS_POINTER}")
 
 
 def download(repo, names):
@@ -801,7 +798,7 @@ def download(repo, names):
                 return Path(hub.hf_hub_download(repo, name))
     except Exception as error:  # noqa: BLE001
         reason = one_line(error)
-        raise UserError(f"{repo}: no such folder, and not on the hub ({reason})") from None
+        raise UserError(f"{repo}: no such folder, and not on the hub ({reason})")
     return None
 
 
@@ -825,7 +822,7 @@ def pretrained(name, kind, companion=None, device=None, **options):
     # transformers would print up to 79 lines of its own above ours.
     transformers.utils.logging.set_verbosity(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
-    # Refuses a model that is not there, for which transformers' own words are hard to understand.
+    # Refuses a model that is not there, of which transformers' own words are unclear.
     fetch(name, "config.json")
     try:
         model, report = getattr(transformers, kind).from_pretrained(
@@ -848,11 +845,11 @@ def pretrained(name, kind, companion=None, device=None, **options):
 
 
 def needs_sentencepiece(name):
-    """Return what to do where a folder has a tokenizer of a package that is not installed, or ""."""
-    folder = Path(name)
-    has_model = (folder / "spiece.model").is_file() or (folder / "tokenizer.model").is_file()
+    """Return what to do where a folder's tokenizer is of a package that is missing, or ""."""
+    files = {path.name for path in Path(name).glob("*")}
+    of_sentencepiece = {"spiece.model", "tokenizer.model"} & files
     installed = importlib.util.find_spec("sentencepiece")
-    if not has_model or (folder / "tokenizer.json").is_file() or installed:
+    if not of_sentencepiece or "tokenizer.json" in files or installed:
         return ""
     return "its tokenizer needs pip install sentencepiece, or a tokenizer.json beside it"
 
