@@ -861,8 +861,9 @@ def refuse_strange_tokenizer(name, tokenizer, config):
     """
     vocabulary = getattr(config.get_text_config(), "vocab_size", 0)
     tokens = tokenizer("The image shows a photo of a red dog and an apple.").input_ids
-    unknown = (tokenizer.unk_token_id, tokenizer.eos_token_id)
-    knows_english = any(token not in unknown for token in tokens)
+    # The invented one knows the space before each word, and no letter.
+    known = tokenizer.convert_ids_to_tokens(tokens, skip_special_tokens=True)
+    knows_english = any(letter.isalpha() for letter in "".join(known))
     fits = vocabulary / 2 <= len(tokenizer) and max(tokens) < vocabulary
     if vocabulary and not (fits and knows_english):
         hint = needs_sentencepiece(name) or "are its tokenizer's files missing?"
