@@ -10,13 +10,13 @@ copies, because captions say left and right.
 
 The folder OUT gets 00000.safetensors, ... (shards of images in sorted order),
 null.safetensors (the empty prompt), skipped.jsonl (what was left out, and why) and at last
-meta.json. Several processes or nodes share the work if this is started under torchrun.
-A killed command goes on when it is started again. `--check encoded/train` verifies every
-number of every shard, says how the latents are distributed and draws four images.
+meta.json. Several processes or nodes share the work if this is started under torchrun. A
+killed command goes on when it is started again. `--check encoded/train` looks for numbers
+that are not finite, and draws check.png (four images with their captions) and fig7.png (the
+paper's Fig. 7: how much noise hides a composite's seams).
 """
 
-import argparse
-import hashlib
+
 import inspect
 import itertools
 import json
@@ -26,6 +26,13 @@ from bisect import bisect_right
 from collections import Counter
 from pathlib import Path
 
+# First: it keeps Ctrl-C quiet while torch is imported.
+from common import (Options, UserError, ahead, command_line, contact_sheet, default_workers,
+                    fetch, fingerprint, in_batches, keep_apart, list_images, load_image,
+                    local_device, make_together, number, pretrained, progress, read_json,
+                    read_jsonl, reading, reason_without, save_png, shorten, to_images,
+                    write_json, write_jsonl)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -33,13 +40,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from common import (HelpFormatter, UserError, at_least, begin_or_resume, command_line, complete,
-                    contact_sheet, default_workers, fetch, is_last_rank, list_images, load_image,
-                    local_device, one_line, only_command, rank_and_world, read_captions, read_json,
-                    read_jsonl, shorten, to_images, write_jsonl)
+from caption import read_captions
 
 # --------------------------------------------------------------------------------------
 # The autoencoder
@@ -238,31 +240,54 @@ class AutoencoderKL(nn.Module):
         return F.pixel_shuffle(images, self.patch_size)              # (B, 3, H, W)
 
 
-# --------------------------------------------------------------------------------------
-# The encoders, from a folder or from the hub, and how their tokens are stored
-
 # What the parts of the attention were called in diffusers before version 0.17.
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+# Keys of diffusers' config.json that choose between networks, with the one that is built here
+# (of lists, every entry), and keys that change no number.
+VAE_CHOICES = {"_class_name": "AutoencoderKL", "act_fn": "silu",
+               "down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D",
+               "mid_block_add_attention": True, "use_quant_conv": True,
+               "use_post_quant_conv": True}
+VAE_HARMLESS = {"_diffusers_version", "_name_or_path", "force_upcast", "sample_size"}
 
 
 def load_vae(path_or_repo, device="cpu", dtype=torch.float32):
     """Return an AutoencoderKL in eval mode from a folder or hub repository of diffusers' format.
 
     Reads old folders too: without `scaling_factor`, with other names in the attention, and
-    with 1 x 1 convolutions in place of its linear layers. Raises UserError.
+    with 1 x 1 convolutions in place of its linear layers. Raises UserError, also where the
+    config describes another network or numbers are not finite.
     """
     config_file = fetch(path_or_repo, "config.json")
     weights_file = fetch(path_or_repo, "diffusion_pytorch_model.safetensors")
-    arguments = inspect.signature(AutoencoderKL).parameters
-    # Anything may be wrong: half a download, other shapes, text in place of numbers.
-    try:
-        config = json.loads(config_file.read_text())
-        known = {name: value for name, value in config.items() if name in arguments}
-        vae = AutoencoderKL(**known)
+    with reading(path_or_repo, "an AutoencoderKL of diffusers"):
+        vae = AutoencoderKL(**vae_arguments(json.loads(config_file.read_text())))
         vae.load_state_dict(translate_vae(load_file(weights_file)))
-    except Exception as error:  # noqa: BLE001
-        raise UserError(f"{path_or_repo}: no AutoencoderKL of diffusers ({one_line(error)})")
+        if not all(tensor.isfinite().all() for tensor in vae.state_dict().values()):
+            raise ValueError("weights are not finite")
     return vae.eval().requires_grad_(False).to(device, dtype)
+
+
+def vae_arguments(config):
+    """Return the arguments of AutoencoderKL for a config.json of diffusers.
+
+    Raises ValueError, which names the key, if it describes another network.
+    """
+    arguments = inspect.signature(AutoencoderKL).parameters.keys()
+    for key, value in config.items():
+        # An unknown option that is off (0 as well, which equals False) does no harm.
+        known = key in arguments | VAE_HARMLESS or value in (None, False)
+        if key in VAE_CHOICES:
+            entries = value if isinstance(value, list) else [value]
+            known = all(entry == VAE_CHOICES[key] for entry in entries)
+        if not known:
+            raise ValueError(f"{key} = {shorten(value)} is another network than this one")
+    # Latents are multiplied with it.
+    factor = config.get("scaling_factor", 1)
+    if not 0 < factor < math.inf:
+        raise ValueError(f"scaling_factor = {factor}")
+    return {key: value for key, value in config.items() if key in arguments}
 
 
 def translate_vae(weights):
@@ -276,22 +301,13 @@ def translate_vae(weights):
     return translated
 
 
+# --------------------------------------------------------------------------------------
+# T5's tokens
+
 def load_text_encoder(path_or_repo, device="cpu", dtype=torch.float32):
     """Return (tokenizer, T5's encoder in eval mode), local or from the hub. Raises UserError."""
-    from transformers import AutoTokenizer, T5EncoderModel
-    fetch(path_or_repo, "config.json")
-    # transformers raises almost any exception if the folder is wrong.
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_repo)
-        t5, report = T5EncoderModel.from_pretrained(path_or_repo, dtype=dtype,
-                                                    output_loading_info=True)
-    except Exception as error:  # noqa: BLE001
-        raise UserError(f"{path_or_repo}: not a T5 with its tokenizer ({one_line(error)})")
-    # What the file lacks, transformers fills with random numbers.
-    random = [*report["missing_keys"], *report["mismatched_keys"]]
-    if random:
-        raise UserError(f"{path_or_repo}: not a T5's weights ({random[0]} is missing or wrong)")
-    return tokenizer, t5.eval().requires_grad_(False).to(device)
+    t5, tokenizer = pretrained(path_or_repo, "T5EncoderModel", "AutoTokenizer", device, dtype=dtype)
+    return tokenizer, t5
 
 
 @torch.no_grad()
@@ -308,20 +324,6 @@ def encode_text(tokenizer, t5, captions, max_tokens=256):
     return output.last_hidden_state, tokens.attention_mask.bool()
 
 
-def fingerprint(rows, weights=()):
-    """Return 16 hexadecimal digits that tell lists of JSON values, and networks, apart.
-
-    weights: (name, tensor) of a network. The first 256 values of each tensor count: whoever
-    trains a network further changes all of its tensors.
-    """
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row).encode())
-    for name, tensor in weights:
-        digest.update(f"{name} {tensor.flatten()[:256].tolist()}".encode())
-    return digest.hexdigest()[:16]
-
-
 def fingerprint_of_t5(tokenizer, t5):
     """Return a text encoder's fingerprint, the same in float32 (CPU) and bfloat16 (CUDA).
 
@@ -331,207 +333,55 @@ def fingerprint_of_t5(tokenizer, t5):
     return fingerprint(sorted(tokenizer.get_vocab().items()), rounded)
 
 
-# The number that each of the 256 bytes stands for in float8 (e4m3).
+# How a shard keeps tokens. float8 (e4m3) takes half the disk, for an error of 2.7% (root mean
+# square): T5's states end in a norm, and lie well between the 0.016 and 448 of its full digits.
+TEXT_DTYPES = {"bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
+# The number that each of the 256 bytes stands for in float8.
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
-def store_text(text, text_dtype):
-    """Return the tensors that a shard keeps of tokens (n, D), by name.
+def restore_text(text, scale=1.0):
+    """Return tokens (n, D) bfloat16 from float8, times a scale (n, 1), which older shards have.
 
-    float8 takes half the disk, for an error of 2.7% (root mean square). It is e4m3 with one
-    "scale" (n, 1) a token, so that a large value costs only its own token precision.
+    This is `(text.float() * scale).bfloat16()`. Looking the bytes up in a table takes a
+    quarter of the time.
     """
-    if text_dtype == "bfloat16":
-        return {"text": text.bfloat16()}
-    text = text.float()
-    largest = text.abs().amax(1, keepdim=True).clamp(min=1e-20)      # (n, 1)
-    scale = largest / torch.finfo(torch.float8_e4m3fn).max
-    return {"text": (text / scale).to(torch.float8_e4m3fn), "scale": scale}
-
-
-def restore_text(text, scale=None):
-    """Return tokens (n, D) bfloat16 from what `store_text` made of them.
-
-    For float8 this is `(text.float() * scale).bfloat16()`. Looking the bytes up in a table
-    takes a quarter of the time.
-    """
-    if scale is None:
-        return text
     as_bytes = text.view(torch.uint8).int().flatten()                # (n * D,)
     values = E4M3.index_select(0, as_bytes).view(text.shape)         # (n, D)
     return (values * scale).bfloat16()
 
 
+def pad_text(tokens, lengths, length):
+    """Return text (B, length, D), zero behind each caption, and its mask (B, length) bool.
+
+    tokens (sum of L_i, D) are all captions one after the other, lengths (B,) those L_i.
+    """
+    start = lengths.cumsum(0) - lengths                              # (B,)
+    position = torch.arange(length, device=tokens.device)            # (length,)
+    mask = position < lengths[:, None]                               # (B, length)
+    index = (start[:, None] + position).clamp(max=len(tokens) - 1)   # (B, length)
+    return tokens[index] * mask[:, :, None], mask
+
+
+def padded_length(lengths):
+    """Return the length of the longest caption, rounded up to a multiple of 32.
+
+    torch.compile makes a version of the network for each length: eight for up to 256 tokens.
+    """
+    return 32 * math.ceil(int(lengths.max()) / 32)
+
+
 # --------------------------------------------------------------------------------------
-# Reading an encoded data set
+# An encoded data set
 
-# Version 1 had another fingerprint of T5, which depended on its precision, and no
-# `shard_hashes`, `captions`, `cutmix` and `mean_tokens`. It is still read.
 VERSION = 2
-
-# What meta.json must say. counts: the images in each shard, count: all of them. longest: the
-# tokens of the longest caption. latent_shape: [C, h, w].
-META_KINDS = {
-    "version": int, "size": int, "vae": str, "text_encoder": str, "text_dtype": str,
-    "text_dim": int, "latent_shape": list, "scaling_factor": (int, float),
-    "shards": int, "counts": list, "count": int, "longest": int,
-}
-
+NULL = "null.safetensors"
 REMEDY = "delete it and run its encode.py command again"
-FOREIGN = "of another list of images and captions, or of other encoders"
 
 
 def shard_name(k):
     """Return the name of the file of shard k."""
     return f"{k:05d}.safetensors"
-
-
-def read_meta(folder):
-    """Return an encoded data set's meta.json, if it adds up. Raises UserError."""
-    path = Path(folder) / "meta.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: not an encoded data set, or not a finished one (no meta.json)")
-    meta = read_json(path, "the description of an encoded data set")
-    fault = fault_of_meta(meta)
-    if fault:
-        raise UserError(f"{path}: {fault}: {REMEDY}")
-    return meta
-
-
-def fault_of_meta(meta):
-    """Return what is wrong with the content of a meta.json, or None."""
-    for key, kind in META_KINDS.items():
-        value = meta.get(key)
-        is_number = isinstance(value, (int, float))
-        if not isinstance(value, kind) or is_number and not 0 < value < math.inf:
-            return f"{key} is {shorten(value)}"
-    if meta["version"] > VERSION:
-        return f"made by a newer encode.py (version {meta['version']}, here {VERSION})"
-    if meta["text_dtype"] not in ("bfloat16", "float8"):
-        return f"text_dtype is {shorten(meta['text_dtype'])}"
-
-    shape = meta["latent_shape"]
-    if len(shape) != 3 or not all(type(side) is int and side > 0 for side in shape):
-        return f"latent_shape is {shorten(shape)}"
-    counts = meta["counts"]
-    if not all(type(count) is int and count >= 0 for count in counts):
-        return f"counts is {shorten(counts)}, not numbers of images"
-    if len(counts) != meta["shards"]:
-        return f"counts has {len(counts)} entries for {meta['shards']} shards"
-    if sum(counts) != meta["count"]:
-        return f"counts adds up to {sum(counts)} and count is {meta['count']}"
-
-    hashes = meta.get("shard_hashes")
-    if hashes is not None and not (isinstance(hashes, list) and len(hashes) == len(counts)):
-        return f"shard_hashes is {shorten(hashes)}"
-    return None
-
-
-def read_tensors(path):
-    """Return a safetensors file's tensors, views into its memory map. Raises UserError.
-
-    The file is closed: two data sets of 800 shards would exceed the usual 1,024 open files.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path.parent}: {path.name} is missing, run its encode.py command again")
-    try:
-        with safe_open(path, "pt") as file:
-            # Not a dict, although it has keys.
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged ({one_line(error)}): {REMEDY}") from None
-
-
-def hash_of_header(path):
-    """Return 16 hexadecimal digits that tell one shard from another.
-
-    A file begins with its header's length and the header: files, captions, shapes, settings.
-    """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return hashlib.sha256(file.read(length)).hexdigest()[:16]
-
-
-def open_shard(folder, meta, k):
-    """Return the tensors of shard k, checked against meta.json. Raises UserError.
-
-    mean, std: (n, C, h, w) float16. text: (sum of L_i, D), and scale if it is float8. offset:
-    (n + 1,) int64, where each caption's tokens begin. Only the header and `offset` are read.
-    """
-    path = Path(folder) / shard_name(k)
-    tensors = read_tensors(path)
-    fault = fault_of_shard(tensors, meta, meta["counts"][k])
-    hashes = meta.get("shard_hashes")
-    if not fault and hashes and hash_of_header(path) != hashes[k]:
-        fault = FOREIGN
-    if fault:
-        raise UserError(f"{path}: damaged ({fault}): {REMEDY}")
-    return tensors
-
-
-def fault_of_shard(tensors, meta, count):
-    """Return what is wrong with the tensors of a shard of `count` images, or None."""
-    moments = [count, *meta["latent_shape"]]
-    tokens = len(tensors.get("text", ()))
-    expected = {
-        "mean": (torch.float16, moments),
-        "std": (torch.float16, moments),
-        "offset": (torch.int64, [count + 1]),
-        "text": (torch.bfloat16, [tokens, meta["text_dim"]]),
-    }
-    if meta["text_dtype"] == "float8":
-        expected["text"] = (torch.float8_e4m3fn, [tokens, meta["text_dim"]])
-        expected["scale"] = (torch.float32, [tokens, 1])
-    fault = fault_of_tensors(tensors, expected)
-    if fault:
-        return fault
-
-    offset = tensors["offset"]
-    lengths = offset.diff()
-    if offset[0] != 0 or (lengths < 1).any() or (lengths > meta["longest"]).any():
-        return f"offset does not hold captions of 1 to {meta['longest']} tokens"
-    if offset[-1] != tokens:
-        return f"offset ends at {offset[-1]} of {tokens} tokens"
-    return None
-
-
-def fault_of_tensors(tensors, expected):
-    """Return how tensors differ from what is expected, {name: (dtype, shape)}, or None."""
-    for name, (dtype, shape) in expected.items():
-        if name not in tensors:
-            return f"no {name}"
-        tensor = tensors[name]
-        if list(tensor.shape) != shape or tensor.dtype != dtype:
-            return f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {shape}"
-    return None
-
-
-def read_null(folder, meta):
-    """Return the tokens of the empty prompt, (1, D) bfloat16. Raises UserError."""
-    path = Path(folder) / "null.safetensors"
-    tensors = read_tensors(path)
-    tokens = max(1, len(tensors.get("text", ())))
-    fault = fault_of_tensors(tensors, {"text": (torch.bfloat16, [tokens, meta["text_dim"]])})
-    if not fault and not tensors["text"].isfinite().all():
-        fault = "values are not finite"
-    expected = meta.get("null_hash")                                 # not in older data sets
-    if not fault and expected and hash_of_header(path) != expected:
-        fault = FOREIGN
-    if fault:
-        raise UserError(f"{path}: damaged ({fault}): {REMEDY}")
-    return tensors["text"].clone()
-
-
-def samples_of(path):
-    """Return a shard's lists "files", "captions", "skipped", and its "settings". Raises UserError."""
-    try:
-        with safe_open(path, "pt") as file:
-            samples = json.loads(file.metadata()["samples"])
-        samples.setdefault("settings", None)                         # as in older shards
-        return {key: samples[key] for key in ("files", "captions", "skipped", "settings")}
-    except (SafetensorError, OSError, TypeError, ValueError, KeyError):
-        raise UserError(f"{path}: damaged (no list of samples): {REMEDY}") from None
 
 
 class Encoded:
@@ -540,26 +390,24 @@ class Encoded:
     `len(data)` is its number of images, `data.meta` its meta.json and `data.null` (1, D)
     bfloat16 the tokens of the empty prompt. The methods take a sample's number.
 
-    All shards are opened at once and their headers checked, so that damaged, swapped or
-    missing ones are refused here and not after hours of training. Raises UserError.
+    All shards are opened at once, so that missing, cut, foreign or swapped ones are refused
+    here and not after hours of training. Raises UserError.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.meta = read_meta(folder)
-        self.null = read_null(folder, self.meta)
-        self.shards = [open_shard(folder, self.meta, k) for k in range(self.meta["shards"])]
+        self.meta = read_meta(self.folder)
+        null, _ = open_shard(self.folder / NULL, self.meta)
+        self.null = null["text"].bfloat16()
+        self.paths = [self.folder / shard_name(k) for k in range(self.meta["shards"])]
+        self.shards = [open_shard(path, self.meta)[0] for path in self.paths]
         # Indexing a numpy array takes a tenth of the time of indexing a tensor.
         self.offsets = [shard["offset"].numpy() for shard in self.shards]
         # Each shard's first sample. A shard with broken images is shorter than others.
-        self.starts = [0, *itertools.accumulate(self.meta["counts"])]
-
-    def __reduce__(self):
-        # A process that is not forked opens the files itself: maps cannot be pickled.
-        return Encoded, (self.folder,)
+        self.starts = [0, *itertools.accumulate(len(offset) - 1 for offset in self.offsets)]
 
     def __len__(self):
-        return self.meta["count"]
+        return self.starts[-1]
 
     def locate(self, i):
         """Return the number of the shard that sample i is in, and its number in there."""
@@ -578,14 +426,15 @@ class Encoded:
         shard = self.shards[k]
         start = self.offsets[k][j]
         end = self.offsets[k][j + 1]
-        if "scale" in shard:
-            return restore_text(shard["text"][start:end], shard["scale"][start:end])
-        return shard["text"][start:end]
+        if shard["text"].dtype == torch.bfloat16:
+            return shard["text"][start:end]
+        scale = shard["scale"][start:end] if "scale" in shard else 1.0
+        return restore_text(shard["text"][start:end], scale)
 
     def sample(self, i):
         """Return (file, caption). The file is a path relative to the folder of images."""
         k, j = self.locate(i)
-        samples = samples_of(self.folder / shard_name(k))
+        _, samples = open_shard(self.paths[k], self.meta)
         return samples["files"][j], samples["captions"][j]
 
     def caption(self, i):
@@ -593,27 +442,66 @@ class Encoded:
         return self.sample(i)[1]
 
 
+def read_meta(folder):
+    """Return an encoded data set's meta.json. Raises UserError."""
+    path = folder / "meta.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: not an encoded data set, or not a finished one (no meta.json)")
+    meta = read_json(path, "the description of an encoded data set")
+    if meta.get("version") != VERSION:
+        raise UserError(f"{path}: not of version {VERSION}, which this encode.py reads: encode again")
+    return meta
+
+
+def open_shard(path, settings):
+    """Return the tensors of a shard, views into its memory map, and its samples.
+
+    mean, std: (n, C, h, w) float16. text: (sum of L_i, D). offset: (n + 1,) int64, where each
+    caption's tokens begin. samples: a dict of what `make_shards` says of them.
+
+    settings: those of the data set, or its meta.json. Raises UserError if the shard is missing,
+    cut, of another data set, or another one of the same.
+    """
+    with reading(path, f"a whole shard: {REMEDY}"):
+        # The file is closed: two data sets of 800 shards would exceed the usual 1,024 open files.
+        with safe_open(path, "pt") as file:
+            # Not a dict, although it has keys.
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        # Shards of before do not say all of it, and their null.safetensors nothing.
+        samples = {"shard": path.name, "settings": {}, "files": [], "captions": [], "unknown": [],
+                   "skipped": [], **json.loads(metadata.get("samples", "{}"))}
+    same_set = samples["settings"].items() <= settings.items()
+    if not same_set or samples["shard"] != path.name:
+        raise UserError(f"{path}: another shard, or one of other images, captions or encoders: "
+                        f"{REMEDY}")
+    return tensors, samples
+
+
+def is_whole(path):
+    """Tell whether a safetensors file is as long as its header says."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
 def refuse_other_encoders(original, augmented):
     """Raise UserError if two data sets (Encoded) come from different encoders or sizes.
 
     The precision in which T5 ran is not compared: rounding is not another encoder.
     """
-    a = original.meta
-    b = augmented.meta
-    keys = ["latent_shape", "text_dim", "scaling_factor", "autoencoder", "T5"]
-    # In version 1 T5's fingerprint depended on its precision.
-    same_precision = a.get("precision_of_T5") == b.get("precision_of_T5")
-    if a["version"] != b["version"] or a["version"] == 1 and not same_precision:
-        keys.remove("T5")
-    for key in keys:
-        if a.get(key) != b.get(key):
+    for key in ("latent_shape", "text_dim", "scaling_factor", "autoencoder", "T5"):
+        a = original.meta.get(key)
+        b = augmented.meta.get(key)
+        if a != b:
             raise UserError(f"{original.folder} and {augmented.folder} differ in {key} "
-                            f"({shorten(a.get(key))} and {shorten(b.get(key))}): encode both "
-                            "with the same encoders")
+                            f"({shorten(a)} and {shorten(b)}): encode both with the same encoders")
 
 
 # --------------------------------------------------------------------------------------
-# Making one, and checking it
+# Making one
 
 def pair_up(files, captions):
     """Return [(file, caption)] in the files' order, and rows of skipped.jsonl.
@@ -644,34 +532,19 @@ def pair_up(files, captions):
     return pairs, skipped
 
 
-class Pictures(Dataset):
-    """Batches of images, decoded by the DataLoader's workers.
+def composites_in(images):
+    """Return {file: CutMix setting} of a folder of composites, and whether it is of all settings.
 
-    batches: lists of (file, caption). A batch is returned as pixels (n, size, size, 3) uint8,
-    the pairs of images that could be read, and rows of skipped.jsonl for the others.
+    Other images have none. Raises UserError.
     """
-
-    def __init__(self, folder, size, batches):
-        self.folder = folder
-        self.size = size
-        self.batches = batches
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, number):
-        pictures = []
-        kept = []
-        skipped = []
-        for file, caption in self.batches[number]:
-            path = f"{self.folder}/{file}"
-            try:
-                pictures.append(np.asarray(load_image(path, self.size)))
-                kept.append((file, caption))
-            except OSError as error:
-                skipped.append({"file": file, "reason": str(error).removeprefix(f"{path}: ")})
-        pixels = np.array(pictures, np.uint8)
-        return pixels.reshape(-1, self.size, self.size, 3), kept, skipped
+    manifest = Path(images) / "cutmix.jsonl"
+    if not manifest.is_file():
+        return {}, False
+    with reading(manifest, "a list of composites"):
+        settings = {row["file"]: str(row["setting"]) for row in read_jsonl(manifest)}
+    begun_with = manifest.parent / "parts" / "settings.json"
+    of_all = begun_with.is_file() and read_json(begun_with, "settings")["setting"] == "all"
+    return settings, of_all
 
 
 def encode_captions(tokenizer, t5, captions, args):
@@ -681,254 +554,95 @@ def encode_captions(tokenizer, t5, captions, args):
     equal ones once ("An image of tench" comes 1,300 times). The batches depend on nothing
     but the shard's captions, and so do its bytes.
     """
+    dtype = TEXT_DTYPES[args.text_dtype]
     different = sorted(set(captions), key=lambda caption: (len(caption), caption))
     tokens = {}
-    for batch in split(different, args.batch_size):
+    for batch in in_batches(different, args.batch_size):
         text, mask = encode_text(tokenizer, t5, batch, args.max_tokens)
-        unpadded = text[mask].cpu()                                  # (sum of L_i, D)
+        unpadded = text[mask].to(dtype).cpu()                        # (sum of L_i, D)
         lengths = mask.sum(1).tolist()
         tokens.update(zip(batch, unpadded.split(lengths)))
 
     # No tokens stand before the first caption, so that the offsets begin with 0.
-    texts = [torch.empty(0, t5.config.d_model)]
+    texts = [torch.empty(0, t5.config.d_model, dtype=dtype)]
     texts += [tokens[caption] for caption in captions]               # (L_i, D) each
     # Where each caption's tokens begin, and where the last ones end.
-    tensors = {"offset": torch.tensor([len(text) for text in texts]).cumsum(0)}
-    stored = [store_text(text, args.text_dtype) for text in texts]
-    for name in stored[0]:
-        tensors[name] = torch.cat([parts[name] for parts in stored])
-    return tensors
+    offset = torch.tensor([len(text) for text in texts]).cumsum(0)
+    return {"text": torch.cat(texts), "offset": offset}
 
 
-def split(rows, size):
-    """Return a list as a list of lists of `size` rows; the last may be shorter."""
-    return [rows[start:start + size] for start in range(0, len(rows), size)]
+def unknown_tokens(tokenizer, captions):
+    """Return the numbers of the captions that hold tokens which the tokenizer does not know."""
+    # It takes no empty list.
+    tokens = tokenizer(captions or [""]).input_ids
+    return [j for j, ids in enumerate(tokens) if tokenizer.unk_token_id in ids]
 
 
-@torch.no_grad()
-def make_shards(args, settings, parts, shards, vae, tokenizer, t5, bar):
-    """Make the shards with these numbers, while the workers decode what comes next.
+def load_images(folder, size, pairs):
+    """Return, of each (file, caption), pixels (size, size, 3) uint8, or why there are none."""
+    loaded = []
+    for file, _ in pairs:
+        path = f"{folder}/{file}"
+        try:
+            loaded.append(np.asarray(load_image(path, size)))
+        except OSError as error:
+            loaded.append(reason_without(path, error))
+    return loaded
 
-    parts: for each shard of the data set, its list of (file, caption).
+
+def make_shards(parts, args, settings, vae, tokenizer, t5):
+    """Yield the bytes of shards, while threads decode what comes next.
+
+    parts: (name, [(file, caption), ...]) of each.
     """
     device = vae.quant_conv.weight.device
-    batches = {k: split(parts[k], args.batch_size) for k in shards}
-    pictures = Pictures(args.images, args.size, list(itertools.chain(*batches.values())))
-    # As they are (a tuple), numpy arrays come from the workers through a pipe. Tensors, which a
-    # DataLoader would make of them, wait for ever where shared memory is full.
-    decoded = iter(DataLoader(pictures, batch_size=None, collate_fn=tuple,
-                              num_workers=args.workers))
+    channels = vae.config["latent_channels"]
+    side = args.size // vae.downscale
+    # Threads decode batches, so that while one is encoded there is time for all of the next.
+    batches = [batch for _, pairs in parts for batch in in_batches(pairs, args.batch_size)]
+    loaded = ahead(lambda batch: load_images(args.images, args.size, batch), batches, args.workers)
+    total = sum(len(batch) for batch in batches)
+    pictures = progress(itertools.chain.from_iterable(loaded), total, "img", "encode")
 
-    for k in shards:
-        means = []
-        stds = []
-        kept = []
+    for name, pairs in parts:
+        mean = torch.empty(len(pairs), channels, side, side, dtype=torch.float16)
+        std = torch.empty_like(mean)
+        files = []
+        # The empty prompt is a shard of no images.
+        captions = [""] if name == NULL else []
         skipped = []
-        for batch in batches[k]:
-            pixels, readable, broken = next(decoded)
-            x = torch.from_numpy(pixels).to(device)                  # (n, size, size, 3)
-            x = x.permute(0, 3, 1, 2) / 127.5 - 1                    # (n, 3, size, size)
-            mean, std = vae.encode(x)                                # (n, C, h, w) each
-            means.append(mean.half().contiguous().cpu())
-            stds.append(std.half().contiguous().cpu())
-            kept += readable
-            skipped += broken
-            bar.update(len(batch))
-        files = [file for file, _ in kept]
-        captions = [caption for _, caption in kept]
-        tensors = {"mean": torch.cat(means), "std": torch.cat(stds),
+        for batch in in_batches(pairs, args.batch_size):
+            start = len(files)
+            pixels = []
+            for (file, caption), picture in zip(batch, itertools.islice(pictures, len(batch))):
+                if isinstance(picture, str):
+                    skipped.append({"file": file, "reason": picture})
+                    continue
+                pixels.append(picture)
+                files.append(file)
+                captions.append(caption)
+            if pixels:
+                x = torch.from_numpy(np.stack(pixels)).to(device)    # (n, size, size, 3)
+                x = x.permute(0, 3, 1, 2) / 127.5 - 1                # (n, 3, size, size)
+                end = len(files)
+                mean[start:end], std[start:end] = vae.encode(x)      # (n, C, h, w) each
+
+        tensors = {"mean": mean[:len(files)], "std": std[:len(files)],
                    **encode_captions(tokenizer, t5, captions, args)}
+        samples = {"shard": name, "settings": settings, "files": files, "captions": captions,
+                   "unknown": unknown_tokens(tokenizer, captions), "skipped": skipped}
         # One entry of metadata: safetensors writes several in random order, and a shard that
         # is made again must have the same bytes.
-        samples = {"files": files, "captions": captions, "skipped": skipped, "settings": settings}
-        with complete(args.out / shard_name(k), durable=True) as temporary:
-            temporary.write_bytes(save(tensors, {"samples": json.dumps(samples)}))
+        yield save(tensors, {"samples": json.dumps(samples)})
 
 
-def describe_shards(out, settings, parts):
-    """Return what meta.json says of finished shards, and their rows of skipped.jsonl.
+def make_data_set(args, pairs, skipped):
+    """Make this rank's shards of a data set; the last rank to end describes all in meta.json.
 
-    Raises UserError if a shard is torn, or does not hold its part of this data set.
+    pairs: the images with their captions. skipped: rows of skipped.jsonl. Raises UserError.
     """
-    counts = []
-    hashes = []
-    skipped = []
-    lengths = []
-    for k, part in enumerate(parts):
-        path = out / shard_name(k)
-        tensors = read_tensors(path)
-        samples = samples_of(path)
-        broken = {row["file"] for row in samples["skipped"]}
-        expected = [pair for pair in part if pair[0] not in broken]
-        found = list(zip(samples["files"], samples["captions"]))
-        of_others = found != expected or samples["settings"] not in (None, settings)
-        if of_others or "offset" not in tensors:
-            raise UserError(f"{path}: damaged ({FOREIGN}): {REMEDY}")
-        counts.append(len(expected))
-        hashes.append(hash_of_header(path))
-        skipped += samples["skipped"]
-        lengths += tensors["offset"].diff().tolist()
-    # The paper's short captions are "An image of <class-name>".
-    all_aio = all(caption.startswith("An image of ") for part in parts for _, caption in part)
-    description = {
-        "shards": len(parts),
-        "counts": counts,
-        "count": sum(counts),
-        "shard_hashes": hashes,
-        "longest": max(lengths, default=1),
-        "mean_tokens": round(sum(lengths) / max(1, len(lengths)), 2),
-        "captions": "aio" if all_aio else "long",
-    }
-    return description, skipped
-
-
-def cutmix_settings(images):
-    """Return the sorted CutMix settings of a folder of composites, None for other images."""
-    path = Path(images) / "cutmix.jsonl"
-    rows = read_jsonl(path) if path.is_file() else []
-    return sorted({str(row.get("setting")) for row in rows}) or None
-
-
-# Bounds of |x_0| in common use, for the report of --check (sample.py --clamp).
-CLAMPS = [1.0, 1.2, 3.0]
-
-
-def check(folder):
-    """Verify all shards, report on the latents and draw four images. Raises UserError."""
-    folder = Path(folder)
-    meta = read_meta(folder)
-    damaged = 0
-    for k in tqdm(range(meta["shards"]), desc="check", unit="shard"):
-        try:
-            shard = open_shard(folder, meta, k)
-            refuse_non_finite(folder / shard_name(k), shard)
-        except UserError as error:
-            damaged += 1
-            tqdm.write(str(error))
-    if damaged:
-        raise UserError(f"{folder}: {damaged} of {meta['shards']} shards are damaged: delete them "
-                        "and run its encode.py command again")
-
-    data = Encoded(folder)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    print(f"{folder}: {len(data)} pictures of {meta['size']} pixels, {meta['shards']} shards, "
-          f"{size / 2 ** 30:.2f} GiB")
-    print(f"  latents {' x '.join(map(str, meta['latent_shape']))}, from {meta['vae']}")
-    print(f"  text    {meta['text_dim']} wide, {meta['text_dtype']}, at most {meta['longest']} "
-          f"tokens, from {meta['text_encoder']}")
-    print_latents(data)
-    draw_four(data)
-
-
-def refuse_non_finite(path, shard):
-    """Raise UserError, which names the image, if a number of a shard is not finite."""
-    offset = shard["offset"].tolist()
-    for j in range(len(offset) - 1):
-        tokens = slice(offset[j], offset[j + 1])
-        scale = shard["scale"][tokens] if "scale" in shard else None
-        text = restore_text(shard["text"][tokens], scale)            # (L_j, D)
-        numbers = [shard["mean"][j], shard["std"][j], text]
-        if not all(tensor.isfinite().all() for tensor in numbers):
-            file = samples_of(path)["files"][j]
-            raise UserError(f"{path}: damaged (values of {file} are not finite): {REMEDY}")
-
-
-def print_latents(data):
-    """Print mean and deviation of each latent channel, and what a clamp of x_0 would cut.
-
-    The numbers are those of x_0 as training draws it, mean + std * noise; "scaled" is times
-    the scaling factor, as the diffusion model sees it. sample.py clamps its estimate of the
-    scaled x_0 to +-c; if that cuts many values of real latents, it costs contrast.
-    """
-    channels = data.meta["latent_shape"][0]
-    scaling = data.meta["scaling_factor"]
-    # Of each channel: the mean, the mean square, and the share beyond each clamp.
-    averages = torch.zeros(2 + len(CLAMPS), channels, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    for i in tqdm(range(len(data)), desc="latents", unit="img"):
-        mean, std = data.moments(i)                                  # (C, h, w)
-        x_0 = mean + std * torch.randn(mean.shape, generator=generator)
-        x_0 = x_0.flatten(1).double()                                # (C, h * w)
-        beyond = [(x_0.abs() * scaling > clamp).double() for clamp in CLAMPS]
-        values = torch.stack([x_0, x_0.square(), *beyond])           # (2 + clamps, C, h * w)
-        averages += values.mean(2) / len(data)
-    mean = averages[0]                                               # (C,)
-    deviation = (averages[1] - mean.square()).sqrt()                 # (C,)
-    beyond = averages[2:]                                            # (clamps, C)
-
-    print(f"{'unscaled':>29}{'scaled':>20}{'share of |scaled| beyond':>30}")
-    titles = ["mean", "deviation", "mean", "deviation", *(f"{clamp:g}" for clamp in CLAMPS)]
-    print("  channel" + "".join(f"{title:>10}" for title in titles))
-    row = "  {:7}" + "{:10.2f}" * 4 + "{:10.1%}" * len(CLAMPS)
-    for c in range(channels):
-        moments = [mean[c], deviation[c], scaling * mean[c], scaling * deviation[c]]
-        print(row.format(c, *moments, *beyond[:, c]))
-    print(("      all" + " " * 40 + "{:10.1%}" * len(CLAMPS)).format(*beyond.mean(1)))
-
-
-def draw_four(data):
-    """Draw check.png: four images, decoded, with their captions. Raises UserError."""
-    vae = load_vae(data.meta["vae"])
-    if fingerprint([vae.config], vae.state_dict().items()) != data.meta.get("autoencoder"):
-        raise UserError(f"{data.meta['vae']}: not the autoencoder that {data.folder} was made with")
-    pictures = []
-    texts = []
-    for i in np.linspace(0, len(data) - 1, min(len(data), 4)).astype(int).tolist():
-        mean, _ = data.moments(i)                                    # (C, h, w)
-        picture = to_images(vae.decode(mean[None]))[0]
-        pictures.append(picture.resize((256, 256), Image.Resampling.BOX))
-        texts.append(": ".join(data.sample(i)))
-    lines = 2 + max(len(text) for text in texts) // 36
-    sheet = contact_sheet(pictures, texts, columns=4, lines=lines)
-    with complete(data.folder / "check.png") as temporary:
-        sheet.save(temporary, "PNG")
-    print(f"  {data.folder / 'check.png'}: {len(pictures)} of them, decoded")
-
-
-# --------------------------------------------------------------------------------------
-# The command
-
-def arguments(argv):
-    """Return the checked options of the command line. Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("--images", metavar="FOLDER", help="images: <class>/<file>, or all in one flat folder")
-    add("--captions", nargs="+", metavar="FILE", help="JSONL, CSV or TSV; a later file wins")
-    add("--out", metavar="FOLDER", type=Path, help="where the shards go")
-    add("--vae", default="stabilityai/sd-vae-ft-ema", help="hub repository or diffusers folder")
-    add("--text-encoder", default="google/flan-t5-xl", help="hub repository or folder of a T5")
-    add("--size", type=int, default=256, help="side of the images, in pixels")
-    add("--max-tokens", type=int, default=256, help="longer captions lose their end")
-    add("--text-dtype", default="bfloat16", choices=["bfloat16", "float8"], help="on the disk")
-    add("--shard-images", type=int, default=1600, help="images a shard; 1600 are about 1 GiB")
-    add("--batch-size", type=int, default=64, help="images, or captions, encoded at once")
-    add("--workers", type=int, default=default_workers(), help="processes that decode images; 0: just this")
-    add("--check", metavar="FOLDER", help="verify this data set instead, and draw check.png")
-    args = parser.parse_args(argv)
-    if not args.check and not (args.images and args.captions and args.out):
-        raise UserError("needs --images, --captions and --out (or --check FOLDER)")
-    at_least(args, size=8, max_tokens=1, shard_images=1, batch_size=1, workers=0)
-    return args
-
-
-def main(argv=None):
-    args = arguments(argv)
-    if args.check:
-        return check(args.check)
-    rank, world = rank_and_world()
-
-    captions = {}
-    for path in args.captions:
-        captions.update(read_captions(path))
-    pairs, skipped = pair_up(list_images(args.images), captions)
-    if not pairs:
-        first_caption = next(iter(captions), "nothing")
-        raise UserError(f"no image of {args.images} has a caption: images are named like "
-                        f"{skipped[0]['file']}, in the captions like {first_caption} "
-                        f"({skipped[-1]['reason']})")
-
-    # What encodes it. On CUDA T5 runs in bfloat16. The autoencoder does not, because its means
-    # would be 1.0 to 1.2% off (in TF32, CUDA's way to multiply float32, 0.2 to 0.5%).
+    # On CUDA T5 runs in bfloat16. The autoencoder does not, because its means would be 1.0 to
+    # 1.2% off (in TF32, CUDA's way to multiply float32, 0.2 to 0.5%).
     device = local_device()
     precision = torch.bfloat16 if device.type == "cuda" else torch.float32
     vae = load_vae(args.vae, device)
@@ -948,63 +662,177 @@ def main(argv=None):
         "T5": fingerprint_of_t5(tokenizer, t5),
         "list_of_images_and_captions": fingerprint(pairs),
     }
-    with only_command(args.out):
-        make_data_set(args, settings, pairs, skipped, vae, tokenizer, t5, rank, world)
+    units = {NULL: (NULL, [])}
+    for k, part in enumerate(in_batches(pairs, args.shard_images)):
+        units[shard_name(k)] = (shard_name(k), part)
+
+    def make(parts):
+        return make_shards(parts, args, settings, vae, tokenizer, t5)
+
+    if make_together(args.out, settings, units, make, is_whole):
+        side = args.size // vae.downscale
+        # The paper's short captions are "An image of <class-name>".
+        all_aio = all(caption.startswith("An image of ") for _, caption in pairs)
+        describe(args.out, list(units), skipped, composites_in(args.images), {
+            **settings,
+            "vae": args.vae,
+            "text_encoder": args.text_encoder,
+            "latent_shape": [vae.config["latent_channels"], side, side],
+            "text_dim": t5.config.d_model,
+            "scaling_factor": vae.scaling_factor,
+            "captions": "aio" if all_aio else "long",
+        })
 
 
-def make_data_set(args, settings, pairs, skipped, vae, tokenizer, t5, rank, world):
-    """Write this rank's shards; the last rank to end describes all of them in meta.json.
+def describe(out, names, skipped, composites, meta):
+    """Write skipped.jsonl and then, as the sign of the end, meta.json.
 
-    settings: all that the bytes of the shards depend on. pairs: the images with their captions.
-    skipped: images and captions without a partner, for skipped.jsonl. Raises UserError.
+    names: the files of the data set. skipped: rows for images that are in none. composites:
+    as `composites_in` returns them. meta: what the files do not say. Raises UserError if not
+    one image could be read; then nothing is kept.
     """
-    out = args.out
-    begin_or_resume(out / "settings.json", out, settings)
+    cutmix, of_all = composites
+    files = []
+    unknown = []
+    broken = []
+    for name in names:
+        _, samples = open_shard(out / name, meta)
+        files += samples["files"]
+        unknown += [(samples["files"][j], samples["captions"][j]) for j in samples["unknown"]]
+        broken += samples["skipped"]
+    if not files:
+        # The same command is to try again, once the images are repaired.
+        for name in names:
+            (out / name).unlink()
+        raise UserError(f"{out}: none of {len(broken)} images can be read; the first: "
+                        f"{broken[0]['file']}: {broken[0]['reason']}")
 
-    parts = split(pairs, args.shard_images)
-    count = len(parts)
-    needed = ["null.safetensors", *[shard_name(k) for k in range(count)]]
-    there = set(os.listdir(out))
-    if there.issuperset([*needed, "meta.json"]):
-        print(f"{out}: complete already")
-        return
+    skipped += broken
+    write_jsonl(out / "skipped.jsonl", skipped)
+    examples = {cutmix[file]: i for i, file in enumerate(files) if file in cutmix}
+    write_json(out / "meta.json", {
+        **meta,
+        "shards": len(names) - 1,
+        "count": len(files),
+        "cutmix": ["all"] if of_all else sorted(examples) or None,
+        # The number of a composite of each setting, for Fig. 7.
+        "examples": examples,
+    })
+    if unknown:
+        file, caption = unknown[0]
+        print(f"{len(unknown)} captions hold tokens that this text encoder does not know, the "
+              f"first that of {file!r}: {shorten(caption)!r}")
+    print(f"{out}: {len(files)} pictures in {len(names) - 1} shards, {len(skipped)} skipped (see "
+          f"skipped.jsonl)")
 
-    # This rank's share: every world-th shard that is not there yet.
-    mine = [k for k in range(rank, count, world) if shard_name(k) not in there]
-    total = sum(len(parts[k]) for k in mine)
-    with tqdm(total=total, desc="encode", unit="img", disable=rank > 0) as bar:
-        make_shards(args, settings, parts, mine, vae, tokenizer, t5, bar)
-    null, mask = encode_text(tokenizer, t5, [""])                    # (1, 1, D), (1, 1)
-    with complete(out / "null.safetensors", durable=True) as temporary:
-        tensors = store_text(null[mask].cpu(), "bfloat16")
-        temporary.write_bytes(save(tensors, {"settings": json.dumps(settings)}))
-    if not is_last_rank(rank, [out / name for name in needed], out / "meta.json"):
-        return
 
-    # The last rank to end finds all shards, and describes them.
-    description, broken = describe_shards(out, settings, parts)
-    if description["count"] == 0:
-        raise UserError(f"{out}: none of the {len(broken)} images could be read "
-                        f"({broken[0]['reason']}); delete it, and try again with other images")
-    side = args.size // vae.downscale
-    meta = {
-        **settings,
-        "vae": args.vae,
-        "text_encoder": args.text_encoder,
-        "latent_shape": [vae.config["latent_channels"], side, side],
-        "text_dim": null.shape[-1],
-        "scaling_factor": vae.scaling_factor,
-        "null_hash": hash_of_header(out / "null.safetensors"),
-        "cutmix": cutmix_settings(args.images),
-        **description,
-    }
-    for k in range(count):
-        open_shard(out, meta, k)
-    write_jsonl(out / "skipped.jsonl", skipped + broken)
-    with complete(out / "meta.json", durable=True) as temporary:
-        temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    print(f"{out}: {meta['count']} pictures in {count} shards, {len(skipped) + len(broken)} skipped "
-          "(see skipped.jsonl)")
+# --------------------------------------------------------------------------------------
+# Checking one
+
+# The paper's choice: composites are used where t > tau.
+TAU = 0.4
+
+
+def check(folder):
+    """Look for numbers that are not finite, and draw check.png and fig7.png. Raises UserError."""
+    data = Encoded(folder)
+    for i in progress(range(len(data)), len(data), "img", "check"):
+        numbers = [*data.moments(i), data.text(i)]
+        if not all(tensor.isfinite().all() for tensor in numbers):
+            k, _ = data.locate(i)
+            raise UserError(f"{data.paths[k]}: numbers of {data.sample(i)[0]} are not finite: "
+                            f"{REMEDY}")
+
+    vae = load_vae(data.meta["vae"])
+    four = np.linspace(0, len(data) - 1, min(len(data), 4)).astype(int).tolist()
+    # Photos have no settings, and data sets made before do not say where they are.
+    examples = data.meta.get("examples") or {f"image {i}": i for i in four}
+    for name, sheet in (("check.png", draw_images(data, vae, four)),
+                        ("fig7.png", draw_noise(data, vae, examples))):
+        save_png(sheet, data.folder / name)
+    print(f"{folder}: {len(data)} pictures of {data.meta['size']} pixels in whole shards, all "
+          f"numbers finite; see check.png and fig7.png in it")
+
+
+def decoded(vae, latents):
+    """Return unscaled latents (C, h, w) as a PIL image 256 pixels wide."""
+    picture = to_images(vae.decode(latents[None]))[0]
+    return picture.resize((256, 256), Image.Resampling.BOX)
+
+
+def draw_images(data, vae, chosen):
+    """Return a sheet of images, decoded, with their captions."""
+    pictures = [decoded(vae, data.moments(i)[0]) for i in chosen]
+    texts = [": ".join(data.sample(i)) for i in chosen]
+    lines = 2 + max(len(text) for text in texts) // 36
+    return contact_sheet(pictures, texts, columns=4, lines=lines)
+
+
+def draw_noise(data, vae, examples):
+    """Return the paper's Fig. 7: images {title: number} at t = 0, 0.1 ... 1, one a row.
+
+    The noise is added to latents, as in training, and then decoded: on pixels, seams would
+    stay visible for much longer.
+    """
+    scaling_factor = data.meta["scaling_factor"]
+    rng = torch.Generator().manual_seed(0)
+    pictures = []
+    titles = []
+    for title, i in examples.items():
+        mean, _ = data.moments(i)                                    # (C, h, w)
+        x_0 = mean * scaling_factor
+        eps = torch.randn(x_0.shape, generator=rng)
+        for step in range(11):
+            t = step / 10
+            x_t = math.sqrt(1 - t) * x_0 + math.sqrt(t) * eps        # eq. 1
+            pictures.append(decoded(vae, x_t / scaling_factor))
+            titles.append(f"{title}, t = {t:g}" + " > tau" * (t > TAU))
+    return contact_sheet(pictures, titles, columns=11, lines=1)
+
+
+# --------------------------------------------------------------------------------------
+# The command
+
+def main(argv=None):
+    parser = Options(__doc__)
+    add = parser.add_argument
+    add("--images", metavar="FOLDER", help="images: <class>/<file>, or all in one flat folder")
+    add("--captions", nargs="+", metavar="FILE", help="JSONL, CSV or TSV; a later file wins")
+    add("--out", metavar="FOLDER", type=Path, help="where the shards go")
+    add("--vae", default="stabilityai/sd-vae-ft-ema", help="hub repository or diffusers folder")
+    add("--text-encoder", default="google/flan-t5-xl", help="hub repository or folder of a T5")
+    add("--size", type=number(int, 8, 4096), default=256, help="side of the images, in pixels")
+    add("--max-tokens", type=number(int, 1, 4096), default=256,
+        help="longer captions lose their end")
+    add("--text-dtype", default="bfloat16", choices=list(TEXT_DTYPES), help="on the disk")
+    add("--shard-images", type=number(int, 1), default=1600,
+        help="images a shard; 1600 are about 1 GiB")
+    add("--batch-size", type=number(int, 1), default=64,
+        help="images, or captions, encoded at once")
+    add("--workers", type=number(int, 0, 1024), default=default_workers(),
+        help="threads that decode images; 0: none")
+    add("--check", metavar="FOLDER", help="check this data set instead; draw check.png, fig7.png")
+    args = parser.parse_args(argv)
+    if args.check:
+        return check(args.check)
+    if not (args.images and args.captions and args.out):
+        raise UserError("needs --images, --captions and --out (or --check FOLDER)")
+    keep_apart(args.out, args.images, *args.captions, args.vae, args.text_encoder)
+
+    captions = {}
+    without_words = {}
+    for path in args.captions:
+        read, left_out = read_captions(path)
+        captions |= read
+        without_words |= {row["file"]: row["reason"] for row in left_out}
+    pairs, skipped = pair_up(list_images(args.images), captions)
+    if not pairs:
+        raise UserError(f"no image of {args.images} has a caption: images are named like "
+                        f"{skipped[0]['file']}, in the captions like {next(iter(captions))} "
+                        f"({skipped[-1]['reason']})")
+    for row in skipped:
+        row["reason"] = without_words.get(row["file"], row["reason"])
+    make_data_set(args, pairs, skipped)
 
 
 if __name__ == "__main__":
