@@ -43,7 +43,7 @@ MISTAKES = [
     ("caption.py", ["extend", "--prompts", "{bad}/binary", "--out", "{tmp}/out"], "text in UTF-8"),
     ("caption.py", ["extend", "--prompts", "{bad}/nothing", "--out", "{bad}/nothing"], "is an input"),
     ("caption.py", ["extend", "--out", "{tmp}/out"], "--prompts"),
-    ("caption.py", ["--out", "{tmp}/out"], "required"),
+    ("caption.py", [], "required"),
 
     # ---- encode.py
     ("encode.py", ["--out", "{tmp}/out"], "needs --images, --captions and --out"),
