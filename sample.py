@@ -3,11 +3,11 @@
     python sample.py --checkpoint Lucasdegeorge/CAD-I --out out/samples \\
         --prompt "A retriever on a red sofa"
 
-Prompts come from --prompt (which may be repeated), from a text file (one a line), from
-JSONL (`prompt` or `caption`; other keys are kept for the benchmarks), from a folder of
-.txt files (DPG-Bench's) or from COCO's captions_val2014.json. Image i depends on --seed
-+ i alone: another batch size, more ranks under torchrun, or a command that was killed
-and started again give the same images.
+Prompts come from --prompt (which may be repeated) or from any file of captions or prompts
+that `caption.read_prompts` understands: text (one a line), JSONL, CSV, TSV, a folder of .txt
+files (DPG-Bench's) or COCO's captions_val2014.json. Image i depends on --seed + i alone:
+another batch size, more ranks under torchrun, or a command that was killed and started again
+give the same images.
 
 The estimate x_0 is clamped to +-1.2 at every step, as in the released pipeline: guidance
 overshoots, and the error grows from step to step. 1.2 is tight; see --clamp.
@@ -15,31 +15,33 @@ overshoots, and the error grows from step to step. 1.2 is tight; see --clamp.
 From Python, see `generate`.
 """
 
-import argparse
-import json
+import contextlib
+import io
 import math
+import os
 import random
+import re
 import string
+import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+# First: it keeps Ctrl-C quiet while torch is imported.
+from common import (Options, UserError, autocast, command_line, complete, contact_sheet, fetch,
+                    fingerprint, in_batches, local_device, make_together, number, open_image,
+                    rank_and_world, read_json, reading, refuse_other_settings, save_png, sha256,
+                    to_images, write_json, write_jsonl)
+
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 import model_cad
 import model_dit
-from common import (HelpFormatter, UserError, at_least, autocast, begin_or_resume,
-                    between, changed_encoders, command_line, compile_blocks, complete,
-                    contact_sheet, fetch, is_last_rank, local_device, one_line, only_command,
-                    rank_and_world, read_json, read_jsonl, refuse_other_settings, sha256,
-                    to_images, write_jsonl)
-from encode import encode_text, fingerprint, fingerprint_of_t5, load_text_encoder, load_vae
-from metrics.coco import is_coco, read_coco_captions
+from caption import read_prompts
+from encode import encode_text, fingerprint_of_t5, load_text_encoder, load_vae
 
 # Encoders of a checkpoint whose config.json names none, as the released CAD-I's.
 VAE = "stabilityai/sd-vae-ft-ema"
@@ -104,9 +106,9 @@ MODELS = {
 def check_model_family(name, family):
     """Raise TypeError if an entry of MODELS does not keep the contract above."""
     for method in ("condition", "denoise", "forward"):
-        own = getattr(family.network, method, None)
         # Every torch module inherits a `forward` that only raises.
-        if own is None or own is getattr(torch.nn.Module, method, None):
+        inherited = getattr(torch.nn.Module, method, None)
+        if getattr(family.network, method, inherited) is inherited:
             raise TypeError(f"MODELS[{name!r}]: {family.network.__name__} has no `{method}`")
     if family.default_preset not in family.presets:
         raise TypeError(f"MODELS[{name!r}]: the default preset {family.default_preset!r} "
@@ -150,12 +152,6 @@ def times(steps, spacing="linear"):
     return angle.sin() ** 2
 
 
-def is_within(t, interval):
-    """Tell whether low <= t <= high, up to rounding: 1 - 0.7 is more than 0.3."""
-    low, high = interval
-    return low - 1e-9 <= t <= high + 1e-9
-
-
 class GuidedModel:
     """The network with classifier-free guidance (Ho and Salimans 2022), for one batch.
 
@@ -164,12 +160,11 @@ class GuidedModel:
     remembers the model's state (CAD's latents).
     """
 
-    def __init__(self, model, cond, null, noise, guidance, clamp, interval):
+    def __init__(self, model, cond, null, noise, guidance, clamp):
         """Process the texts. The arguments are those of `ddim`."""
         self.model = model
         self.guidance = guidance
         self.clamp = clamp
-        self.interval = interval
         self.state = None
 
         # A caption has coherence 1, whatever guidance leads away from has 0.
@@ -177,8 +172,8 @@ class GuidedModel:
         ones = torch.ones(B, device=noise.device)
         text, mask = repeat(cond, B)                            # (B, L, D), (B, L)
         self.context = model.condition(text, mask, ones)
-        # What a context holds is the model's own affair, so it cannot be cut in half: a step
-        # without guidance needs the captions' alone, one with guidance both.
+        # What a context holds is the model's own affair, so it cannot be cut in half: the
+        # first step needs the captions' alone, the later ones both.
         if guidance:
             text, mask = join(cond, null, B)                    # (2 B, L, D), (2 B, L)
             coherence = torch.cat([ones, 0 * ones])             # (2 B,)
@@ -187,11 +182,10 @@ class GuidedModel:
     def __call__(self, x, t, first):
         """Return x_0 and eps at the time t, both like x: (B, C, H, W) in float64.
 
-        There is no guidance outside of its interval (Kynkäänniemi et al. 2024) and none
-        at the first step, as in the release: there x_0 is divided by sqrt(gamma) = 3e-5, and
-        guidance would multiply the network's error in addition.
+        There is no guidance at the first step, as in the release: there x_0 is divided by
+        sqrt(gamma) = 3e-5, and guidance would multiply the network's error in addition.
         """
-        if self.guidance and not first and is_within(t, self.interval):
+        if self.guidance and not first:
             x_twice = torch.cat([x, x])                         # (2 B, C, H, W)
             both = self.predict_noise(x_twice, t, self.guided_context)
             eps_cond, eps_null = both.chunk(2)
@@ -210,16 +204,12 @@ class GuidedModel:
 
     def predict_noise(self, x, t, context):
         """Return the noise predicted for x, of B or 2 B rows as its context has."""
-        rows = len(x)
         state = self.state
-        # After a step without guidance, the captions' state serves both halves.
-        if state is not None and len(state) < rows:
+        # After the first step, which has no guidance, the captions' state serves both halves.
+        if state is not None and len(state) < len(x):
             state = torch.cat([state, state])
-        # After a step with guidance, the captions go on from their half.
-        elif state is not None:
-            state = state[:rows]
         # Filled on the device: copying a number to a GPU would make the CPU wait for it.
-        g = torch.full((rows,), float(gamma(t)), device=x.device)
+        g = torch.full((len(x),), float(gamma(t)), device=x.device)
         eps, self.state = self.model.denoise(x.float(), g, context, state)
         return eps.double()
 
@@ -235,30 +225,25 @@ def join(cond, null, batch):
 
     They are padded to the same length.
     """
-    longest = max(cond[0].shape[1], null[0].shape[1])
-    texts = []
-    masks = []
-    for pair in (cond, null):
-        text, mask = repeat(pair, batch)
-        missing = longest - text.shape[1]
-        texts.append(F.pad(text, (0, 0, 0, missing)))           # (B, longest, D)
-        masks.append(F.pad(mask, (0, missing)))                 # (B, longest)
-    return torch.cat(texts), torch.cat(masks)
+    pairs = [repeat(cond, batch), repeat(null, batch)]
+    longest = max(mask.shape[1] for _, mask in pairs)
+    texts = [F.pad(text, (0, 0, 0, longest - text.shape[1])) for text, _ in pairs]
+    masks = [F.pad(mask, (0, longest - mask.shape[1])) for _, mask in pairs]
+    return torch.cat(texts), torch.cat(masks)                   # (2 B, L, D), (2 B, L)
 
 
 @torch.no_grad()
 def ddim(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
-         spacing="linear", interval=(0.0, 1.0), on_step=None):
+         spacing="linear", on_step=None):
     """Return x_0 (B, C, H, W) for noise (B, C, H, W) by DDIM (Song et al. 2021), eta = 0.
 
     cond, null: (text, mask) of the captions and of the null prompt, each with 1 or B
     rows. steps: at least 1. guidance: w of eps = eps_cond + w (eps_cond - eps_null); 0
     is none. clamp: bound of |x_0| at every step; 0 or None is none. spacing: see `times`.
-    interval: (low, high) in t, guidance is used only there. on_step(step, x, x_0) is
-    called after every step.
+    on_step(step, x, x_0) is called after every step.
     """
     t = times(steps, spacing)
-    predict = GuidedModel(model, cond, null, noise, guidance, clamp, interval)
+    predict = GuidedModel(model, cond, null, noise, guidance, clamp)
     # In float64, because the first step divides by sqrt(gamma) = 3e-5. The network keeps
     # its own precision.
     x = noise.double()
@@ -274,7 +259,7 @@ def ddim(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
 
 @torch.no_grad()
 def dpm_solver(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
-               spacing="linear", interval=(0.0, 1.0), on_step=None):
+               spacing="cosine", on_step=None):
     """Return x_0 (B, C, H, W) by DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2).
 
     The arguments are those of `ddim`, and so is the cost: one evaluation a step. DDIM
@@ -282,16 +267,17 @@ def dpm_solver(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
     last two estimates, as a function of lambda, half the logarithm of the
     signal-to-noise ratio.
 
-    Without guidance and with cosine spacing its error falls almost with the square of the
-    number of steps, DDIM's only in proportion. With guidance both fall in proportion: the
-    first step has none, and that alone is an error of the size of one step.
+    Without guidance its error falls almost with the square of the number of steps, DDIM's
+    only in proportion. That needs the cosine spacing, its default: the first and the last
+    step of the linear one are too long in lambda. With guidance both fall in proportion:
+    the first step has none, and that alone is an error of the size of one step.
     """
     t = times(steps, spacing)
     alpha = gamma(t).sqrt()
     sigma = (1 - gamma(t)).sqrt()
     # Infinite at t = 0.
     lam = (alpha / sigma).log()
-    predict = GuidedModel(model, cond, null, noise, guidance, clamp, interval)
+    predict = GuidedModel(model, cond, null, noise, guidance, clamp)
     x = noise.double()
     x_0_before = None
     for i in range(steps):
@@ -313,15 +299,16 @@ def dpm_solver(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
 
 
 SOLVERS = {"ddim": ddim, "dpm++": dpm_solver}
+# The spacing that each of them takes by itself.
+SPACING_OF = {"ddim": "linear", "dpm++": "cosine"}
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
 # --------------------------------------------------------------------------------------
-# A checkpoint and its encoders
+# A checkpoint becomes a pipeline
 
-def read_config(path_or_repo):
-    """Return the config.json of a checkpoint as a dict. Raises UserError."""
-    return read_json(fetch(path_or_repo, "config.json"), "the config.json of a checkpoint")
+# A larger size, depth, ... in a config.json is a mistake. Blocks by the million would take hours.
+LARGEST_SIZE = 10_000
 
 
 def load_model(path_or_repo, device="cpu"):
@@ -330,14 +317,17 @@ def load_model(path_or_repo, device="cpu"):
     Its config.json is `model.checkpoint_config`. Reads our format ({"model": "dit" or "cad",
     "args": {...}}) and the released CAD-I. Raises UserError.
     """
-    config = read_config(path_or_repo)
-    # safetensors holds numbers and names only: unlike a pickle, it cannot run code.
-    try:
-        weights = load_file(fetch(path_or_repo, "model.safetensors"))
-    except SafetensorError as error:
-        raise UserError(f"{path_or_repo}: model.safetensors is damaged ({one_line(error)})")
+    config_file = fetch(path_or_repo, "config.json")
+    weights_file = fetch(path_or_repo, "model.safetensors")
+    config = read_json(config_file, "the config.json of a checkpoint")
+    with reading(weights_file, "the weights of a network"):
+        # safetensors holds numbers and names only: unlike a pickle, it cannot run code.
+        weights = load_file(weights_file)
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} is not finite")
 
-    try:
+    with reading(config_file, f"the config.json of {' or '.join(MODELS)}"):
         # The released CAD-I has keys and tensor names of its own.
         if "latents_dim" in config:
             kind = "cad"
@@ -345,23 +335,25 @@ def load_model(path_or_repo, device="cpu"):
         else:
             kind = config["model"]
             sizes = config["args"]
+        refuse_strange_values(config, sizes)
         model = MODELS[kind].network(**sizes)
-    except KeyError as error:
-        raise UserError(f"{path_or_repo}: config.json is not that of {' or '.join(MODELS)} "
-                        f"(no {error})")
-    # A size of 0, a text instead of a number, ...: torch raises almost anything.
-    except Exception as error:  # noqa: BLE001
-        raise UserError(f"{path_or_repo}: config.json describes no model "
-                        f"({one_line(error)})")
 
-    try:
+    with reading(weights_file, f"the weights of the {type(model).__name__} in its config.json"):
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = one_line(str(error).split(":", 1)[-1], 150)
-        raise UserError(f"{path_or_repo}: model.safetensors does not fit config.json "
-                        f"({reason} ...)")
     model.checkpoint_config = config
     return model.eval().requires_grad_(False).to(device)
+
+
+def refuse_strange_values(config, sizes):
+    """Raise ValueError if a config.json says what no checkpoint of ours would."""
+    factor = config.get("scaling_factor", 1.0)
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ValueError(f"scaling_factor is {factor!r}")
+    if not isinstance(config.get("training", {}), dict):
+        raise ValueError("training is no JSON object")
+    for name, size in sizes.items():
+        if isinstance(size, int) and size > LARGEST_SIZE:
+            raise ValueError(f"{name} is {size}")
 
 
 def save_checkpoint(folder, model, config):
@@ -369,10 +361,9 @@ def save_checkpoint(folder, model, config):
 
     model: the network whose weights are saved; config: of config.json (train.py's).
     """
-    with complete(folder / "model.safetensors", durable=True) as path:
+    with complete(folder / "model.safetensors") as path:
         path.write_bytes(save(model.state_dict()))
-    with complete(folder / "config.json", durable=True) as path:
-        path.write_text(json.dumps(config, indent=1), encoding="utf-8")
+    write_json(folder / "config.json", config)
     with complete(folder / "README.md") as path:
         path.write_text(model_card(config), encoding="utf-8")
 
@@ -404,18 +395,13 @@ pictures apply too: ImageNet's are for non-commercial research and education.
 """
 
 
-def encoder_names(path_or_repo, config, vae=None, text_encoder=None):
+def encoder_names(config, vae=None, text_encoder=None):
     """Return folders or hub names of a checkpoint's autoencoder and T5, as a pair.
 
-    In this order: what the caller names, what the checkpoint was trained with, the
-    paper's. Raises UserError.
+    In this order: what the caller names, what the checkpoint was trained with, the paper's.
     """
-    names = (vae or config.get("vae") or VAE,
-             text_encoder or config.get("text_encoder") or TEXT_ENCODER)
-    for name in names:
-        if not isinstance(name, str):
-            raise UserError(f"{path_or_repo}: config.json: {name!r} is no encoder's name")
-    return names
+    return (str(vae or config.get("vae") or VAE),
+            str(text_encoder or config.get("text_encoder") or TEXT_ENCODER))
 
 
 class Pipeline(NamedTuple):
@@ -436,7 +422,7 @@ def load_pipeline(path_or_repo, vae=None, text_encoder=None, device=None):
     """
     device = device or local_device()
     model = load_model(path_or_repo, device)
-    names = encoder_names(path_or_repo, model.checkpoint_config, vae, text_encoder)
+    names = encoder_names(model.checkpoint_config, vae, text_encoder)
     autoencoder = load_vae(names[0], device)
     # Not float16, in which T5's activations overflow.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -464,68 +450,106 @@ def check_encoders(path_or_repo, pipeline, vae=None, text_encoder=None):
     vae, text_encoder: what the user named, or None; of these only the size must fit.
     """
     model, autoencoder, _, t5 = pipeline
-    sizes = [("--vae", autoencoder.config["latent_channels"], model.config["channels"]),
-             ("--text-encoder", t5.config.d_model, model.config["text_dim"])]
-    for option, size, wanted in sizes:
+    found = fingerprints(pipeline)
+    changed = changed_encoders(model.checkpoint_config, found)
+    encoders = [("--vae", vae, "vae_fingerprint", autoencoder.config["latent_channels"],
+                 model.config["channels"]),
+                ("--text-encoder", text_encoder, "T5", t5.config.d_model,
+                 model.config["text_dim"])]
+    for option, named, key, size, wanted in encoders:
+        remedy = f"give {option} the one it was trained with"
         if size != wanted:
             raise UserError(f"{path_or_repo}: its encoder has {wanted} channels, and not "
-                            f"{size}: give {option} the one it was trained with")
-
-    found = fingerprints(pipeline)
-    options = {"vae_fingerprint": ("--vae", vae), "T5": ("--text-encoder", text_encoder)}
-    for key in changed_encoders(model.checkpoint_config, found):
-        option, named = options[key]
-        if not named:
+                            f"{size}: {remedy}")
+        if key in changed and not named:
             before = model.checkpoint_config["training"][key]
             raise UserError(f"{path_or_repo}: its encoder has changed ({key} {before}, now "
-                            f"{found[key]}): give {option} the one it was trained with")
+                            f"{found[key]}): {remedy}")
 
+
+def encoders_of(meta):
+    """Return the fingerprints in an encoded set's meta.json, named as in a config.json."""
+    return {"vae_fingerprint": meta.get("autoencoder"), "T5": meta.get("T5")}
+
+
+def changed_encoders(checkpoint, found):
+    """Return the keys of fingerprints `found` that the config of a checkpoint contradicts."""
+    # Old checkpoints, and those from elsewhere, have no fingerprints.
+    training = checkpoint.get("training") or {}
+    changed = []
+    for key, value in found.items():
+        if value and training.get(key) and training[key] != value:
+            changed.append(key)
+    return changed
+
+
+def compile_blocks(model, dynamic=None):
+    """Let torch.compile translate a network: the captions' part, then block by block.
+
+    Equal blocks are translated only once. And DDP sends a gradient as soon as it is there:
+    those of a compiled block are sent while the backward pass goes on below it. A network
+    compiled as a whole hands over all of them at its end, and torch's way of splitting it for
+    DDP knows neither activation checkpoints nor CAD's first pass without gradients.
+
+    dynamic: False makes one version for each batch size and length of text; None, torch's
+    default, makes a version for all of them when the second one comes.
+    """
+    # In this process. A signal to the whole job would end compiler processes, and the step
+    # would wait for them for ever.
+    torch._inductor.config.compile_threads = 1
+    # Blocks are small enough for DDP: torch need not cut them up once more.
+    torch._dynamo.config.optimize_ddp = False
+    # One version for each length of text, with and without gradients.
+    torch._dynamo.config.recompile_limit = 64
+    model.condition = torch.compile(model.condition, dynamic=dynamic)
+    for block in model.blocks:
+        block.compile(dynamic=dynamic)
+
+
+# --------------------------------------------------------------------------------------
+# Prompts become images
 
 @torch.no_grad()
 def generate(pipeline, prompts, seeds=None, steps=250, guidance=8.0, clamp=1.2,
-             solver="ddim", spacing="linear", guidance_interval=(0.0, 1.0),
-             negative_prompts=("",), max_tokens=256, precision="auto", on_step=None):
+             solver="ddim", spacing=None, negative_prompts=("",), max_tokens=256,
+             precision="auto", on_step=None):
     """Return PIL images for prompts, all made as one batch (a GPU holds some 16 to 64).
 
     seeds: one number an image; without, 0, 1, 2, ... The same prompt and seed give the
     same image in any batch. negative_prompts: what guidance leads away from, one text
     for all or one for each prompt; it is the null prompt "" unless given. max_tokens: a
     longer prompt loses its end. precision: "auto" (bf16 on CUDA), "fp32" or "bf16".
-    solver: a key of SOLVERS. The other arguments are those of `ddim`. Raises UserError.
+    solver: a key of SOLVERS. spacing: without, the solver's own. The other arguments are
+    those of `ddim`. Raises UserError.
 
         >>> pipeline = load_pipeline("out/toy/dit")
-        >>> generate(pipeline, ["a red star"], steps=50, guidance=3)[0].save("star.png")
+        >>> images = generate(pipeline, ["a large red circle on dark ground"], guidance=1.5)
+        >>> images[0].save("circle.png")
     """
     # A text is a list of letters to Python, and would give an image for each.
     if isinstance(prompts, str) or isinstance(negative_prompts, str):
         raise TypeError("prompts, negative_prompts: give lists of texts, not one text")
-    check_options(steps=steps, guidance=guidance, clamp=clamp, max_tokens=max_tokens,
-                  solver=solver, precision=precision, guidance_interval=guidance_interval)
     count = len(prompts)
     seeds = range(count) if seeds is None else seeds
     if not count or len(seeds) != count or len(negative_prompts) not in (1, count):
         raise UserError(f"{count} prompts, {len(seeds)} seeds, {len(negative_prompts)} "
                         f"negative prompts: these numbers do not fit each other")
+    valid = (solver in SOLVERS and precision in PRECISIONS and steps >= 1 and max_tokens >= 1
+             and guidance >= 0 and (clamp or 0) >= 0)
+    if not valid:
+        raise UserError(f"solver must be one of {', '.join(SOLVERS)}, precision one of "
+                        f"{', '.join(PRECISIONS)}, steps and max_tokens at least 1, guidance and "
+                        f"clamp at least 0")
+
     model, vae, tokenizer, t5 = pipeline
     cond = encode_text(tokenizer, t5, prompts, max_tokens)      # (B, L, D), (B, L)
     null = encode_text(tokenizer, t5, negative_prompts, max_tokens)
     noise = starting_noise(model, seeds).to(t5.device)          # (B, C, h, w)
     with autocast(noise.device, precision):
-        x_0 = SOLVERS[solver](model, noise, cond, null, steps, guidance, clamp, spacing,
-                              guidance_interval, on_step)       # (B, C, h, w)
+        x_0 = SOLVERS[solver](model, noise, cond, null, steps, guidance, clamp,
+                              spacing or SPACING_OF[solver], on_step)      # (B, C, h, w)
     # The model's latents are the autoencoder's times a factor.
     return to_images(vae.decode(x_0 / vae.scaling_factor))
-
-
-def check_options(**options):
-    """Raise UserError if arguments of `generate`, given by name, mean nothing."""
-    at_least(argparse.Namespace(**options), steps=1, guidance=0, clamp=0, max_tokens=1)
-    for name, allowed in (("solver", SOLVERS), ("precision", PRECISIONS)):
-        if options[name] not in allowed:
-            raise UserError(f"{name} {options[name]!r}: must be one of {', '.join(allowed)}")
-    low, high = options["guidance_interval"]
-    if not 0 <= low <= high <= 1:
-        raise UserError(f"guidance interval {low} {high}: not in [0, 1], the lower first")
 
 
 def starting_noise(model, seeds):
@@ -552,362 +576,249 @@ def random_letters(seed):
 
 
 # --------------------------------------------------------------------------------------
-# Prompts, and the files of their images
+# Prompts become files
 
-def read_prompts(path, limit=None, seed=0):
-    """Return the prompts of a file or folder as dicts with the key `prompt`.
+# The files of each --format, relative to --out: of prompt p's image k, which is image i of all.
+FORMATS = {
+    "flat": "{i:06d}.png",
+    "geneval": "{p:05d}/samples/{k:04d}.png",           # as GenEval's tools expect them
+    "dpg": ".tiles/{name}_{k}.png",                     # its tools want grids of these
+}
 
-    path: JSONL, COCO's captions, a folder of .txt files, or a text file (one a line).
-    limit: at most so many, chosen by `seed`, in the file's order. Raises UserError.
+
+def list_samples(rows, per_prompt, layout, first_seed):
+    """Return {file: its line of samples.jsonl} for `per_prompt` images of each prompt.
+
+    rows: the prompts, as dicts. layout: a key of FORMATS. Image i has the seed first_seed + i.
+    Raises UserError.
     """
-    path = Path(path)
-    if is_coco(path):
-        return read_coco_captions(path, limit, seed)
-    if path.is_dir():
-        rows = []
-        # Hidden files are those of editors and of macOS.
-        for file in sorted(path.glob("[!.]*.txt")):
-            row = {"prompt": read_text(file).strip(), "name": file.stem}
-            rows.append({**row, "prompt_file": str(file)})
-    elif not path.is_file():
-        raise UserError(f"{path}: no such file or folder of prompts")
-    elif path.suffix in (".jsonl", ".json"):
-        rows = read_jsonl(path)
-        for number, row in enumerate(rows, 1):
-            row["prompt"] = row.get("prompt", row.get("caption"))
-            if not isinstance(row["prompt"], str):
-                raise UserError(f"{path} line {number}: neither `prompt` nor `caption`")
-    else:
-        lines = read_text(path).splitlines()
-        rows = [{"prompt": line.strip()} for line in lines if line.strip()]
-    if not rows:
-        raise UserError(f"{path}: no prompts in it")
+    pattern = FORMATS[layout]
+    # COCO's images, and prompts that caption.py extended from them, have both.
+    of_coco = all("name" in row and "file" in row for row in rows)
+    if of_coco and layout == "flat":
+        pattern = "{name}.png" if per_prompt == 1 else "{name}_{k}.png"
 
-    # Not the first ones: files are sorted by class or task.
-    if limit is not None and limit < len(rows):
-        chosen = random.Random(seed).sample(range(len(rows)), limit)
-        rows = [rows[i] for i in sorted(chosen)]
-    return rows
-
-
-def read_text(path):
-    """Return the text of a UTF-8 file. Raises UserError."""
-    # Some editors put a mark (BOM) before the text; utf-8-sig takes it off.
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})")
-
-
-def collect_prompts(args):
-    """Return the prompts of --prompt and --prompts as dicts. Raises UserError."""
-    rows = [{"prompt": prompt} for prompt in args.prompt or []]
-    if args.prompts:
-        rows += read_prompts(args.prompts, args.limit, args.seed)
-    if not rows:
-        raise UserError("no prompts: give --prompt or --prompts")
-    for number, row in enumerate(rows, 1):
-        check_text(f"prompt {number}", row["prompt"])
-    return rows
-
-
-def check_text(what, text):
-    """Raise UserError if a text is not one that UTF-8 can write."""
-    # JSON's "\\ud83d" is half a character. The tokenizer would fail on it.
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{what}: character {error.start + 1} is not one (not UTF-8)")
-
-
-def file_names(rows, per_prompt, layout):
-    """Return the files of each prompt's images, relative to --out: a list of lists.
-
-    layout: "flat", "named" (flat, called after the prompt's `name`, as COCO's images),
-    "geneval" or "dpg". Raises UserError for a name that is no file name or comes twice.
-    """
-    names = []
-    seen = set()
+    samples = {}
     for p, row in enumerate(rows):
-        files = [file_name(row, p, k, per_prompt, layout) for k in range(per_prompt)]
-        # A second prompt of the same name would find the first one's images and keep them.
-        if not seen.isdisjoint(files):
-            raise UserError(f"prompt {p + 1}: its images would replace those of another "
-                            f"prompt of the same name ({files[0]})")
-        seen.update(files)
-        names.append(files)
-    return names
+        name = name_of(row, p) if "{name}" in pattern else None
+        for k in range(per_prompt):
+            i = len(samples)
+            file = pattern.format(p=p, k=k, i=i, name=name)
+            # A second prompt of the same name would find the first one's images and keep them.
+            if file in samples:
+                raise UserError(f"prompt {p + 1}: its images would replace those of another "
+                                f"prompt of the same name ({file})")
+            own = {"file": file, "prompt": row["prompt"], "seed": first_seed + i}
+            # In a row of COCO's, "file" is the photo's.
+            samples[file] = own | {key: row[key] for key in row if key not in own}
+    return samples
 
 
-def file_name(row, p, k, per_prompt, layout):
-    """Return the file of prompt p's image k; see `file_names`."""
-    if layout == "geneval":
-        return f"{p:05d}/samples/{k:04d}.png"
-    if layout == "flat":
-        return f"{p * per_prompt + k:06d}.png"
-    where = row.get("prompt_file", f"prompt {p + 1}")
-    stem = file_stem(row.get("name", f"{p:05d}"), where)
-    if layout == "dpg":
-        return f".tiles/{stem}_{k}.png"
-    return f"{stem}.png" if per_prompt == 1 else f"{stem}_{k}.png"
-
-
-def file_stem(name, where):
-    """Return a prompt's name if it can begin a file's. Raises UserError, with `where`."""
-    if not isinstance(name, str):
-        raise UserError(f"{where}: has the name {name!r}: not a text")
-    check_text(f"{where}: the name {name!r}", name)
-    empty = not name.strip()
-    # Names come from outside: "../../x" must not lead out of the folder.
-    leads_elsewhere = "/" in name or "\\" in name or name.startswith(".")
-    # File systems allow 255 bytes, and we add an ending.
-    too_long = len(name.encode()) > 200
-    # The sheet of all samples is called so.
-    taken = name == "sheet"
-    if empty or leads_elsewhere or too_long or taken or not name.isprintable():
-        raise UserError(f"{where}: has the name {name[:80]!r}: not a name for a file")
+def name_of(row, p):
+    """Return what the files of prompt p are called. Raises UserError for what is no file name."""
+    name = row.get("name", f"{p:05d}")
+    # Names come from outside: "../../x" must not lead out of the folder. The sheet of all
+    # samples is called "sheet".
+    valid = isinstance(name, str) and re.fullmatch(r"[^./\\\s][^/\\]{0,199}", name)
+    if not valid or not name.isprintable() or name == "sheet":
+        raise UserError(f"{row.get('prompt_file', f'prompt {p + 1}')}: has the name "
+                        f"{str(name)[:80]!r}: not a name for a file")
     return name
 
 
-class Job(NamedTuple):
-    """An image to make: its file relative to --out, its prompt, its seed."""
+def png_is_whole(path):
+    """Tell whether an image need not be made: a PNG file that was cut has no IEND at its end."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(-12, os.SEEK_END)
+        return b"IEND" in file.read()
+    return False
 
-    file: str
-    prompt: str
-    seed: int
+
+def make_images(args, rows, samples, missing):
+    """Yield the PNG files of the `missing` samples as bytes, made in batches of --batch-size."""
+    pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
+    bind_encoders(Path(args.out), samples, fingerprints(pipeline))
+    if rank_and_world()[0] == 0:
+        report_unknown_words(pipeline.tokenizer, [row["prompt"] for row in rows])
+    # Compiling takes a while: not for a few images.
+    worth_compiling = len(missing) >= 4 * args.batch_size
+    if local_device().type == "cuda" and not args.no_compile and worth_compiling:
+        compile_blocks(pipeline.model)
+
+    batches = in_batches(missing, args.batch_size)
+    bar = tqdm(total=len(batches) * args.steps, desc="sampling", unit="step",
+               disable=rank_and_world()[0] > 0)
+    for batch in batches:
+        seeds = [sample["seed"] for sample in batch]
+        negative_prompts = [args.negative_prompt]
+        if args.random_negative_prompt:
+            negative_prompts = [random_letters(seed) for seed in seeds]
+        images = generate(pipeline, [sample["prompt"] for sample in batch], seeds, args.steps,
+                          args.guidance, args.clamp, args.solver, args.spacing, negative_prompts,
+                          args.max_tokens, args.precision, on_step=lambda *_: bar.update())
+        for image in images:
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            yield file.getvalue()
+    bar.close()
 
 
-def list_jobs(rows, names, first_seed):
-    """Return a Job for each image; the seeds count up from `first_seed`."""
-    jobs = []
-    for row, files in zip(rows, names):
-        for file in files:
-            jobs.append(Job(file, row["prompt"], first_seed + len(jobs)))
-    return jobs
+def bind_encoders(out, files, found):
+    """Raise UserError if a folder's images were made with other encoders; note these otherwise.
+
+    files: the images' names. found: `fingerprints`, which are known only when the encoders are
+    loaded; a command that finds all images there need not load them.
+    """
+    path = out / ".encoders.json"
+    if any(png_is_whole(out / file) for file in files):
+        refuse_other_settings(out, read_json(path, "the encoders of these samples"), found)
+    else:
+        write_json(path, found)
+
+
+def report_unknown_words(tokenizer, prompts):
+    """Say on stderr how many prompts hold words that the text encoder's tokenizer does not know."""
+    unknown = [prompt for prompt, tokens in zip(prompts, tokenizer(prompts).input_ids)
+               if tokenizer.unk_token_id in tokens]
+    if unknown:
+        print(f"{len(unknown)} of {len(prompts)} prompts hold words that the text encoder does "
+              f"not know; the first: {unknown[0][:200]!r}", file=sys.stderr)
+
+
+def describe(out, rows, samples, per_prompt, layout):
+    """Write what is about all samples: the benchmarks' files, the sheet, samples.jsonl."""
+    for p, files in enumerate(in_batches(list(samples), per_prompt)):
+        # GenEval's tools look up in the metadata what a prompt asks for.
+        if layout == "geneval":
+            write_jsonl(out / f"{p:05d}/metadata.jsonl", [rows[p]])
+        # DPG-Bench's tools cut a grid into its four images.
+        if layout == "dpg":
+            tiles = [open_image(out / file, 0) for file in files]
+            save_png(contact_sheet(tiles, columns=2, gap=0), out / f"{name_of(rows[p], p)}.png")
+
+    # DPG-Bench's tools take every picture of the folder for a grid: no sheet there.
+    if layout != "dpg":
+        shown = list(samples.values())[:64]
+        images = [open_image(out / sample["file"], 0) for sample in shown]
+        prompts = [sample["prompt"] for sample in shown]
+        save_png(contact_sheet(images, prompts), out / "sheet.png")
+    # evaluate.py takes the files of this list, and finds COCO's own images by their names.
+    write_jsonl(out / "samples.jsonl", samples.values())
+    print(f"{out}: {len(samples)} images of {len(rows)} prompts")
 
 
 # --------------------------------------------------------------------------------------
 # The command
 
+def utf8(text):
+    """Return an option's text. Raises ValueError if it holds half a character."""
+    # As "\ud83d" is one. The tokenizer would fail on it.
+    text.encode("utf-8")
+    return text
+
+
 def arguments(argv):
     """Return the checked options. Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Options(__doc__)
     add = partial(parser.add_argument, metavar="X")
     flag = partial(parser.add_argument, action="store_true")
     add("--checkpoint", required=True, help="folder or hub repository with config.json and model.safetensors")
-    add("--out", help="folder for the images, samples.jsonl and sheet.png")
-    add("--prompt", action="append", help="a prompt (may be given again)")
-    add("--prompts", help=".txt or .jsonl file, COCO's captions, folder of .txt files")
-    add("--limit", type=int, help="at most so many of --prompts, chosen by --seed")
-    add("--images-per-prompt", type=int, default=1, help="GenEval and DPG use 4")
-    add("--format", choices=["flat", "geneval", "dpg"], default="flat", metavar="F",
+    add("--out", required=True, help="folder for the images, samples.jsonl and sheet.png")
+    add("--prompt", type=utf8, action="append", default=[], help="a prompt (may be given again)")
+    add("--prompts", help="text, JSONL, CSV, TSV, COCO's captions, or a folder of .txt files")
+    add("--limit", type=number(int, 1), help="at most so many of --prompts, chosen by --seed")
+    add("--images-per-prompt", type=number(int, 1, 10_000), default=1, help="GenEval and DPG use 4")
+    add("--format", choices=list(FORMATS), default="flat", metavar="F",
         help="flat, geneval (its tools' folders) or dpg (one 2 x 2 grid a prompt)")
 
     # The sampler: DDIM with 250 steps is the paper's, guidance and clamp the release's.
     add("--solver", choices=list(SOLVERS), default="ddim",
-        help="ddim, or dpm++: of second order without guidance, with cosine spacing")
-    add("--steps", type=int, default=250, help="steps of the solver")
-    add("--spacing", choices=SPACINGS, default="linear",
-        help="linear in t, or cosine: short steps at both ends")
-    add("--guidance", type=float, default=8.0, help="w; 0 is none")
-    add("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0],
-        metavar=("LOW", "HIGH"),
-        help="guidance only where LOW <= t <= HIGH (t = 1 is noise)")
-    add("--negative-prompt", default="",
+        help="ddim, or dpm++: of second order without guidance")
+    add("--steps", type=number(int, 1, 100_000), default=250, help="steps of the solver")
+    add("--spacing", choices=SPACINGS,
+        help="linear in t, or cosine: short steps at both ends (default: linear for ddim, "
+             "cosine for dpm++)")
+    add("--guidance", type=number(float, 0), default=8.0, help="w; 0 is none")
+    add("--negative-prompt", type=utf8, default="",
         help="what guidance leads away from; without, the null prompt of training")
     flag("--random-negative-prompt",
          help="random letters, others for each image, as in the release's pipeline")
-    add("--clamp", type=float, default=1.2,
+    add("--clamp", type=number(float, 0), default=1.2,
         help="bound of |x_0| at every step, 0 is none; 1.2 cuts a fifth of the values of "
              "ImageNet's latents (calculated), 3 cuts under 1%%")
-    add("--max-tokens", type=int, default=256,
+    add("--max-tokens", type=number(int, 1, 100_000), default=256,
         help="tokens of a prompt that are read (paper: 256, released CAD-I: 128)")
-    add("--seed", type=int, default=0, help="image i has seed + i")
+    add("--seed", type=number(int, 0, 2 ** 62), default=0, help="image i has seed + i")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA, else fp32")
 
     # The rest changes no image, unless --vae or --text-encoder names other weights.
     add("--vae", help=f"folder or hub repository (default: the checkpoint's own, or {VAE})")
     add("--text-encoder", help=f"folder or hub repository (default: likewise, {TEXT_ENCODER})")
-    add("--batch-size", type=int, default=16, help="images at once")
+    add("--batch-size", type=number(int, 1), default=16, help="images at once")
     flag("--no-compile", help="CUDA: do not torch.compile the network")
-    flag("--benchmark", help="only time one batch with these options; needs no --out")
     args = parser.parse_args(argv)
 
-    # Infinity and NaN are refused, too: they fail every one of these checks.
-    at_least(args, images_per_prompt=1, batch_size=1, limit=1)
-    between(args, 0, 2 ** 62, "seed")
-    check_options(**vars(args))
+    if not args.prompt and not args.prompts:
+        parser.error("no prompts: give --prompt or --prompts")
     if args.limit and not args.prompts:
-        raise UserError("--limit: chooses among --prompts, which are not given")
+        parser.error("--limit: chooses among --prompts, which are not given")
     if args.format == "dpg" and args.images_per_prompt != 4:
-        raise UserError("--format dpg makes 2 x 2 grids: give --images-per-prompt 4")
+        parser.error("--format dpg makes 2 x 2 grids: give --images-per-prompt 4")
     if args.negative_prompt and args.random_negative_prompt:
-        raise UserError("--negative-prompt and --random-negative-prompt: give only one")
-    check_text("--negative-prompt", args.negative_prompt)
-    if not args.out and not args.benchmark:
-        raise UserError("--out is needed")
+        parser.error("--negative-prompt and --random-negative-prompt: give only one")
+    # What these two mean here belongs to the images.
+    args.spacing = args.spacing or SPACING_OF[args.solver]
+    if args.precision == "auto":
+        args.precision = "bf16" if local_device().type == "cuda" else "fp32"
     return args
 
 
-def sampling_options(args):
-    """Return the arguments of `generate` that the command line sets, as a dict."""
-    auto = "bf16" if local_device().type == "cuda" else "fp32"
-    return {
-        "steps": args.steps,
-        "guidance": args.guidance,
-        "clamp": args.clamp or None,
-        "solver": args.solver,
-        "spacing": args.spacing,
-        "guidance_interval": args.guidance_interval,
-        "max_tokens": args.max_tokens,
-        "precision": auto if args.precision == "auto" else args.precision,
-    }
+# All other options belong to a folder of images: with another one, they would be others.
+CHANGES_NO_IMAGE = ("checkpoint", "out", "prompt", "prompts", "limit", "batch_size", "no_compile")
 
 
-def settings_of(args, rows):
-    """Return all that the images of a folder depend on, as a dict. Raises UserError."""
-    config = read_config(args.checkpoint)
-    vae, text_encoder = encoder_names(args.checkpoint, config, args.vae, args.text_encoder)
-    random_text = "(random letters)" if args.random_negative_prompt else None
-    names = [row.get("name") for row in rows]
-    return {
-        **sampling_options(args),
-        "negative_prompt": random_text or args.negative_prompt,
-        "seed": args.seed,
-        "images_per_prompt": args.images_per_prompt,
-        "format": args.format,
-        "vae": vae,
-        "text_encoder": text_encoder,
-        "weights": sha256(fetch(args.checkpoint, "model.safetensors")),
-        "prompts": [row["prompt"] for row in rows],
-        "names": names if any(names) else [],
-    }
+def settings_of(args, rows, encoders):
+    """Return all that the images of a folder depend on, but for what `bind_encoders` adds.
+
+    rows: the prompts, as dicts. encoders: their names.
+    """
+    settings = {name: value for name, value in vars(args).items() if name not in CHANGES_NO_IMAGE}
+    settings["vae"], settings["text_encoder"] = encoders
+    settings["weights"] = sha256(fetch(args.checkpoint, "model.safetensors"))
+    settings["prompts"] = fingerprint([row["prompt"], row.get("name")] for row in rows)
+    return settings
 
 
 def main(argv=None):
     """Make the images that are not there yet, then the files that list them."""
     args = arguments(argv)
-    if args.benchmark:
-        # Imported here, because it imports this file in turn.
-        from metrics.speed import time_sampling
-        return time_sampling(args)
-    rank, world = rank_and_world()
     out = Path(args.out)
+    config_file = fetch(args.checkpoint, "config.json")
+    config = read_json(config_file, "the config.json of a checkpoint")
+    encoders = encoder_names(config, args.vae, args.text_encoder)
+    # Images may go to a folder below the checkpoint's, but not among the files of an input.
+    for given in (args.checkpoint, *encoders, args.prompts):
+        if given and out.resolve() == Path(given).resolve():
+            raise UserError(f"--out {out}: is an input of this command: choose another")
 
-    # Each prompt gets files, each file a job.
-    rows = collect_prompts(args)
-    layout = args.format
-    # COCO's images, and prompts that caption.py extended from them, have both.
-    if layout == "flat" and all("name" in row and "file" in row for row in rows):
-        layout = "named"
-    names = file_names(rows, args.images_per_prompt, layout)
-    jobs = list_jobs(rows, names, args.seed)
+    rows = [{"prompt": prompt} for prompt in args.prompt]
+    skipped = []
+    if args.prompts:
+        read, skipped = read_prompts(args.prompts, args.limit, args.seed)
+        rows += read
+    for row in skipped[:1]:
+        print(f"{len(skipped)} prompts skipped ({out / 'skipped.jsonl'}), the first: "
+              f"{row['file']}: {row['reason']}", file=sys.stderr)
+    samples = list_samples(rows, args.images_per_prompt, args.format, args.seed)
 
-    settings = settings_of(args, rows)
-
-    # Ranks share the jobs; the last one to end describes the whole.
-    with only_command(out):
-        # What is in the folder already is kept, if it was made with the same settings.
-        refuse_other_images(out, jobs, settings)
-        todo = [job for job in jobs[rank::world] if not (out / job.file).exists()]
-        if todo:
-            make_images(args, out, todo, settings, show_progress=(rank == 0))
-        paths = [out / job.file for job in jobs]
-        if is_last_rank(rank, paths, out / "samples.jsonl"):
-            describe(out, rows, names, jobs, layout)
-
-
-def refuse_other_images(out, jobs, settings):
-    """Raise UserError if images in the folder `out` were not made with these settings."""
-    # The images first: another rank may write settings.json, and then its images.
-    images = [job.file for job in jobs if (out / job.file).exists()]
-    path = out / "settings.json"
-    if path.exists():
-        before = read_json(path, "the settings of an output")
-        # Without the fingerprints: `make_images` compares them with the loaded encoders'.
-        refuse_other_settings(out, {key: before.get(key) for key in settings}, settings)
-    elif images:
-        raise UserError(f"{out}: {images[0]} is there, but no settings.json that says how "
-                        f"it was made: choose another --out, or delete it")
-
-
-def make_images(args, out, todo, settings, show_progress):
-    """Generate the images of the jobs `todo` and save each in the folder `out`."""
-    pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
-    settings = settings | fingerprints(pipeline)
-    # Compiling takes a while: not for a few images.
-    worth_compiling = len(todo) >= 4 * args.batch_size
-    if local_device().type == "cuda" and not args.no_compile and worth_compiling:
-        compile_blocks(pipeline.model)
-
-    bar = tqdm(total=len(todo) * args.steps, desc="sampling", disable=not show_progress,
-               bar_format="{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]")
-
-    for start in range(0, len(todo), args.batch_size):
-        batch = todo[start:start + args.batch_size]
-        prompts = [job.prompt for job in batch]
-        seeds = [job.seed for job in batch]
-        negative_prompts = [args.negative_prompt]
-        if args.random_negative_prompt:
-            negative_prompts = [random_letters(seed) for seed in seeds]
-
-        images = generate(pipeline, prompts, seeds, negative_prompts=negative_prompts,
-                          on_step=partial(show_speed, bar, len(batch), args.steps),
-                          **sampling_options(args))
-
-        if start == 0:
-            # Written only now, so that a command that fails does not reserve the folder.
-            begin_or_resume(out / "settings.json", out, settings)
-            # Where the images come from, for the tables of evaluate.py.
-            with complete(out / "checkpoint.json") as temporary:
-                temporary.write_bytes(fetch(args.checkpoint, "config.json").read_bytes())
-        for job, image in zip(batch, images):
-            with complete(out / job.file) as temporary:
-                image.save(temporary, "PNG")
-    bar.close()
-
-
-def show_speed(bar, images, steps, *_):
-    """Move the progress bar on by one step of a batch of `images`."""
-    bar.update(images)
-    if not bar.disable:
-        done = bar.n / steps
-        seconds = max(bar.format_dict["elapsed"], 1e-9)
-        speed = f"{done / seconds:.2f} images/s, {seconds / done:.2f} s/image"
-        bar.set_postfix_str(speed, refresh=False)
-
-
-def describe(out, rows, names, jobs, layout):
-    """Write what is about all samples: samples.jsonl, the sheet, the benchmarks' files."""
-    for row, files in zip(rows, names):
-        # GenEval's tools look up in the metadata what a prompt asks for.
-        if layout == "geneval":
-            folder = (out / files[0]).parent.parent
-            write_jsonl(folder / "metadata.jsonl", [row])
-        # DPG-Bench's tools cut a grid into its four images.
-        if layout == "dpg":
-            tiles = [Image.open(out / file) for file in files]
-            stem = Path(files[0]).name.rsplit("_", 1)[0]
-            with complete(out / f"{stem}.png") as temporary:
-                contact_sheet(tiles, columns=2, gap=0).save(temporary, "PNG")
-
-    # The list of samples: evaluate.py takes these files, and not the sheet. By the names
-    # it finds COCO's own images.
-    samples = [job._asdict() for job in jobs]
-    if layout == "named":
-        per_prompt = len(names[0])
-        for number, sample in enumerate(samples):
-            sample["name"] = rows[number // per_prompt]["name"]
-    write_jsonl(out / "samples.jsonl", samples)
-    # DPG-Bench's tools take every picture of the folder for a grid: no sheet there.
-    if layout == "dpg":
-        print(f"{len(rows)} grids in {out}")
-        return
-    shown = jobs[:64]
-    images = [Image.open(out / job.file) for job in shown]
-    with complete(out / "sheet.png") as temporary:
-        contact_sheet(images, [job.prompt for job in shown]).save(temporary, "PNG")
-    print(f"{len(jobs)} images in {out}, the first {len(shown)} on {out / 'sheet.png'}")
+    make = partial(make_images, args, rows, samples)
+    if make_together(out, settings_of(args, rows, encoders), samples, make, png_is_whole):
+        if skipped:
+            write_jsonl(out / "skipped.jsonl", skipped)
+        # Where the images come from, for the tables of evaluate.py.
+        with complete(out / "checkpoint.json") as path:
+            path.write_bytes(config_file.read_bytes())
+        describe(out, rows, samples, args.images_per_prompt, args.format)
 
 
 if __name__ == "__main__":
