@@ -10,13 +10,13 @@ copies, because captions say left and right.
 
 The folder OUT gets 00000.safetensors, ... (shards of images in sorted order),
 null.safetensors (the empty prompt), skipped.jsonl (what was left out, and why) and at last
-meta.json. Several processes or nodes share the work if this is started under torchrun. A
-killed command goes on when it is started again. `--check encoded/train` looks for numbers
-that are not finite, and draws check.png (four images with their captions) and fig7.png (the
-paper's Fig. 7: how much noise hides a composite's seams).
+meta.json. Under torchrun, processes and nodes share the work; a killed command goes on when
+it is started again. `--check encoded/train` looks for numbers that are not finite, and draws
+check.png (four images with their captions) and fig7.png (the paper's Fig. 7: how much noise
+hides a composite's seams).
 """
 
-
+import functools
 import inspect
 import itertools
 import json
@@ -243,37 +243,33 @@ class AutoencoderKL(nn.Module):
 # What the parts of the attention were called in diffusers before version 0.17.
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-# Keys of diffusers' config.json that choose between networks, with the one that is built here
-# (of lists, every entry), and keys that change no number.
-VAE_CHOICES = {"_class_name": "AutoencoderKL", "act_fn": "silu",
-               "down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D",
-               "mid_block_add_attention": True, "use_quant_conv": True,
-               "use_post_quant_conv": True}
+# Keys of diffusers' config.json that choose between networks, with the choice that is built
+# here (in lists: of every entry), and keys that change no number.
+VAE_CHOICES = {
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True,
+    "use_quant_conv": True, "use_post_quant_conv": True,
+    "down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 VAE_HARMLESS = {"_diffusers_version", "_name_or_path", "force_upcast", "sample_size"}
 
 
-def load_vae(path_or_repo, device="cpu", dtype=torch.float32):
-    """Return an AutoencoderKL in eval mode from a folder or hub repository of diffusers' format.
+def load_vae(path_or_repo, device="cpu"):
+    """Return an AutoencoderKL in eval mode from a folder or hub repository of diffusers.
 
-    Reads old folders too: without `scaling_factor`, with other names in the attention, and
-    with 1 x 1 convolutions in place of its linear layers. Raises UserError, also where the
-    config describes another network or numbers are not finite.
+    Reads old ones too: without `scaling_factor`, with other names in the attention, and with
+    1 x 1 convolutions in place of its linear layers. Raises UserError.
     """
-    config_file = fetch(path_or_repo, "config.json")
-    weights_file = fetch(path_or_repo, "diffusion_pytorch_model.safetensors")
+    config = fetch(path_or_repo, "config.json")
+    weights = fetch(path_or_repo, "diffusion_pytorch_model.safetensors")
     with reading(path_or_repo, "an AutoencoderKL of diffusers"):
-        vae = AutoencoderKL(**vae_arguments(json.loads(config_file.read_text())))
-        vae.load_state_dict(translate_vae(load_file(weights_file)))
+        vae = AutoencoderKL(**vae_arguments(json.loads(config.read_text())))
+        vae.load_state_dict(translate_vae(load_file(weights)))
         if not all(tensor.isfinite().all() for tensor in vae.state_dict().values()):
-            raise ValueError("weights are not finite")
-    return vae.eval().requires_grad_(False).to(device, dtype)
+            raise ValueError("some weights are not finite")
+    return vae.eval().requires_grad_(False).to(device)
 
 
 def vae_arguments(config):
-    """Return the arguments of AutoencoderKL for a config.json of diffusers.
-
-    Raises ValueError, which names the key, if it describes another network.
-    """
+    """Return AutoencoderKL's arguments. Raises ValueError if the config is another network's."""
     arguments = inspect.signature(AutoencoderKL).parameters.keys()
     for key, value in config.items():
         # An unknown option that is off (0 as well, which equals False) does no harm.
@@ -283,10 +279,10 @@ def vae_arguments(config):
             known = all(entry == VAE_CHOICES[key] for entry in entries)
         if not known:
             raise ValueError(f"{key} = {shorten(value)} is another network than this one")
-    # Latents are multiplied with it.
-    factor = config.get("scaling_factor", 1)
-    if not 0 < factor < math.inf:
-        raise ValueError(f"scaling_factor = {factor}")
+
+    # NaN is neither.
+    if not 0 < config.get("scaling_factor", 1) < math.inf:
+        raise ValueError("its scaling_factor is not a positive number")
     return {key: value for key, value in config.items() if key in arguments}
 
 
@@ -306,7 +302,8 @@ def translate_vae(weights):
 
 def load_text_encoder(path_or_repo, device="cpu", dtype=torch.float32):
     """Return (tokenizer, T5's encoder in eval mode), local or from the hub. Raises UserError."""
-    t5, tokenizer = pretrained(path_or_repo, "T5EncoderModel", "AutoTokenizer", device, dtype=dtype)
+    t5, tokenizer = pretrained(path_or_repo, "T5EncoderModel", "AutoTokenizer", device,
+                               dtype=dtype)
     return tokenizer, t5
 
 
@@ -325,27 +322,22 @@ def encode_text(tokenizer, t5, captions, max_tokens=256):
 
 
 def fingerprint_of_t5(tokenizer, t5):
-    """Return a text encoder's fingerprint, the same in float32 (CPU) and bfloat16 (CUDA).
-
-    For that, the weights are rounded to bfloat16 first.
-    """
-    rounded = [(name, tensor.flatten()[:256].bfloat16()) for name, tensor in t5.state_dict().items()]
+    """Return a text encoder's fingerprint, the same in float32 (CPU) and bfloat16 (CUDA)."""
+    rounded = [(name, tensor.flatten()[:256].bfloat16())
+               for name, tensor in t5.state_dict().items()]
     return fingerprint(sorted(tokenizer.get_vocab().items()), rounded)
 
 
-# How a shard keeps tokens. float8 (e4m3) takes half the disk, for an error of 2.7% (root mean
-# square): T5's states end in a norm, and lie well between the 0.016 and 448 of its full digits.
+# How a shard keeps tokens. float8 (e4m3) takes half the disk, for an error of 2.7% (root
+# mean square): T5's states, of 0.1 on average and 10 at most, lie in its 0.016 to 448.
 TEXT_DTYPES = {"bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
 # The number that each of the 256 bytes stands for in float8.
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def restore_text(text, scale=1.0):
-    """Return tokens (n, D) bfloat16 from float8, times a scale (n, 1), which older shards have.
-
-    This is `(text.float() * scale).bfloat16()`. Looking the bytes up in a table takes a
-    quarter of the time.
-    """
+    """Return tokens (n, D) bfloat16 from float8, times a scale (n, 1) that older shards have."""
+    # In a quarter of the time of `(text.float() * scale).bfloat16()`.
     as_bytes = text.view(torch.uint8).int().flatten()                # (n * D,)
     values = E4M3.index_select(0, as_bytes).view(text.shape)         # (n, D)
     return (values * scale).bfloat16()
@@ -390,13 +382,18 @@ class Encoded:
     `len(data)` is its number of images, `data.meta` its meta.json and `data.null` (1, D)
     bfloat16 the tokens of the empty prompt. The methods take a sample's number.
 
-    All shards are opened at once, so that missing, cut, foreign or swapped ones are refused
-    here and not after hours of training. Raises UserError.
+    All shards are opened at once: missing, cut, foreign or swapped ones are refused here, and
+    not after hours of training. Raises UserError.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.meta = read_meta(self.folder)
+        path = self.folder / "meta.json"
+        if not path.is_file():
+            raise UserError(f"{folder}: not an encoded data set, or not a whole one (no meta.json)")
+        self.meta = read_json(path, "the description of an encoded data set")
+        if self.meta.get("version") != VERSION:
+            raise UserError(f"{path}: not of version {VERSION}: encode again")
         null, _ = open_shard(self.folder / NULL, self.meta)
         self.null = null["text"].bfloat16()
         self.paths = [self.folder / shard_name(k) for k in range(self.meta["shards"])]
@@ -442,39 +439,28 @@ class Encoded:
         return self.sample(i)[1]
 
 
-def read_meta(folder):
-    """Return an encoded data set's meta.json. Raises UserError."""
-    path = folder / "meta.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: not an encoded data set, or not a finished one (no meta.json)")
-    meta = read_json(path, "the description of an encoded data set")
-    if meta.get("version") != VERSION:
-        raise UserError(f"{path}: not of version {VERSION}, which this encode.py reads: encode again")
-    return meta
-
-
 def open_shard(path, settings):
-    """Return the tensors of a shard, views into its memory map, and its samples.
+    """Return the tensors of a shard, views into its memory map, and what it says of them.
 
     mean, std: (n, C, h, w) float16. text: (sum of L_i, D). offset: (n + 1,) int64, where each
-    caption's tokens begin. samples: a dict of what `make_shards` says of them.
-
-    settings: those of the data set, or its meta.json. Raises UserError if the shard is missing,
-    cut, of another data set, or another one of the same.
+    caption's tokens begin. settings: those of the data set, or its meta.json. Raises
+    UserError if the shard is missing, cut, of another data set or in another's place.
     """
     with reading(path, f"a whole shard: {REMEDY}"):
-        # The file is closed: two data sets of 800 shards would exceed the usual 1,024 open files.
+        # The file is closed: two data sets of 800 would exceed the usual 1,024 open files.
         with safe_open(path, "pt") as file:
             # Not a dict, although it has keys.
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-        # Shards of before do not say all of it, and their null.safetensors nothing.
-        samples = {"shard": path.name, "settings": {}, "files": [], "captions": [], "unknown": [],
-                   "skipped": [], **json.loads(metadata.get("samples", "{}"))}
+        # Older shards do not say all of this, and null.safetensors nothing.
+        samples = {"shard": path.name, "settings": {}, "files": [], "captions": [],
+                   "unknown": [], "skipped": []}
+        samples |= json.loads(metadata.get("samples", "{}"))
+
     same_set = samples["settings"].items() <= settings.items()
     if not same_set or samples["shard"] != path.name:
-        raise UserError(f"{path}: another shard, or one of other images, captions or encoders: "
-                        f"{REMEDY}")
+        raise UserError(f"{path}: of other images, captions or encoders, or in another's "
+                        f"place: {REMEDY}")
     return tensors, samples
 
 
@@ -497,7 +483,7 @@ def refuse_other_encoders(original, augmented):
         b = augmented.meta.get(key)
         if a != b:
             raise UserError(f"{original.folder} and {augmented.folder} differ in {key} "
-                            f"({shorten(a)} and {shorten(b)}): encode both with the same encoders")
+                            f"({shorten(a)} and {shorten(b)}): encode both in the same way")
 
 
 # --------------------------------------------------------------------------------------
@@ -515,11 +501,9 @@ def pair_up(files, captions):
     images_called = Counter(os.path.basename(file) for file in files)
     for file in files:
         name = os.path.basename(file)
-        key = file
-        if file not in captions and images_called[name] == 1:
-            key = name
-        used.add(key)
-        if captions.get(key):
+        key = file if file in captions or images_called[name] > 1 else name
+        if key in captions:
+            used.add(key)
             pairs.append((file, captions[key]))
         else:
             skipped.append({"file": file, "reason": "no caption"})
@@ -533,18 +517,19 @@ def pair_up(files, captions):
 
 
 def composites_in(images):
-    """Return {file: CutMix setting} of a folder of composites, and whether it is of all settings.
+    """Return {file: CutMix setting} of a folder of composites, and a list of the settings.
 
-    Other images have none. Raises UserError.
+    The list is ["all"] where cutmix.py used all it has. Other images: {}, None. Raises UserError.
     """
     manifest = Path(images) / "cutmix.jsonl"
     if not manifest.is_file():
-        return {}, False
+        return {}, None
     with reading(manifest, "a list of composites"):
         settings = {row["file"]: str(row["setting"]) for row in read_jsonl(manifest)}
     begun_with = manifest.parent / "parts" / "settings.json"
-    of_all = begun_with.is_file() and read_json(begun_with, "settings")["setting"] == "all"
-    return settings, of_all
+    if begun_with.is_file() and read_json(begun_with, "settings").get("setting") == "all":
+        return settings, ["all"]
+    return settings, sorted(set(settings.values()))
 
 
 def encode_captions(tokenizer, t5, captions, args):
@@ -571,76 +556,73 @@ def encode_captions(tokenizer, t5, captions, args):
     return {"text": torch.cat(texts), "offset": offset}
 
 
-def unknown_tokens(tokenizer, captions):
-    """Return the numbers of the captions that hold tokens which the tokenizer does not know."""
-    # It takes no empty list.
-    tokens = tokenizer(captions or [""]).input_ids
-    return [j for j, ids in enumerate(tokens) if tokenizer.unk_token_id in ids]
-
-
 def load_images(folder, size, pairs):
-    """Return, of each (file, caption), pixels (size, size, 3) uint8, or why there are none."""
-    loaded = []
-    for file, _ in pairs:
+    """Return pixels (n, size, size, 3) uint8 of the images that can be read, the (file, caption)
+    pairs of these, and rows of skipped.jsonl for the others.
+    """
+    pixels = []
+    readable = []
+    broken = []
+    for file, caption in pairs:
         path = f"{folder}/{file}"
         try:
-            loaded.append(np.asarray(load_image(path, size)))
+            pixels.append(np.asarray(load_image(path, size)))
+            readable.append((file, caption))
         except OSError as error:
-            loaded.append(reason_without(path, error))
-    return loaded
+            broken.append({"file": file, "reason": reason_without(path, error)})
+    return np.array(pixels), readable, broken
 
 
-def make_shards(parts, args, settings, vae, tokenizer, t5):
-    """Yield the bytes of shards, while threads decode what comes next.
-
-    parts: (name, [(file, caption), ...]) of each.
-    """
+def make_shards(args, settings, vae, tokenizer, t5, parts):
+    """Yield the bytes of shards, parts: [(name, [(file, caption), ...]), ...]."""
     device = vae.quant_conv.weight.device
     channels = vae.config["latent_channels"]
     side = args.size // vae.downscale
-    # Threads decode batches, so that while one is encoded there is time for all of the next.
-    batches = [batch for _, pairs in parts for batch in in_batches(pairs, args.batch_size)]
-    loaded = ahead(lambda batch: load_images(args.images, args.size, batch), batches, args.workers)
-    total = sum(len(batch) for batch in batches)
-    pictures = progress(itertools.chain.from_iterable(loaded), total, "img", "encode")
+
+    # Threads decode whole batches: while one is encoded, there is time for all of the next.
+    batches = []
+    for _, pairs in parts:
+        batches += in_batches(pairs, args.batch_size)
+    load = functools.partial(load_images, args.images, args.size)
+    loaded = progress(ahead(load, batches, args.workers), len(batches), "batch", "encode")
 
     for name, pairs in parts:
         mean = torch.empty(len(pairs), channels, side, side, dtype=torch.float16)
         std = torch.empty_like(mean)
-        files = []
-        # The empty prompt is a shard of no images.
-        captions = [""] if name == NULL else []
+        kept = []
         skipped = []
-        for batch in in_batches(pairs, args.batch_size):
-            start = len(files)
-            pixels = []
-            for (file, caption), picture in zip(batch, itertools.islice(pictures, len(batch))):
-                if isinstance(picture, str):
-                    skipped.append({"file": file, "reason": picture})
-                    continue
-                pixels.append(picture)
-                files.append(file)
-                captions.append(caption)
-            if pixels:
-                x = torch.from_numpy(np.stack(pixels)).to(device)    # (n, size, size, 3)
+        for _ in in_batches(pairs, args.batch_size):
+            pixels, readable, broken = next(loaded)
+            if readable:
+                x = torch.from_numpy(pixels).to(device)              # (n, size, size, 3)
                 x = x.permute(0, 3, 1, 2) / 127.5 - 1                # (n, 3, size, size)
-                end = len(files)
-                mean[start:end], std[start:end] = vae.encode(x)      # (n, C, h, w) each
+                place = slice(len(kept), len(kept) + len(x))
+                mean[place], std[place] = vae.encode(x)              # (n, C, h, w) each
+            kept += readable
+            skipped += broken
 
-        tensors = {"mean": mean[:len(files)], "std": std[:len(files)],
+        # The empty prompt is a shard of no images.
+        captions = [""] if name == NULL else [caption for _, caption in kept]
+        tensors = {"mean": mean[:len(kept)], "std": std[:len(kept)],
                    **encode_captions(tokenizer, t5, captions, args)}
-        samples = {"shard": name, "settings": settings, "files": files, "captions": captions,
-                   "unknown": unknown_tokens(tokenizer, captions), "skipped": skipped}
+
+        # A tokenizer takes no empty list.
+        tokens = tokenizer(captions or [""]).input_ids
+        unknown = [j for j, ids in enumerate(tokens) if tokenizer.unk_token_id in ids]
+        samples = {"shard": name, "settings": settings, "files": [file for file, _ in kept],
+                   "captions": captions, "unknown": unknown, "skipped": skipped}
+
         # One entry of metadata: safetensors writes several in random order, and a shard that
         # is made again must have the same bytes.
         yield save(tensors, {"samples": json.dumps(samples)})
 
 
 def make_data_set(args, pairs, skipped):
-    """Make this rank's shards of a data set; the last rank to end describes all in meta.json.
+    """Make this rank's shards of (file, caption) pairs; the last rank to end describes all.
 
-    pairs: the images with their captions. skipped: rows of skipped.jsonl. Raises UserError.
+    skipped: rows of skipped.jsonl. Raises UserError.
     """
+    composites, cutmix = composites_in(args.images)
     # On CUDA T5 runs in bfloat16. The autoencoder does not, because its means would be 1.0 to
     # 1.2% off (in TF32, CUDA's way to multiply float32, 0.2 to 0.5%).
     device = local_device()
@@ -648,7 +630,7 @@ def make_data_set(args, pairs, skipped):
     vae = load_vae(args.vae, device)
     tokenizer, t5 = load_text_encoder(args.text_encoder, device, precision)
     if args.size % vae.downscale:
-        raise UserError(f"--size {args.size}: this autoencoder needs a multiple of {vae.downscale}")
+        raise UserError(f"--size {args.size}: this autoencoder takes multiples of {vae.downscale}")
 
     # Everything that changes a byte of the shards. The same encoders may have another path.
     settings = {
@@ -666,14 +648,12 @@ def make_data_set(args, pairs, skipped):
     for k, part in enumerate(in_batches(pairs, args.shard_images)):
         units[shard_name(k)] = (shard_name(k), part)
 
-    def make(parts):
-        return make_shards(parts, args, settings, vae, tokenizer, t5)
-
+    make = functools.partial(make_shards, args, settings, vae, tokenizer, t5)
     if make_together(args.out, settings, units, make, is_whole):
         side = args.size // vae.downscale
         # The paper's short captions are "An image of <class-name>".
         all_aio = all(caption.startswith("An image of ") for _, caption in pairs)
-        describe(args.out, list(units), skipped, composites_in(args.images), {
+        describe(args.out, list(units), skipped, composites, {
             **settings,
             "vae": args.vae,
             "text_encoder": args.text_encoder,
@@ -681,49 +661,49 @@ def make_data_set(args, pairs, skipped):
             "text_dim": t5.config.d_model,
             "scaling_factor": vae.scaling_factor,
             "captions": "aio" if all_aio else "long",
+            "cutmix": cutmix,
         })
 
 
 def describe(out, names, skipped, composites, meta):
     """Write skipped.jsonl and then, as the sign of the end, meta.json.
 
-    names: the files of the data set. skipped: rows for images that are in none. composites:
-    as `composites_in` returns them. meta: what the files do not say. Raises UserError if not
-    one image could be read; then nothing is kept.
+    names: the data set's files. skipped: rows of what is in none. composites: {file: CutMix
+    setting}. meta: what the files do not say. Raises UserError if no image could be read.
     """
-    cutmix, of_all = composites
     files = []
     unknown = []
     broken = []
     for name in names:
         _, samples = open_shard(out / name, meta)
         files += samples["files"]
-        unknown += [(samples["files"][j], samples["captions"][j]) for j in samples["unknown"]]
+        pairs = list(zip(samples["files"], samples["captions"]))
+        unknown += [pairs[j] for j in samples["unknown"]]
         broken += samples["skipped"]
     if not files:
         # The same command is to try again, once the images are repaired.
         for name in names:
-            (out / name).unlink()
+            (out / name).unlink(missing_ok=True)
         raise UserError(f"{out}: none of {len(broken)} images can be read; the first: "
                         f"{broken[0]['file']}: {broken[0]['reason']}")
 
     skipped += broken
     write_jsonl(out / "skipped.jsonl", skipped)
-    examples = {cutmix[file]: i for i, file in enumerate(files) if file in cutmix}
     write_json(out / "meta.json", {
         **meta,
         "shards": len(names) - 1,
         "count": len(files),
-        "cutmix": ["all"] if of_all else sorted(examples) or None,
-        # The number of a composite of each setting, for Fig. 7.
-        "examples": examples,
+        # A composite of each setting, by number, for Fig. 7.
+        "examples": {composites[file]: i for i, file in enumerate(files)
+                     if file in composites},
     })
+
     if unknown:
         file, caption = unknown[0]
-        print(f"{len(unknown)} captions hold tokens that this text encoder does not know, the "
-              f"first that of {file!r}: {shorten(caption)!r}")
-    print(f"{out}: {len(files)} pictures in {len(names) - 1} shards, {len(skipped)} skipped (see "
-          f"skipped.jsonl)")
+        print(f"{len(unknown)} captions hold tokens that this text encoder does not know, "
+              f"the first that of {file!r}: {shorten(caption)!r}")
+    print(f"{out}: {len(files)} pictures in {len(names) - 1} shards, {len(skipped)} skipped "
+          f"(see skipped.jsonl)")
 
 
 # --------------------------------------------------------------------------------------
@@ -734,24 +714,27 @@ TAU = 0.4
 
 
 def check(folder):
-    """Look for numbers that are not finite, and draw check.png and fig7.png. Raises UserError."""
+    """Look at all numbers of a data set, and draw check.png and fig7.png. Raises UserError."""
     data = Encoded(folder)
     for i in progress(range(len(data)), len(data), "img", "check"):
         numbers = [*data.moments(i), data.text(i)]
         if not all(tensor.isfinite().all() for tensor in numbers):
             k, _ = data.locate(i)
-            raise UserError(f"{data.paths[k]}: numbers of {data.sample(i)[0]} are not finite: "
-                            f"{REMEDY}")
+            file, _ = data.sample(i)
+            raise UserError(f"{data.paths[k]}: numbers of {file} are not finite: {REMEDY}")
 
     vae = load_vae(data.meta["vae"])
     four = np.linspace(0, len(data) - 1, min(len(data), 4)).astype(int).tolist()
+    pictures = [decoded(vae, data.moments(i)[0]) for i in four]
+    texts = [": ".join(data.sample(i)) for i in four]
+    lines = 2 + max(len(text) for text in texts) // 36
+    sheet = contact_sheet(pictures, texts, columns=4, lines=lines)
+    save_png(sheet, data.folder / "check.png")
+
     # Photos have no settings, and data sets made before do not say where they are.
     examples = data.meta.get("examples") or {f"image {i}": i for i in four}
-    for name, sheet in (("check.png", draw_images(data, vae, four)),
-                        ("fig7.png", draw_noise(data, vae, examples))):
-        save_png(sheet, data.folder / name)
-    print(f"{folder}: {len(data)} pictures of {data.meta['size']} pixels in whole shards, all "
-          f"numbers finite; see check.png and fig7.png in it")
+    save_png(draw_noise(data, vae, examples), data.folder / "fig7.png")
+    print(f"{folder}: {len(data)} pictures, whole and finite; see check.png and fig7.png in it")
 
 
 def decoded(vae, latents):
@@ -760,19 +743,10 @@ def decoded(vae, latents):
     return picture.resize((256, 256), Image.Resampling.BOX)
 
 
-def draw_images(data, vae, chosen):
-    """Return a sheet of images, decoded, with their captions."""
-    pictures = [decoded(vae, data.moments(i)[0]) for i in chosen]
-    texts = [": ".join(data.sample(i)) for i in chosen]
-    lines = 2 + max(len(text) for text in texts) // 36
-    return contact_sheet(pictures, texts, columns=4, lines=lines)
-
-
 def draw_noise(data, vae, examples):
     """Return the paper's Fig. 7: images {title: number} at t = 0, 0.1 ... 1, one a row.
 
-    The noise is added to latents, as in training, and then decoded: on pixels, seams would
-    stay visible for much longer.
+    Noise is added to latents, as in training: in noise on pixels, seams would stay visible.
     """
     scaling_factor = data.meta["scaling_factor"]
     rng = torch.Generator().manual_seed(0)
@@ -796,22 +770,19 @@ def draw_noise(data, vae, examples):
 def main(argv=None):
     parser = Options(__doc__)
     add = parser.add_argument
-    add("--images", metavar="FOLDER", help="images: <class>/<file>, or all in one flat folder")
-    add("--captions", nargs="+", metavar="FILE", help="JSONL, CSV or TSV; a later file wins")
+    add("--images", metavar="FOLDER", help="<class>/<file>, or all in one flat folder")
+    add("--captions", nargs="+", metavar="FILE", help="JSONL, CSV, TSV; a later file wins")
     add("--out", metavar="FOLDER", type=Path, help="where the shards go")
-    add("--vae", default="stabilityai/sd-vae-ft-ema", help="hub repository or diffusers folder")
-    add("--text-encoder", default="google/flan-t5-xl", help="hub repository or folder of a T5")
-    add("--size", type=number(int, 8, 4096), default=256, help="side of the images, in pixels")
-    add("--max-tokens", type=number(int, 1, 4096), default=256,
-        help="longer captions lose their end")
+    add("--vae", default="stabilityai/sd-vae-ft-ema", help="folder or hub id, diffusers' format")
+    add("--text-encoder", default="google/flan-t5-xl", help="folder or hub id of a T5")
+    add("--size", type=number(int, 8, 4096), default=256, help="side of images, in pixels")
+    add("--max-tokens", type=number(int, 1, 4096), default=256, help="longer captions are cut")
     add("--text-dtype", default="bfloat16", choices=list(TEXT_DTYPES), help="on the disk")
-    add("--shard-images", type=number(int, 1), default=1600,
-        help="images a shard; 1600 are about 1 GiB")
-    add("--batch-size", type=number(int, 1), default=64,
-        help="images, or captions, encoded at once")
+    add("--shard-images", type=number(int, 1), default=1600, help="1600 are about 1 GiB")
+    add("--batch-size", type=number(int, 1), default=64, help="images or captions at once")
     add("--workers", type=number(int, 0, 1024), default=default_workers(),
         help="threads that decode images; 0: none")
-    add("--check", metavar="FOLDER", help="check this data set instead; draw check.png, fig7.png")
+    add("--check", metavar="FOLDER", help="only check this data set, draw check.png, fig7.png")
     args = parser.parse_args(argv)
     if args.check:
         return check(args.check)
@@ -827,8 +798,8 @@ def main(argv=None):
         without_words |= {row["file"]: row["reason"] for row in left_out}
     pairs, skipped = pair_up(list_images(args.images), captions)
     if not pairs:
-        raise UserError(f"no image of {args.images} has a caption: images are named like "
-                        f"{skipped[0]['file']}, in the captions like {next(iter(captions))} "
+        raise UserError(f"no image of {args.images} has a caption: they are called like "
+                        f"{skipped[0]['file']}, and in the captions {skipped[-1]['file']} "
                         f"({skipped[-1]['reason']})")
     for row in skipped:
         row["reason"] = without_words.get(row["file"], row["reason"])
