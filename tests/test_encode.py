@@ -14,7 +14,7 @@ import torch
 from conftest import FIXTURES, ROOT, photo, refused, relative
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import encode
 from common import UserError, load_image, one_line
@@ -33,8 +33,8 @@ def sentence(seed):
 
 
 def contents(folder):
-    """Return {name: bytes} of a folder's files."""
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    """Return {name: bytes} of a folder's files. Hidden ones are what a kill may leave."""
+    return {file.name: file.read_bytes() for file in folder.glob("[!.]*")}
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +102,6 @@ def encoded_once(tmp_path_factory, t5_folder):
 
 @pytest.fixture
 def encoded(encoded_once, tmp_path):
-    """Return a copy of an encoded data set, to be damaged."""
     return shutil.copytree(encoded_once, tmp_path / "encoded")
 
 
@@ -157,23 +156,17 @@ def test_a_config_of_another_autoencoder_is_refused(tmp_path, key, value):
         assert f"{key} = " in str(error.value)
 
 
+NO_NUMBERS = {**load_file(VAE / WEIGHTS), "decoder.conv_out.bias": torch.full((3,), math.nan)}
+
+
 @pytest.mark.parametrize("content, message", [
-    (None, f"no {WEIGHTS} in it"), (b"half", "not an AutoencoderKL"),
+    (None, f"no {WEIGHTS} in it"), (b"half", "not an AutoencoderKL"), (save(NO_NUMBERS), "finite"),
     (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer")])
 def test_damaged_weights_of_an_autoencoder_are_refused(tmp_path, content, message):
     shutil.copyfile(VAE / "config.json", tmp_path / "config.json")
     if content:
         (tmp_path / WEIGHTS).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        encode.load_vae(tmp_path)
-
-
-def test_weights_that_are_no_numbers_are_refused(tmp_path):
-    shutil.copyfile(VAE / "config.json", tmp_path / "config.json")
-    weights = load_file(VAE / WEIGHTS)
-    weights["decoder.conv_out.bias"][0] = float("nan")
-    save_file(weights, tmp_path / WEIGHTS)
-    with pytest.raises(UserError, match="not finite"):
         encode.load_vae(tmp_path)
 
 
@@ -232,16 +225,12 @@ def test_what_is_read_is_what_the_encoders_give(data, t5_folder, text_dtype, siz
 
     for i, row in enumerate(data.rows):
         assert ds.sample(i) == (row["file"], row["caption"])
-        picture = load_image(data.paths[i], size)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(np.array(load_image(data.paths[i], size))).permute(2, 0, 1)[None]
         for ours, moment in zip(ds.moments(i), vae.encode(pixels / 127.5 - 1)):
-            assert ours.dtype == torch.float32
-            assert relative(ours, moment[0]) < 0.001
+            assert ours.dtype == torch.float32 and relative(ours, moment[0]) < 0.001
         text = encode.encode_text(tokenizer, t5, [row["caption"]], 20)[0][0]
-        assert ds.text(i).shape == text.shape
-        assert ds.text(i).dtype == torch.bfloat16
+        assert ds.text(i).shape == text.shape and ds.text(i).dtype == torch.bfloat16
         assert relative(ds.text(i), text) < bound
-
     known = {"count": COUNT, "shards": 5, "text_dim": 32, "latent_shape": [4, size // 8, size // 8],
              "scaling_factor": 0.18215, "text_dtype": text_dtype, "size": size, "vae": str(VAE),
              "text_encoder": str(t5_folder), "captions": "long", "cutmix": None}
@@ -303,14 +292,8 @@ def test_captions_with_tokens_that_t5_does_not_know_are_counted(data, capsys):
     assert data.rows[9]["file"] in said and "一只 红色的 cat" in said
 
 
-def test_text_is_a_view_into_the_file_and_not_a_copy(encoded_once):
-    ds = encode.Encoded(encoded_once)
-    whole = ds.shards[4]["text"].untyped_storage()
-    assert ds.text(COUNT - 1).untyped_storage().data_ptr() == whole.data_ptr()
-
-
 # --------------------------------------------------------------------------------------
-# What must not be mixed
+# What goes wrong
 
 def test_missing_cut_foreign_and_swapped_shards_are_refused(encoded, data, tmp_path):
     other = [{**row, "caption": row["caption"].replace("star", "cat")} for row in data.rows]
@@ -353,27 +336,21 @@ def test_two_data_sets_of_other_encoders_are_refused(encoded_once, key, value):
         encode.refuse_other_encoders(original, augmented)
 
 
-def test_changed_settings_are_refused_and_nothing_is_touched(data, t5_folder):
+def test_changed_settings_are_refused_and_nothing_is_touched(data):
     before = contents(data.encode())
     data.write([{**row, "caption": row["caption"] + " ."} for row in data.rows], "other.jsonl")
     other_vae = shutil.copytree(VAE, data.folder / "vae")
     weights = load_file(VAE / WEIGHTS)
     weights["decoder.conv_out.bias"] += 0.1
     save_file(weights, other_vae / WEIGHTS)
-    other_t5 = shutil.copytree(t5_folder, data.folder / "t5")
-    words = (other_t5 / "tokenizer.json").read_text().replace('"star"', '"moon"')
-    (other_t5 / "tokenizer.json").write_text(words)
     changes = [({"size": 40}, r"size 32, now 40\)"), ({"text_dtype": "float8"}, "text dtype"),
                ({"shard_images": 6}, "images per shard"), ({"vae": other_vae}, "autoencoder"),
-               ({"captions": "other.jsonl"}, "list of images"), ({"text_encoder": other_t5}, "T5 ")]
+               ({"captions": "other.jsonl"}, "list of images")]
     for change, message in changes:
         with pytest.raises(UserError, match=message):
             data.encode(**change)
     assert contents(data.folder / "out") == before
 
-
-# --------------------------------------------------------------------------------------
-# Kills and ranks
 
 def test_a_killed_run_goes_on_with_other_ranks_and_ends_in_the_same_bytes(
         data, t5_folder, monkeypatch, capsys):
@@ -407,9 +384,6 @@ def test_a_killed_run_goes_on_with_other_ranks_and_ends_in_the_same_bytes(
     assert now == whole
     assert done == {file: file.stat().st_mtime_ns for file in done}
 
-
-# --------------------------------------------------------------------------------------
-# Images and captions that do not fit together
 
 def test_what_cannot_be_used_is_named_and_the_rest_is_encoded(data, capsys):
     rows = data.rows
@@ -453,18 +427,12 @@ def test_captions_without_folders_go_to_the_only_image_of_that_name():
     captions = {"2.jpg": "two", "1.jpg": "which?", "b/3.jpg": "three", "9.jpg": "none"}
     pairs, skipped = encode.pair_up(files, captions)
     assert pairs == [("a/2.jpg", "two"), ("b/3.jpg", "three")]
-    assert {row["file"]: row["reason"] for row in skipped} == {
-        "a/1.jpg": "no caption",
-        "b/1.jpg": "no caption",
-        "b/4.jpg": "no caption",
-        "1.jpg": "caption, but images of this name in several folders",
-        "9.jpg": "caption, but no such image",
-    }
+    assert [(row["file"], row["reason"]) for row in skipped] == [
+        ("a/1.jpg", "no caption"), ("b/1.jpg", "no caption"), ("b/4.jpg", "no caption"),
+        ("1.jpg", "caption, but images of this name in several folders"),
+        ("9.jpg", "caption, but no such image")]
     assert encode.pair_up(["1.jpg", "a/1.jpg"], {"1.jpg": "flat"})[0] == [("1.jpg", "flat")]
 
-
-# --------------------------------------------------------------------------------------
-# --check
 
 def test_check_draws_four_images_and_fig_7(encoded):
     meta = json.loads((encoded / "meta.json").read_text())
