@@ -4,8 +4,9 @@ A row is (stage, its options, words of the line). {bad} is a folder of files tha
 """
 
 import pytest
-from conftest import photo, refused
+from conftest import FIXTURES, photo, refused
 
+SAMPLE = ["--checkpoint", FIXTURES / "cad_tiny", "--out", "{tmp}/out"]
 MISTAKES = [
     # ---- cutmix.py
     ("cutmix.py", ["--images", "{tmp}/nowhere", "--out", "{tmp}/out"], "no such folder"),
@@ -69,10 +70,79 @@ MISTAKES = [
     ("encode.py", ["--check", "{bad}/photos"], "not an encoded data set"),
 
     # ---- sample.py
+    ("sample.py", [*SAMPLE], "no prompts: give --prompt or --prompts"),
+    ("sample.py", ["--checkpoint", "{tmp}", "--prompt", "a"], "--out"),
+    ("sample.py", ["--checkpoint", "{tmp}/no", "--prompt", "a", "--out", "{tmp}/out"], "no such folder"),
+    ("sample.py", ["--checkpoint", "{bad}/empty", "--prompt", "a", "--out", "{tmp}/out"], "no config.json"),
+    ("sample.py", [*SAMPLE, "--prompts", "{tmp}/none.txt"], "none.txt"),
+    ("sample.py", [*SAMPLE, "--prompts", "{bad}/nothing"], "no prompts in it"),
+    ("sample.py", [*SAMPLE, "--prompts", "{bad}/binary"], "binary: not text"),
+    ("sample.py", [*SAMPLE, "--prompts", "{bad}/latin.jsonl"], "latin.jsonl line 1"),
+    ("sample.py", [*SAMPLE, "--prompts", "{bad}/deep.json"], "deep.json: not COCO's captions"),
+    ("sample.py", [*SAMPLE, "--prompt", "half a character \ud83d"], "--prompt: invalid utf8"),
+    ("sample.py", [*SAMPLE, "--prompt", "a", "--negative-prompt", "\ud83d"], "--negative-prompt: invalid"),
+    ("sample.py", [*SAMPLE, "--prompt", "a", "--negative-prompt", "x", "--random-negative-prompt"],
+     "give only one"),
+    ("sample.py", [*SAMPLE, "--prompt", "a", "--format", "dpg"], "--images-per-prompt 4"),
+    ("sample.py", [*SAMPLE, "--prompt", "a", "--limit", 1], "--limit"),
+    ("sample.py", [*SAMPLE, "--prompt", "a", "--vae", "{tmp}/no"], "no such folder"),
+    ("sample.py", [*SAMPLE, "--prompt", "a", "--spacing", "quadratic"], "quadratic"),
+    *[("sample.py", [*SAMPLE, "--prompt", "a", option, value], f"{option}: {value}: must be")
+      for option, value in [("--steps", 0), ("--steps", 10 ** 15), ("--images-per-prompt", 10 ** 15),
+                            ("--guidance", "nan"), ("--guidance", "inf"), ("--clamp", -1),
+                            ("--seed", 2 ** 70), ("--max-tokens", 0), ("--batch-size", 0)]],
 
     # ---- train.py
+    ("train.py", ["--out", "{tmp}/out"], "--data"),
+    ("train.py", ["--data", "{tmp}/none", "--out", "{tmp}/out"], "not an encoded data set"),
+    ("train.py", ["--data", "{bad}/empty", "--out", "{tmp}/out"], "not an encoded data set"),
+    ("train.py", ["--data", "{bad}/empty", "--out", "{bad}/empty"], "is an input"),
+    ("train.py", ["--data", "x", "--val", "{bad}", "--out", "{bad}/empty/out"], "is an input"),
+    ("train.py", ["--data", "x", "--init", "{tmp}/dit", "--out", "{tmp}/dit"], "is an input"),
+    ("train.py", ["--data", "x", "--out", "y", "--init", "z", "--preset", "L"], "the checkpoint's"),
+    ("train.py", ["--data", "x", "--out", "y", "--preset", "XL"], "dit has S/2"),
+    ("train.py", ["--data", "x", "--out", "y", "--model", "unet"], "--model: invalid choice"),
+    ("train.py", ["--data", "x", "--out", "y", "--resume", "z"], "--resume"),
+    ("train.py", ["--data", "x", "--out", "y", "--p", 1.5], "--p: 1.5: must"),
+    ("train.py", ["--data", "x", "--out", "y", "--tau", -1], "--tau: -1: must"),
+    ("train.py", ["--data", "x", "--out", "y", "--drop", "nan"], "--drop: nan: must"),
+    ("train.py", ["--data", "x", "--out", "y", "--lr", "inf"], "--lr: inf: must"),
+    ("train.py", ["--data", "x", "--out", "y", "--betas", 0.9, 1], "--betas: 1: must"),
+    ("train.py", ["--data", "x", "--out", "y", "--clip", 0], "--clip: 0: must"),
+    ("train.py", ["--data", "x", "--out", "y", "--steps", 0], "--steps: 0: must"),
+    ("train.py", ["--data", "x", "--out", "y", "--steps", 2.5], "--steps: invalid whole number"),
+    ("train.py", ["--data", "x", "--out", "y", "--seed", 2 ** 70], "--seed"),
+    ("train.py", ["--data", "x", "--out", "y", "--val-images", 9], "--val-images: 9: must"),
+    ("train.py", ["--data", "x", "--out", "y", "--sample-every", -1], "--sample-every: -1: must"),
 
     # ---- evaluate.py
+    ("evaluate.py", [], "required"),
+    ("evaluate.py", ["quality", "--real", "{bad}/photos"], "--real alone"),
+    ("evaluate.py", ["quality", "--real", "{bad}/photos", "--fake", "{bad}/empty"], "no images in it"),
+    ("evaluate.py", ["quality", "--real", "{bad}/photos", "--fake", "{bad}/binary"], "not a folder"),
+    ("evaluate.py", ["quality", "--real", "{bad}/binary", "--fake", "{bad}/photos"], "npz is neither"),
+    ("evaluate.py", ["quality", "--real", "{bad}/photos", "--save-stats", "{tmp}/val.npz"], "npz is neither"),
+    ("evaluate.py", ["quality", "--real", "{tmp}/a.safetensors", "--fake", "{bad}/photos"], "no such folder"),
+    ("evaluate.py", ["quality", "--real", "{bad}/photos", "--fake", "{bad}/photos", "--inception",
+                     "{bad}/binary", "--dino", "{tmp}/no"], "no: no such folder"),
+    ("evaluate.py", ["quality", "--real", "a", "--fake", "b", "--chunk", 3], "larger than --k 3"),
+    ("evaluate.py", ["quality", "--real", "a", "--size", 2 ** 40], "--size: 1099511627776: must be"),
+    ("evaluate.py", ["quality", "--real", "a", "--seed", 2 ** 64], "--seed: 18446744073709551616: must"),
+    ("evaluate.py", ["quality", "--real", "a", "--k", 0], "--k: 0: must be at least 1"),
+    ("evaluate.py", ["quality", "--real", "a", "--no-crop"], "--no-crop"),
+    ("evaluate.py", ["clip", "--samples", "{bad}/nothing"], "no samples in it"),
+    ("evaluate.py", ["clip", "--samples", "{bad}/latin.jsonl"], "line 1: not JSON"),
+    ("evaluate.py", ["clip", "--samples", "{bad}/half.jsonl"], "half.jsonl line 1: not a sample"),
+    ("evaluate.py", ["clip", "--samples", "{bad}/a.jsonl"], "line 1: not a sample (no 'prompt')"),
+    ("evaluate.py", ["geneval", "--images", "{bad}/photos"], "no 00000/metadata.jsonl"),
+    ("evaluate.py", ["geneval", "--images", "a", "--detections", "b", "c"], "a second one for --extended"),
+    ("evaluate.py", ["geneval", "--images", "{bad}/photos", "--detections", "{tmp}/no"], "No such file"),
+    ("evaluate.py", ["dpg", "--images", "{bad}/photos", "--questions", "{bad}/nothing"], "no questions in it"),
+    ("evaluate.py", ["dpg", "--images", "{bad}/photos", "--questions", "{bad}/binary"], "dpg_bench.csv"),
+    ("evaluate.py", ["dpg", "--images", "{bad}/photos", "--questions", "{bad}/photos"], "Is a directory"),
+    ("evaluate.py", ["compare", "{tmp}/absent"], "no results.json with scores in it"),
+    ("evaluate.py", ["compare", "{bad}/deep.json"], "not a results.json of evaluate.py"),
+    ("evaluate.py", ["curve", "{tmp}/absent", "--out", "{tmp}/fig.jsonl"], "must be a file that ends in .svg"),
 
     # ---- toy
 ]
@@ -97,6 +167,7 @@ def bad(tmp_path_factory):
     (bad / "nothing").write_bytes(b"")
     (bad / "latin.jsonl").write_bytes(b'{"file": "a", "caption": "caf\xe9"}\n')
     (bad / "a.jsonl").write_text('{"file": "n1/1.png", "caption": "a red dog"}\n')
+    (bad / "half.jsonl").write_text('{"file": "n1/1.png", "prompt": "a dog \\ud83d"}\n')
     (bad / "deep.json").write_text("[" * 100_000)
     return bad
 
