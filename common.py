@@ -491,7 +491,8 @@ def list_images(folder):
     UserError.
     """
     if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder")
+        is_file = os.path.exists(folder)
+        raise UserError(f"{folder}: {'a file, not a folder of images' if is_file else 'no such folder'}")
     files = []
 
     def walk(here, prefix, above):

@@ -1,198 +1,67 @@
-"""Stage 6, evaluation (paper 4.1): the numbers of its tables, as each reference gives them.
+"""Stage 6, evaluation (paper 4.1): the numbers of its tables, as their references give them.
 
     python evaluate.py quality --real imagenet/val --fake out/samples
 
-`quality` and `clip` make Table 1, `geneval` Table 2, `dpg` Table 3. Each prints its table in
-Markdown and adds a section to results.json beside the images. `compare` sets several
-results.json side by side, with --paper as Tables 1 to 5; `curve` draws Fig. 5, a score
-against training steps. `evaluate.py COMMAND --help` says what a command needs.
+`quality` and `clip` make Table 1, `geneval` Table 2, `dpg` Table 3. Each prints its table and
+adds a section to results.json beside the images. `compare` sets checkpoints beside each other
+and beside the paper's own numbers; `curve` draws Fig. 5, a score against training steps.
+
+What networks say of images is kept below SAMPLES/measured, so a killed command goes on there
+and the ranks of torchrun share the work. `evaluate.py COMMAND --help` says what each one needs.
 """
 
-import argparse
 import csv
 import functools
-import hashlib
 import itertools
 import json
 import math
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+# First: it keeps Ctrl-C quiet while torch is imported.
+from common import (Options, UserError, ahead, command_line, complete, default_workers,
+                    fingerprint, has_content, in_batches, jsonl, line_chart, list_images,
+                    local_device, make_together, number, open_image, pretrained, progress,
+                    rank_and_world, read_json, read_jsonl, reading, reason_without,
+                    resize_and_crop, sha256, weights_hash, write_json, write_jsonl)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save, save_file
 
-from common import (HelpFormatter, UserError, append_jsonl, at_least, between, command_line, complete,
-                    is_last_rank, list_images, load_ahead, local_device, open_image, pretrained,
-                    rank_and_world, read_json, read_jsonl, report_skipped, resize_and_crop,
-                    sha256, weights_hash, write_jsonl)
-from metrics.charts import line_chart
 from metrics.distances import frechet_distance, mean_prdc, prdc  # noqa: F401
-from metrics.geneval import geneval_verdict, relations  # noqa: F401
-from metrics.inception import INCEPTION, Inception, resize_tf1
-from metrics.tables import (PUBLISHED, TASKS, Row, disagreement, joined,
-                            print_tables, read_csv, read_row, results_files, scores_of, write_csv)
-
-DEVICE = local_device()
-CLIP = "openai/clip-vit-large-patch14"
-DETECTOR = "facebook/mask2former-swin-small-coco-instance"
-
-# Mean and standard deviation of the pixels that networks were trained with.
-IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # DINOv2, Mask2Former
-CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-
+from metrics.geneval import (CLASSES, IMAGENET_PIXELS, clip_images, clip_texts, color_of_object,
+                             confident, detect, geneval_verdict, normalised, pixels_of)
+from metrics.inception import INCEPTION, Inception
 
 # Images are read in full. `encode.py` lets the JPEG decoder shrink large photos, which is
 # faster and moves their pixels a little; a figure beside the paper's has to be exact.
 open_full = functools.partial(open_image, size=1 << 16)
 
+CLIP = "openai/clip-vit-large-patch14"
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 
-# --------------------------------------------------------------------------------------
-# Models from outside, and what they say of images
-
-def pixels_of(image):
-    """Return an RGB PIL image as (3, H, W) uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def normalised(pixels, mean, std):
-    """Return pixels (..., 3, H, W), 0..255, as float32 less `mean` and divided by `std`.
-
-    Both are those of the network's training data, for pixels of 0..1.
-    """
-    mean = torch.tensor(mean, device=pixels.device)[:, None, None]
-    std = torch.tensor(std, device=pixels.device)[:, None, None]
-    return (pixels.float() / 255 - mean) / std
-
-
-def stamp(folder, file):
-    """Return a file's size and time as text, "" where there is none."""
-    try:
-        status = os.stat(Path(folder, file))
-    except OSError:
-        return ""
-    return f"{status.st_size}:{status.st_mtime_ns}"
-
-
-def cached_answers(folder, files, log, weights, ask_models, given=None, extra=None):
-    """Yield (file, image, row), where row holds what models say of the image.
-
-    A row comes from the JSONL file `given` by the user. Without one it is {"file": file,
-    **ask_models(file, image)} and is kept in folder/log, so that a killed run goes on
-    there. It is made again where the image has changed, `weights`, {name: hash} of the
-    models, or `extra`, {file: dict of what else the answers depend on}.
-    """
-    path = Path(given or Path(folder, log))
-    extra = extra or {}
-    made_of = {}
-    for file in files:
-        made_of[file] = {"models": list(weights.values()), "stamp": stamp(folder, file),
-                         **extra.get(file, {})}
-
-    # What is known already.
-    rows = {}
-    for row in read_jsonl(path) if given or path.exists() else []:
-        file = row.get("file")
-        if not isinstance(file, str):
-            raise UserError(f'{path}: "file" is {file!r}, which is not the name of an image')
-        if file in made_of and (given or made_of[file].items() <= row.items()):
-            rows[file] = row
-    missing = [file for file in files if file not in rows]
-    if given and missing:
-        raise UserError(f"{given}: no line for {missing[0]} and {len(missing) - 1} more images")
-    # Without a line that a kill has torn.
-    if not given:
-        write_jsonl(path, rows.values())
-
-    skipped = {}
-    for batch in load_ahead(folder, [[file] for file in files], open_full, skipped):
-        # Of one image, or none if it cannot be read.
-        for file, image in batch:
-            if file not in rows:
-                rows[file] = {"file": file, **ask_models(file, image)}
-                append_jsonl(path, [{**rows[file], **made_of[file]}])
-            yield file, image, rows[file]
-    report_skipped(folder, skipped, len(files))
+# A network is loaded once.
+load_once = functools.cache(pretrained)
 
 
 # --------------------------------------------------------------------------------------
-# `quality`, Table 1: features of two folders, which are kept beside the images
+# `quality`, Table 1: do the images look like the real ones?
 
 NETWORKS = ("inception", "dino")
-PART = 256              # images whose features are saved together; a kill loses no more
-BATCH = 64              # images that go through the networks at once
 
 
-def read_samples(path):
-    """Return the lines of a samples.jsonl as dicts, each with a "file". Raises UserError."""
-    rows = read_jsonl(path)
-    if not rows:
-        raise UserError(f"{path}: no samples in it")
-    for row in rows:
-        file = row.get("file")
-        if not isinstance(file, str):
-            raise UserError(f'{path}: every line needs a "file"')
-        if not isinstance(row.get("name"), str | None):
-            raise UserError(f'{path}: the "name" of {file} is not text')
-        # Half a character, or the one that no file name may contain.
-        try:
-            valid = b"\0" not in os.fsencode(file)
-        except UnicodeEncodeError:
-            valid = False
-        if not valid:
-            raise UserError(f'{path}: "file" is {file!r}, which no file can be called')
-    return rows
-
-
-def are_cocos(rows):
-    """Tell whether samples are those of COCO's prompts: each bears the name of an image."""
-    return all(row.get("name") for row in rows)
-
-
-def sample_names(folder):
-    """Return {file: name or None} of the images of a folder that count, in order of files.
-
-    samples.jsonl is the list where sample.py wrote one; samples of COCO's prompts bear
-    the names of COCO's images. Else it is every image but sample.py's sheet.png.
-    """
-    path = Path(folder, "samples.jsonl")
-    if path.exists():
-        rows = read_samples(path)
-    else:
-        rows = [{"file": file} for file in list_images(folder) if file != "sheet.png"]
-    if not rows:
-        raise UserError(f"{folder}: no samples in it")
-    named = are_cocos(rows)
-    names = {row["file"]: row["name"] if named else None for row in rows}
-    return dict(sorted(names.items()))
-
-
-def asked_for(source, files, names):
-    """Return those real `files` that the samples are named after; all, without names.
-
-    Raises UserError if there are none, or two of one name.
-    """
-    wanted = {name for name in names if name}
-    if not wanted:
-        return files
-    chosen = {}
-    for file in files:
-        name = Path(file).stem
-        if name in wanted and name in chosen:
-            raise UserError(f"{source}: {chosen[name]} and {file} have the same name: which of them "
-                            "was asked for?")
-        if name in wanted:
-            chosen[name] = file
-    if not chosen:
-        raise UserError(f"{source}: none of its images was asked for: the samples are named "
-                        f"after {min(wanted)} and {len(wanted) - 1} more")
-    return list(chosen.values())
+@functools.cache
+def load_inception(weights):
+    """Return FID's network on this process's device."""
+    return Inception(weights).to(local_device())
 
 
 @functools.cache
@@ -202,7 +71,7 @@ def load_dinov2(name):
     Its 37 x 37 trained positions become 16 x 16, bicubic and without antialias, with the
     scale (16 + 0.1) / 37 of the original code; transformers takes 16 / 37.
     """
-    model, _ = pretrained(name, "Dinov2Model")
+    model, _ = load_once(name, "Dinov2Model")
     positions = model.embeddings.position_embeddings.data              # (1, 1 + 37 * 37, D)
     side = math.isqrt(positions.shape[1] - 1)
     patches = 224 // model.config.patch_size
@@ -215,119 +84,92 @@ def load_dinov2(name):
     return model
 
 
-@functools.cache
-def load_inception(weights):
-    """Return FID's network on this process's device."""
-    return Inception(weights).to(DEVICE)
-
-
 def load_pixels(path, size):
-    """Return an image file as uint8 pixels for Inception and for DINOv2, (3, 224, 224).
+    """Return an image file as uint8 pixels: (3, size, size), and for DINOv2 (3, 224, 224).
 
-    Its shorter side becomes `size`, and the centre is cropped. With None it stays as it
-    is, and is resized for Inception already here, because the next one has another size.
+    Its shorter side becomes `size`, and the centre is cropped.
     """
-    image = open_full(path)
-    if size is not None:
-        image = resize_and_crop(image, size)
-    pixels = pixels_of(image)                                          # (3, size, size)
-    if size is None:
-        pixels = resize_tf1(pixels[None].float())[0]                   # (3, 299, 299)
-    return pixels, pixels_of(image.resize((224, 224), Image.Resampling.BICUBIC))
+    image = resize_and_crop(open_full(path), size)
+    return pixels_of(image), pixels_of(image.resize((224, 224), Image.Resampling.BICUBIC))
 
 
-class FeatureFolder:
-    """The features of images, in parts of 256 images below the folder's .features/.
+@torch.no_grad()
+def features_of(images, args):
+    """Return {network: (N, D) on the CPU} of images that `load_pixels` has prepared."""
+    device = local_device()
+    found = {network: [] for network in NETWORKS}
+    for batch in in_batches(images, 64):
+        pixels, small = zip(*batch)
+        x = torch.stack(pixels).to(device)                             # (B, 3, size, size)
+        y = normalised(torch.stack(small).to(device), *IMAGENET_PIXELS)
+        tokens = load_dinov2(args.dino)(y).last_hidden_state           # (B, 1 + 16 * 16, D)
+        found["inception"].append(load_inception(args.inception)(x).cpu())
+        found["dino"].append(tokens[:, 0].cpu())                       # the class token
+    return {network: torch.cat(tables) for network, tables in found.items() if tables}
 
-    A part is named after its files, their stamps and the weights, so another run or rank
-    that needs the same one finds it. An image that cannot be read is not tried again
-    before it changes.
+
+def read_features(folder, paths, made_with):
+    """Return ({network: (N, D) float32}, files, skipped rows) of units or of --save-stats.
+
+    Raises UserError if it was made with other weights or at another size.
     """
-
-    def __init__(self, folder, files, made_with):
-        self.folder = folder
-        self.count = len(files)
-        place = Path(folder, ".features")
-        # Features of a read-only data set are kept among the temporary files.
-        if not os.access(folder, os.W_OK):
-            place = Path(tempfile.gettempdir(), "evaluate-features")
-        self.parts = {}
-        for start in range(0, len(files), PART):
-            part = files[start:start + PART]
-            about = [os.path.abspath(folder), made_with, [(f, stamp(folder, f)) for f in part]]
-            key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
-            self.parts[place / f"{key}.safetensors"] = part
-
-    def missing(self):
-        """Return the paths of the parts that nobody has computed yet.
-
-        A part that a full disk or a failing machine has cut is removed: it is missing.
-        """
-        missing = []
-        for path in self.parts:
-            try:
-                # Checks that the file is as long as its header says.
-                with safe_open(path, "pt"):
-                    continue
-            except FileNotFoundError:
-                pass
-            except SafetensorError:
-                path.unlink(missing_ok=True)
-            missing.append(path)
-        return missing
-
-    @torch.no_grad()
-    def compute(self, args, rank, world):
-        """Compute this rank's share of the parts that are missing."""
-        missing = set(self.missing())
-        todo = [path for path in list(self.parts)[rank::world] if path in missing]
-        load = functools.partial(load_pixels, size=None if args.no_crop else args.size)
-        skipped = {}
-        batches = load_ahead(self.folder, [self.parts[path] for path in todo], load, skipped)
-        for path, images in zip(todo, batches):
-            found = {network: [] for network in NETWORKS}
-            for start in range(0, len(images), BATCH):
-                pixels, small = zip(*[pair for _, pair in images[start:start + BATCH]])
-                x = torch.stack(pixels).to(DEVICE)                     # (B, 3, size, size)
-                y = normalised(torch.stack(small).to(DEVICE), *IMAGENET_PIXELS)
-                found["inception"].append(load_inception(args.inception)(x).cpu())
-                tokens = load_dinov2(args.dino)(y).last_hidden_state   # (B, 1 + 16 * 16, D)
-                found["dino"].append(tokens[:, 0].cpu())               # the class token
-            tables = {network: torch.cat(rows) for network, rows in found.items() if rows}
-            unread = {file: skipped[file] for file in self.parts[path] if file in skipped}
-            about = {"files": json.dumps([file for file, _ in images]),
-                     "skipped": json.dumps(unread)}
-            with complete(path) as temporary:
-                save_file(tables, temporary, about)
-
-    def read(self):
-        """Return ({network: (N, D) float32}, files) of all images that could be read."""
-        files = []
-        skipped = {}
-        tables = {network: [] for network in NETWORKS}
-        for path in self.parts:
-            with safe_open(path, "pt") as stored:
-                about = stored.metadata()
-                files += json.loads(about["files"])
-                skipped.update(json.loads(about["skipped"]))
-                for network in stored.keys():
-                    tables[network].append(stored.get_tensor(network))
-        report_skipped(self.folder, skipped, self.count)
-        return {network: torch.cat(parts) for network, parts in tables.items()}, files
+    parts = {network: [] for network in NETWORKS}
+    about = {"files": [], "skipped": [], "made_with": []}
+    for path in paths:
+        with reading(path, "features of this command"), safe_open(path, "pt") as stored:
+            for key, text in stored.metadata().items():
+                about[key] += json.loads(text)
+            for network in stored.keys():
+                parts[network].append(stored.get_tensor(network))
+    if about["made_with"] not in ([], made_with):
+        raise UserError(f"{folder}: made with other weights or another --size")
+    refuse_unreadable(folder, about["files"], about["skipped"])
+    tables = {network: torch.cat(tables) for network, tables in parts.items()}
+    return tables, about["files"], about["skipped"]
 
 
-def read_statistics(path, made_with):
-    """Return (tables, files) of what --save-stats wrote. Raises UserError."""
-    try:
-        with safe_open(path, "pt") as stored:
-            about = {key: json.loads(text) for key, text in stored.metadata().items()}
-            tables = {network: stored.get_tensor(network) for network in NETWORKS}
-        made_before, files = about["made_with"], about["files"]
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError, AttributeError):
-        raise UserError(f"{path}: not a file that --save-stats wrote") from None
-    if made_before != made_with:
-        raise UserError(f"{path}: made with other weights, --size or --no-crop than this run's")
-    return tables, files
+def read_samples(path, *keys):
+    """Return the rows of a samples.jsonl, in which `keys` are text. Raises UserError."""
+    rows = read_jsonl(path)
+    if not rows:
+        raise UserError(f"{path}: no samples in it")
+    for line, row in enumerate(rows, 1):
+        with reading(f"{path} line {line}", "a sample"):
+            # Fails for half a character. A file's name may hold bytes that are not UTF-8.
+            os.fsencode(row["file"])
+            for key in keys:
+                row[key].encode()
+    return rows
+
+
+def coco_names(rows):
+    """Return {file: name of COCO's image} of samples of COCO's prompts, {} for others."""
+    # Prompts that were files, such as DPG-Bench's, have names of another kind.
+    if all(row.get("name") and "prompt_file" not in row for row in rows):
+        return {row["file"]: str(row["name"]) for row in rows}
+    return {}
+
+
+def list_samples(folder):
+    """Return (files, names) of the images of a folder that count: names of COCO's, if any.
+
+    samples.jsonl is the list where sample.py wrote one. Else it is every image but sample.py's
+    sheet.png.
+    """
+    path = Path(folder, "samples.jsonl")
+    if not path.exists():
+        return [file for file in list_images(folder) if file != "sheet.png"], set()
+    rows = read_samples(path)
+    return sorted({row["file"] for row in rows}), set(coco_names(rows).values())
+
+
+def asked_for(source, files, names):
+    """Return those real `files` that bear one of `names`; all, without names."""
+    chosen = [file for file in files if not names or Path(file).stem in names]
+    if names and not 0 < len(chosen) <= len(names):
+        raise UserError(f"{source}: {len(chosen)} of its images bear the {len(names)} names that "
+                        f"the samples ask for, such as {min(names)}: one for each is needed")
+    return chosen
 
 
 def inception_file(given):
@@ -344,257 +186,134 @@ def inception_file(given):
 
 def quality(args):
     """Table 1: FID, FID-DINOv2, precision, recall, density, coverage of --fake against --real"""
-    at_least(args, k=1, size=1, chunk=0, seed=0)
-    between(args, 1, 4096, "size")
-    between(args, 0, 2 ** 62, "k", "chunk", "seed")
     if 0 < args.chunk <= args.k:
-        raise UserError(f"--chunk {args.chunk}: must be larger than --k {args.k}, or 0 for all "
-                        "images at once")
+        raise UserError(f"--chunk {args.chunk}: must be larger than --k {args.k}, or 0 for all")
     if not (args.fake or args.save_stats):
-        raise UserError("give --fake, or --save-stats: --real alone has nothing to be compared "
-                        "with")
-    rank, world = rank_and_world()
-    real_is_file = args.real.endswith(".safetensors")
+        raise UserError("--real alone has nothing to be compared with: --fake or --save-stats")
     # Wrong paths are reported before anything is downloaded.
-    names = sample_names(args.fake) if args.fake else {}
+    generated, names = list_samples(args.fake) if args.fake else ([], set())
+    real_is_file = Path(args.real).is_file()
+    for path, is_file in ((args.real, real_is_file), (args.save_stats, args.save_stats)):
+        if is_file and not path.endswith(".safetensors"):
+            raise UserError(f"{path}: must end in .safetensors, as files of --save-stats do "
+                            f"(npz is neither read nor written here)")
+    photos = []
     if not real_is_file:
-        real_files = asked_for(args.real, list(sample_names(args.real)), names.values())
-    if args.fake:
-        read_results(args.fake)
+        photos = asked_for(args.real, list_samples(args.real)[0], names)
     args.inception = inception_file(args.inception)
     weights = {args.inception: sha256(args.inception), args.dino: weights_hash(args.dino)}
     # "full": earlier versions let the decoder shrink large photos.
-    made_with = [*weights.values(), None if args.no_crop else args.size, "full"]
+    made_with = [*weights.values(), args.size, "full"]
+    for path in (args.real, args.save_stats):
+        if path and Path(path).is_file():
+            read_features(path, [path], made_with)
 
-    # Every rank computes its share; the one that ends last measures.
-    folders = []
-    if not real_is_file:
-        folders.append(FeatureFolder(args.real, real_files, made_with))
-    if args.fake:
-        folders.append(FeatureFolder(args.fake, list(names), made_with))
-    if rank > 0 and not any(folder.missing() for folder in folders):
-        return
-    for folder in folders:
-        folder.compute(args, rank, world)
-    needed = [path for folder in folders for path in folder.parts]
-    if not is_last_rank(rank, needed, "results.json"):
+    def unit(images, skipped):
+        """Return the bytes of a safetensors file: the features of 256 images."""
+        about = {"files": [file for file, _ in images], "skipped": skipped}
+        tables = features_of([pixels for _, pixels in images], args)
+        return save(tables, {key: json.dumps(value) for key, value in about.items()})
+
+    jobs = []
+    load = functools.partial(load_pixels, size=args.size)
+    for folder, files in ((args.real, photos), (args.fake, generated)):
+        if files:
+            job = plan(folder, "quality", files, 256, made_with, unit, load, ".safetensors")
+            jobs.append(job)
+    paths = share(jobs)
+    if paths is None:
         return
 
-    real, files = read_statistics(args.real, made_with) if real_is_file else folders[0].read()
+    of_real = [args.real] if real_is_file else paths[0]
+    real, files, unread = read_features(args.real, of_real, made_with)
     if args.save_stats:
         about = {"made_with": json.dumps(made_with), "files": json.dumps(files)}
         with complete(args.save_stats) as path:
             save_file(real, path, about)
+        print(f"{args.save_stats}: {len(files)} images, {len(unread)} skipped")
     if not args.fake:
         return
+    # Statistics may be those of more images.
+    chosen = set(asked_for(args.real, files, names))
+    rows = torch.tensor([file in chosen for file in files])
+    fake, _, unread_fake = read_features(args.fake, paths[-1], made_with)
+    device = local_device()
+    real = {network: table[rows].to(device) for network, table in real.items()}     # (N, D)
+    fake = {network: table.to(device) for network, table in fake.items()}           # (M, D)
 
-    if real_is_file:
-        chosen = set(asked_for(args.real, files, names.values()))
-        rows = torch.tensor([file in chosen for file in files])
-        real = {network: table[rows] for network, table in real.items()}
-    fake, _ = folders[-1].read()
-    scores, note = compare_features(real, fake, args)
-
-    count_real = len(real["dino"])
-    count_fake = len(fake["dino"])
-    counts = {"real": count_real, "fake": count_fake, "skipped": len(names) - count_fake}
-    notes = [note]
-    asked = {name for name in names.values() if name}
-    if count_real < len(asked):
-        notes.append(f"{len(asked) - count_real} of the {len(asked)} real images that were asked "
-                     f"for are not in {args.real}")
-    finish(args.fake, args, scores, weights, counts, notes, "COCO" if asked else "ImageNet")
-
-
-def compare_features(real, fake, args):
-    """Return ({score: value}, note) of two sets of features {network: (N, D)}.
-
-    The note says what the scores depend on beside the images.
-    """
-    real_inception = real["inception"].to(DEVICE)                      # (N, 2048)
-    fake_inception = fake["inception"].to(DEVICE)                      # (M, 2048)
-    real_dino = real["dino"].to(DEVICE)                                # (N, D)
-    fake_dino = fake["dino"].to(DEVICE)                                # (M, D)
-
-    scores, chunks, sizes = mean_prdc(real_dino, fake_dino, args.k, args.chunk, args.seed)
-    scores["fid"] = frechet_distance(real_inception, fake_inception)
-    scores["fid_dino"] = frechet_distance(real_dino, fake_dino)
-
-    note = (f"FID: {len(fake_dino)} images against {len(real_dino)}. P, R, D, C: mean over "
-            f"{chunks} chunks of {sizes[1]} images against {sizes[0]}, k = {args.k}, seed "
-            f"{args.seed}. All depend on these numbers")
-    return scores, note
+    scores, chunks, (of_real, of_fake) = mean_prdc(real["dino"], fake["dino"], args.k, args.chunk,
+                                                   args.seed)
+    scores["fid"] = frechet_distance(real["inception"], fake["inception"])
+    scores["fid_dino"] = frechet_distance(real["dino"], fake["dino"])
+    counts = {"real": len(real["dino"]), "fake": len(fake["dino"]),
+              "skipped": len(unread) + len(unread_fake)}
+    notes = [f"FID: {counts['fake']} images against {counts['real']}. P, R, D, C: mean over "
+             f"{chunks} chunks of {of_fake} images against {of_real}, k = {args.k}, seed "
+             f"{args.seed}. All depend on these numbers"]
+    absent = len(names) - counts["real"]
+    if absent > 0:
+        notes.append(f"{absent} of the {len(names)} real images that were asked for are not in "
+                     f"{args.real}")
+    skipped = {args.real: unread, args.fake: unread_fake}
+    finish(args.fake, args, scores, weights, counts, notes, skipped, coco=bool(names))
 
 
 # --------------------------------------------------------------------------------------
 # `clip`, Table 1: does the image show what the prompt says?
 
-@torch.no_grad()
-def clip_images(clip_name, images):
-    """Return the unit vectors (B, D), on the CPU, that a CLIP gives PIL images."""
-    model, _ = pretrained(clip_name, "CLIPModel", "AutoTokenizer")
-    size = model.config.vision_config.image_size                       # 224
-    prepared = []
-    for image in images:
-        # Shorter side to 224, then centre crop, rounded as torchvision does for OpenAI's
-        # CLIP and GenEval's open_clip; transformers rounds the crop down.
-        short = min(image.size)
-        sides = [int(size * side / short) for side in image.size]
-        image = image.resize(sides, Image.Resampling.BICUBIC)
-        left, top = [round((side - size) / 2) for side in sides]
-        prepared.append(pixels_of(image.crop((left, top, left + size, top + size))))
-    pixels = normalised(torch.stack(prepared).to(DEVICE), *CLIP_PIXELS)
-    pooled = model.vision_model(pixels).pooler_output
-    return F.normalize(model.visual_projection(pooled), dim=-1).cpu()
-
-
-@torch.no_grad()
-def clip_texts(clip_name, texts):
-    """Return the unit vectors (B, D), on the CPU, of texts, cut after 77 tokens."""
-    model, tokenizer = pretrained(clip_name, "CLIPModel", "AutoTokenizer")
-    length = model.config.text_config.max_position_embeddings          # 77
-    tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt",
-                       max_length=length).to(DEVICE)
-    pooled = model.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
-    return F.normalize(model.text_projection(pooled), dim=-1).cpu()
-
-
 def clip(args):
     """Table 1: CLIPScore, and for prompts beyond CLIP's 77 tokens the Jina score, of --samples"""
     folder = Path(args.samples).parent
-    read_results(folder)
-    rows = read_samples(args.samples)
-    prompts = {}
-    for row in rows:
-        if not isinstance(row.get("prompt"), str):
-            raise UserError(f'{args.samples}: every line needs a "prompt"')
-        prompts[row["file"]] = row["prompt"]
-
+    samples = read_samples(args.samples, "prompt")
+    prompts = {row["file"]: row["prompt"] for row in samples}
     notes = []
     weights = {args.clip: weights_hash(args.clip)}
-    encoders = {"clip": (functools.partial(clip_images, args.clip),
-                         functools.partial(clip_texts, args.clip))}
+    network = load_once(args.clip, "CLIPModel", "AutoTokenizer")
+    encoders = {"clip": (functools.partial(clip_images, network),
+                         functools.partial(clip_texts, network))}
     if args.trust_remote_code:
-        jina, _ = pretrained(args.jina, "AutoModel", trust_remote_code=True)
+        jina, _ = load_once(args.jina, "AutoModel", trust_remote_code=True)
         encoders["jina"] = (jina.encode_image, jina.encode_text)
         weights[args.jina] = weights_hash(args.jina)
     else:
         notes.append(f"Jina score left out: {args.jina} brings its own code "
                      "(--trust-remote-code runs it)")
 
-    skipped = {}
-    cosines = {name: [] for name in encoders}
-    files = list(prompts)
-    parts = [files[start:start + 32] for start in range(0, len(files), 32)]
-    for batch in load_ahead(folder, parts, open_full, skipped):
-        images = [image for _, image in batch]
-        texts = [prompts[file] for file, _ in batch]
-        for name, (of_images, of_texts) in encoders.items():
-            if batch:
-                x = torch.as_tensor(of_images(images)).double().cpu()  # (B, D)
-                y = torch.as_tensor(of_texts(texts)).double().cpu()    # (B, D)
-                cosines[name].append(F.cosine_similarity(x, y))
-    report_skipped(folder, skipped, len(prompts))
+    def unit(images, skipped):
+        """Return the rows of 32 images: how like its prompt each of them is."""
+        rows = [{"file": file} for file, _ in images]
+        pictures = [image for _, image in images]
+        texts = [prompts[row["file"]] for row in rows]
+        for name, (of_images, of_texts) in encoders.items() if rows else ():
+            x = torch.as_tensor(of_images(pictures)).double().cpu()    # (B, D)
+            y = torch.as_tensor(of_texts(texts)).double().cpu()        # (B, D)
+            for row, cosine in zip(rows, F.cosine_similarity(x, y).tolist()):
+                row[name] = cosine
+        return jsonl([*rows, *skipped]).encode()
+
+    job = plan(folder, "clip", list(prompts), 32, [*weights.values(), prompts], unit)
+    paths = share([job])
+    if paths is None:
+        return
+    rows, skipped = read_rows(folder, paths[0])
 
     # The mean of the cosines, of which negative ones count as 0, and its standard error.
     scores = {}
-    for name, values in cosines.items():
-        score = 100 * torch.cat(values).clamp(min=0)
+    for name in encoders:
+        cosines = torch.tensor([row[name] for row in rows], dtype=torch.float64)
+        score = 100 * cosines.clamp(min=0)
         scores[name] = float(score.mean())
         deviation = float(score.std(correction=int(len(score) > 1)))
         scores[f"{name}_error"] = deviation / len(score) ** 0.5
-    counts = {"samples": len(prompts) - len(skipped), "skipped": len(skipped)}
-    data = "COCO" if are_cocos(rows) else "ImageNet"
-    finish(folder, args, scores, weights, counts, notes, data)
+    counts = {"samples": len(rows), "skipped": len(skipped)}
+    finish(folder, args, scores, weights, counts, notes, {folder: skipped},
+           coco=bool(coco_names(samples)))
 
 
 # --------------------------------------------------------------------------------------
-# Table 2, `geneval`: the objects that are seen, their places and colours
+# `geneval`, Table 2: the objects that are seen, their places and colours
 
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-
-# GenEval's constants, by the names that it gives them.
-THRESHOLD = 0.3             # a detection counts if its score is higher
-COUNTING_THRESHOLD = 0.9    # the same in the task "counting"
-MAX_OBJECTS = 16            # of one class, the most confident ones
-
-# COCO's classes, with the names that GenEval gives to some of them.
-COCO = """\
-person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,
-stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,
-backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,
-baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,
-fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,
-cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,
-tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,
-clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(",")
-
-
-@torch.no_grad()
-def detect(detector_name, image):
-    """Return what Mask2Former sees: {class: [{"box", "score", "mask" (H, W) bool}, ...]}.
-
-    As in mmdet, with which GenEval was made: the 100 best (query, class) pairs; the score
-    is the probability of the class times the mean probability of the mask's pixels; masks
-    may overlap; boxes are drawn around them, right and bottom exclusive.
-    """
-    model, _ = pretrained(detector_name, "Mask2FormerForUniversalSegmentation")
-    class_names = COCO if len(model.config.id2label) == 80 else model.config.id2label
-    scale = min(800 / min(image.size), 1333 / max(image.size))
-    w = int(image.width * scale + 0.5)
-    h = int(image.height * scale + 0.5)
-    resized = pixels_of(image.resize((w, h), Image.Resampling.BILINEAR))
-    x = normalised(resized, *IMAGENET_PIXELS)
-    x = F.pad(x, (0, -w % 32, 0, -h % 32))[None].to(DEVICE)            # (1, 3, H', W')
-    output = model(pixel_values=x)
-    classes = output.class_queries_logits[0].float().softmax(-1)[:, :-1]    # (Q, C)
-    best, which = classes.flatten().topk(min(100, classes.numel()))
-
-    # Resize those masks to the image's own size. The mask can only lower a score, so pairs
-    # below the threshold are left out beforehand.
-    found = {}
-    for probability, index in zip(best[best > THRESHOLD].tolist(), which.tolist()):
-        query, label = divmod(index, classes.shape[1])
-        logits = output.masks_queries_logits[0, query].float()[None, None]
-        logits = F.interpolate(logits, x.shape[2:], mode="bilinear")[:, :, :h, :w]
-        logits = F.interpolate(logits, (image.height, image.width), mode="bilinear")[0, 0]
-        mask = logits > 0                                              # (H, W)
-        score = probability * float(logits.sigmoid()[mask].sum() / (mask.sum() + 1e-6))
-        if score > THRESHOLD:
-            ys = mask.any(1).nonzero().flatten().tolist()
-            xs = mask.any(0).nonzero().flatten().tolist()
-            found.setdefault(class_names[label], []).append({
-                "box": [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], "score": score,
-                "mask": mask.cpu().numpy()})
-    return found
-
-
-@functools.cache
-def color_texts(clip_name, class_name):
-    """Return the ten colours of a thing of a class as embeddings (10, D)."""
-    means = []
-    for color in COLORS:
-        texts = [f"a photo of a {color} {class_name}", f"a photo of a {color}-colored {class_name}",
-                 f"a photo of a {color} object"]
-        means.append(clip_texts(clip_name, texts).mean(0))
-    return F.normalize(torch.stack(means), dim=-1)
-
-
-def color_of_object(clip_name, image, thing, class_name):
-    """Return the colour of an object, kept as thing["color"], that CLIP finds most likely.
-
-    It sees the object's box alone, grey (#999) outside its mask.
-    """
-    if not thing.get("color"):
-        if "mask" in thing:
-            grey = Image.new("RGB", image.size, "#999")
-            image = Image.composite(image, grey, Image.fromarray(thing["mask"]))
-        x0, y0, x1, y1 = map(round, thing["box"][:4])
-        box = (x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))
-        vector = clip_images(clip_name, [image.crop(box)])[0]          # (D,)
-        likeness = color_texts(clip_name, class_name) @ vector         # (10,)
-        thing["color"] = COLORS[int(likeness.argmax())]
-    return thing["color"]
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
 def read_geneval(folder):
@@ -602,74 +321,67 @@ def read_geneval(folder):
     images = {}
     for path in sorted(path for path in Path(folder).glob("*/") if path.name.isdigit()):
         file = path / "metadata.jsonl"
-        if not file.exists():
-            raise UserError(f"{path}: no metadata.jsonl in it, which says what its images should "
-                            "show")
-        metadata = (read_jsonl(file) or [{}])[0]
-        kinds = {"tag": str, "prompt": str, "include": list}
-        if not all(isinstance(metadata.get(key), kind) for key, kind in kinds.items()):
-            raise UserError(f"{file}: not a line of GenEval's (tag, prompt, include)")
-        found = sorted(image.name for image in path.glob("samples/*.png") if image.stem.isdigit())
-        if not found:
+        with reading(file, "a line of GenEval's (tag, prompt, include)"):
+            [metadata, *_] = read_jsonl(file)
+            for key in ("tag", "prompt"):
+                metadata[key].encode()
+            # Looks at all clauses.
+            geneval_verdict({}, metadata, None)
+        names = [image.name for image in path.glob("samples/*.png") if image.stem.isdigit()]
+        if not names:
             raise UserError(f"{path}: no images in it (samples/0000.png, ...)")
-        images.update({f"{path.name}/samples/{name}": metadata for name in found})
+        images.update({f"{path.name}/samples/{name}": metadata for name in sorted(names)})
     if not images:
         raise UserError(f"{folder}: no 00000/metadata.jsonl, ... in it, as sample.py --format "
                         "geneval writes")
     return images
 
 
-def verdict_on(objects, metadata, image, clip_name):
-    """Return geneval_verdict of those detected objects that are confident enough."""
-    threshold = COUNTING_THRESHOLD if metadata["tag"] == "counting" else THRESHOLD
-    seen = {}
-    for class_name, things in objects.items():
-        things = sorted(things, key=lambda thing: -thing["score"])
-        confident = [thing for thing in things if thing["score"] > threshold]
-        seen[class_name] = confident[:MAX_OBJECTS]
-    return geneval_verdict(seen, metadata, functools.partial(color_of_object, clip_name, image))
+def judge(folder, images, args, weights, detections):
+    """Plan the verdicts on {file: metadata}: the rows of geneval.jsonl, and the objects.
 
+    detections: a file of objects, None for those of --detector. Raises UserError.
+    """
+    if detections:
+        given = read_given(detections, images)
+        with reading(detections, "detections"):
+            seen = set().union(*[row["objects"] for row in given.values()])
+        if not seen <= set(CLASSES):
+            unknown = ", ".join(sorted(seen.difference(CLASSES)))
+            raise UserError(f"{detections}: classes that GenEval does not know: {unknown}. Its "
+                            f"names are COCO's, but computer mouse, tv remote, computer keyboard")
+    else:
+        detector, _ = load_once(args.detector, "Mask2FormerForUniversalSegmentation")
+        if len(detector.config.id2label) != len(CLASSES):
+            raise UserError(f"{args.detector}: not a detector of COCO's {len(CLASSES)} classes")
+    # Only if a colour is asked for that the detections do not name.
+    load_clip = functools.partial(load_once, args.clip, "CLIPModel", "AutoTokenizer")
 
-def judge_folder(folder, args, weights, detections):
-    """Write geneval.jsonl, a verdict for each image, and return ({task: score}, counts)."""
-    images = read_geneval(folder)
-    # Which colours are told depends on the metadata.
-    extra = {file: {"metadata": metadata} for file, metadata in images.items()}
+    def unit(pictures, skipped):
+        """Return the rows of 64 images."""
+        rows = []
+        for file, image in pictures:
+            metadata = images[file]
+            objects = given[file]["objects"] if detections else detect(detector, image)
+            with reading(Path(folder, file), "as its metadata.jsonl and detections say"):
+                seen = {}
+                for name, things in objects.items():
+                    seen[name] = confident(things, metadata["tag"])
+                color_of = functools.partial(color_of_object, load_clip, image)
+                correct, reason = geneval_verdict(seen, metadata, color_of)
+            for thing in itertools.chain(*objects.values()):
+                # Too large to be kept.
+                thing.pop("mask", None)
+            rows.append({"filename": file, "tag": metadata["tag"], "prompt": metadata["prompt"],
+                         "correct": correct, "reason": reason, "objects": objects})
+        return jsonl([*rows, *skipped]).encode()
 
-    def look(file, image):
-        objects = detect(args.detector, image)
-        # Colours are told now, because masks are not kept.
-        verdict_on(objects, images[file], image, args.clip)
-        for thing in itertools.chain(*objects.values()):
-            del thing["mask"]
-        return {"objects": objects}
-
-    verdicts = []
-    right = {}
-    for file, image, row in cached_answers(folder, list(images), "detections.jsonl", weights,
-                                           look, detections, extra):
-        metadata = images[file]
-        try:
-            correct, reason = verdict_on(row["objects"], metadata, image, args.clip)
-        # A box can be infinite, or larger than any picture.
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError,
-                Image.DecompressionBombError) as error:
-            raise UserError(f"{Path(folder, file)}: its metadata.jsonl or detections lack "
-                            f"something ({type(error).__name__}: {error})") from None
-        right.setdefault(metadata["tag"], []).append(correct)
-        verdicts.append({"filename": file, "tag": metadata["tag"], "prompt": metadata["prompt"],
-                         "correct": correct, "reason": reason})
-    write_jsonl(Path(folder, "geneval.jsonl"), verdicts)
-    # A task's score is the mean over its images, the overall score that over the tasks.
-    tasks = {tag: float(np.mean(values)) for tag, values in right.items()}
-    prompts = {file.split("/")[0] for file in images}
-    counts = {"prompts": len(prompts), "images": len(verdicts),
-              "skipped": len(images) - len(verdicts)}
-    return {"overall": float(np.mean(list(tasks.values()))), **tasks}, counts
+    about = [*weights.values(), images, detections and args.clip]
+    return plan(folder, "geneval", list(images), 64, about, unit)
 
 
 def geneval(args):
-    """Table 2: GenEval's six tasks, on --images (original prompts, ◇) and --extended (extended ones, ★)"""
+    """Table 2: GenEval's tasks, on --images (original prompts) and --extended (extended ones)"""
     folders = {"original": args.images}
     if args.extended:
         folders["extended"] = args.extended
@@ -677,7 +389,7 @@ def geneval(args):
     if len(given) != len(folders):
         raise UserError("--detections: one file for --images, a second one for --extended if it "
                         "is given")
-    read_results(args.images)
+    images = [read_geneval(folder) for folder in folders.values()]
     if args.detections:
         weights = {file: sha256(file) for file in args.detections}
         notes = [f"objects: detections of {args.detector or 'an unnamed detector'}, from "
@@ -687,18 +399,36 @@ def geneval(args):
         weights = {name: weights_hash(name) for name in (args.detector, args.clip)}
         notes = [f"objects: {args.detector}. On the hub that is Meta's own training of "
                  "Mask2Former, not the checkpoint of mmdet that the benchmark uses"]
-    scores = {}
-    counts = {}
-    for (prompts, folder), detections in zip(folders.items(), given):
-        scores[prompts], counts[prompts] = judge_folder(folder, args, weights, detections)
-        absent = [tag for tag in TASKS if tag not in scores[prompts]]
+    jobs = []
+    for folder, files, detections in zip(folders.values(), images, given):
+        jobs.append(judge(folder, files, args, weights, detections))
+    paths = share(jobs)
+    if paths is None:
+        return
+
+    scores, counts, skipped = {}, {}, {}
+    for (prompts, folder), units in zip(folders.items(), paths):
+        rows, bad = read_rows(folder, units)
+        right = {}
+        numbers = {row["file"].split("/")[0] for row in bad}
+        for row in rows:
+            right.setdefault(row["tag"], []).append(row["correct"])
+            numbers.add(row["filename"].split("/")[0])
+            del row["objects"]
+        write_jsonl(Path(folder, "geneval.jsonl"), rows)
+        # A task's score is the mean over its images, the overall score that over the tasks.
+        tasks = {tag: float(np.mean(values)) for tag, values in right.items()}
+        scores[prompts] = {"overall": float(np.mean(list(tasks.values()))), **tasks}
+        counts[prompts] = {"prompts": len(numbers), "images": len(rows), "skipped": len(bad)}
+        skipped[folder] = bad
+        absent = ", ".join(tag for tag in TASKS if tag not in tasks)
         if absent:
-            notes.append(f"{folder}: no prompts of {', '.join(absent)}, overall is without them")
-    finish(args.images, args, scores, weights, counts, notes)
+            notes.append(f"{folder}: no prompts of {absent}, overall is without them")
+    finish(args.images, args, scores, weights, counts, notes, skipped)
 
 
 # --------------------------------------------------------------------------------------
-# Table 3, `dpg`: yes-or-no questions, some meaningful only where others are answered yes
+# `dpg`, Table 3: yes-or-no questions, some meaningful only where others are answered yes
 
 def dpg_score(answers, dependency):
     """Return the share of questions that are answered yes, and whose parents are too.
@@ -723,29 +453,23 @@ class Question(NamedTuple):
 def read_questions(path):
     """Return {prompt id: {question id: Question}} of all lines of dpg_bench.csv.
 
-    (The official script passes over the first question.) Raises UserError.
+    The official script passes over the file's first question, and then fails on a prompt in
+    which others depend on it: it scores 1,064 of the 1,065 prompts. Raises UserError.
     """
-    needed = {"item_id", "proposition_id", "dependency", "tuple", "question_natural_language"}
     prompts = {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with (reading(path, "dpg_bench.csv"),
+          open(path, encoding="utf-8-sig", newline="") as file):
         reader = csv.DictReader(file)
-        try:
-            missing = needed.difference(reader.fieldnames or ())
-            if missing:
-                raise UserError(f"{path}: no column {', '.join(sorted(missing))}")
-            for row in reader:
+        for row in reader:
+            with reading(f"{path} line {reader.line_num}", "a question of DPG-Bench"):
                 questions = prompts.setdefault(row["item_id"], {})
-                number = int(row["proposition_id"])
-                if number in questions:
-                    raise UserError(f"{path} line {reader.line_num}: prompt {row['item_id']} has "
-                                    f"two questions {number}")
-                questions[number] = Question(
+                identity = int(row["proposition_id"])
+                if identity in questions:
+                    raise ValueError(f"prompt {row['item_id']} has two questions {identity}")
+                questions[identity] = Question(
                     row["question_natural_language"],
                     [int(parent) for parent in row["dependency"].split(",")],
                     re.split("[(-]", row["tuple"])[0].strip())
-        except (ValueError, TypeError, AttributeError, csv.Error) as error:
-            raise UserError(f"{path} line {reader.line_num}: not a question of DPG-Bench "
-                            f"({error})") from None
     if not prompts:
         raise UserError(f"{path}: no questions in it")
     return prompts
@@ -754,9 +478,9 @@ def read_questions(path):
 @torch.no_grad()
 def ask(vqa_name, image, questions):
     """Return [bool]: does a VQA model say yes to the questions about an image?"""
-    model, processor = pretrained(vqa_name, "AutoModelForVisualQuestionAnswering", "AutoProcessor")
+    model, processor = load_once(vqa_name, "AutoModelForVisualQuestionAnswering", "AutoProcessor")
     inputs = processor([image] * len(questions), questions, padding=True, return_tensors="pt")
-    inputs = inputs.to(DEVICE)
+    inputs = inputs.to(model.device)
     # BLIP says words, ViLT chooses a label.
     if model.can_generate():
         tokens = model.generate(**inputs, max_new_tokens=10)
@@ -767,91 +491,90 @@ def ask(vqa_name, image, questions):
     return [re.match(r"\W*yes\b", text, re.IGNORECASE) is not None for text in said]
 
 
-def quarters(grid):
-    """Return the four images of a 2 x 2 grid, row by row."""
+YES_OR_NO = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def quarters(path, grid):
+    """Return the four images of a 2 x 2 grid, row by row. Raises UserError."""
+    if grid.width != grid.height or grid.width % 2:
+        raise UserError(f"{path}: {grid.width} x {grid.height} pixels are not a 2 x 2 grid of "
+                        "square images (sample.py --format dpg makes them)")
     half = grid.width // 2
     corners = [(0, 0), (half, 0), (0, half), (half, half)]
     return [grid.crop((x, y, x + half, y + half)) for x, y in corners]
 
 
-def grids_of(folder, files, prompts):
-    """Return those image files that are named after one of `prompts`. Raises UserError."""
-    grids = {}
+def dpg(args):
+    """Table 3: DPG-Bench, on 2 x 2 grids (or images) that are named after their prompts' ids"""
+    prompts = read_questions(args.questions)
+    files = list_images(args.images)
+    known = {}
     for file in files:
         prompt = Path(file).stem
         # One prompt must not count twice.
-        if prompt in grids:
-            raise UserError(f"{folder}: {grids[prompt]} and {file} are both named after prompt "
-                            f"{prompt}: leave one of them there")
+        if prompt in known:
+            raise UserError(f"{args.images}: {known[prompt]} and {file} are both named after "
+                            f"prompt {prompt}: leave one of them there")
         if prompt in prompts:
-            grids[prompt] = file
-    return list(grids.values())
-
-
-def answers_of(row, questions, source):
-    """Return [{question id: bool}] of a grid's images, from its row's "answers".
-
-    Raises UserError, which names the file `source`.
-    """
-    wanted = (f'{source}: "answers" of {row["file"]} must list, for each image, '
-              f"{{question id: true or false}}, with ids {', '.join(map(str, questions))}")
-    answers = row.get("answers")
-    if not isinstance(answers, list) or not answers:
-        raise UserError(wanted)
-
-    found = []
-    for of_image in answers:
-        try:
-            texts = {number: str(of_image[str(number)]).lower() for number in questions}
-        except (KeyError, TypeError):
-            raise UserError(wanted) from None
-        found.append({number: text in ("true", "yes", "1") for number, text in texts.items()})
-    return found
-
-
-def dpg(args):
-    """Table 3: DPG-Bench on 2 x 2 grids named after their prompts' ids"""
-    prompts = read_questions(args.questions)
-    files = list_images(args.images)
-    known = grids_of(args.images, files, prompts)
+            known[prompt] = file
     if not known:
         raise UserError(f"{args.images}: no image is named after a prompt of {args.questions}, "
                         f"like {min(prompts)}.png")
-    read_results(args.images)
+    # A square picture need not be a grid: sample.py or the user says what is one.
+    if made_by_sample(args.images, "settings.json").get("format") == "dpg":
+        args.grid = True
     weights = {args.questions: sha256(args.questions)}
     if args.answers:
+        given = read_given(args.answers, known.values())
         # A judge without a name is known by the hash of the file of answers.
         args.judge = args.judge or args.answers
         weights[args.answers] = sha256(args.answers)
     else:
         args.judge = args.vqa
         weights[args.vqa] = weights_hash(args.vqa)
-    sizes = set()
 
-    def ask_about_grid(file, grid):
-        sizes.add(grid.size)
-        if grid.width != grid.height or grid.width % 2 or len(sizes) > 1:
-            raise UserError(f"{Path(args.images, file)}: {grid.width} x {grid.height} pixels are "
-                            "not a 2 x 2 grid of square images, as large as the others "
-                            "(sample.py --format dpg makes them)")
+    def answers_about(file, picture):
+        """Return for each image in a picture {question id: is the answer yes?}."""
         questions = prompts[Path(file).stem]
+        found = []
+        if args.answers:
+            with reading(f"{args.answers}: {file}", "answers to all questions on each image"):
+                for answers in given[file]["answers"]:
+                    texts = {number: str(answers[str(number)]).lower() for number in questions}
+                    found.append({number: YES_OR_NO[text] for number, text in texts.items()})
+                if len(found) != 4 and (args.grid or len(found) != 1):
+                    raise ValueError(f"{len(found)} images")
+            return found
         texts = [question.text for question in questions.values()]
-        ids = [str(number) for number in questions]
-        answers = [dict(zip(ids, ask(args.vqa, image, texts))) for image in quarters(grid)]
-        return {"answers": answers}
+        path = Path(args.images, file)
+        for image in quarters(path, picture) if args.grid else [picture]:
+            found.append(dict(zip(questions, ask(args.vqa, image, texts))))
+        return found
+
+    def unit(pictures, skipped):
+        """Return the rows of 64 pictures."""
+        rows = []
+        for file, picture in pictures:
+            rows.append({"file": file, "answers": answers_about(file, picture)})
+        return jsonl([*rows, *skipped]).encode()
+
+    about = [*weights.values(), args.grid]
+    paths = share([plan(args.images, "dpg", list(known.values()), 64, about, unit)])
+    if paths is None:
+        return
+    rows, skipped = read_rows(args.images, paths[0])
 
     values = {"overall": []}
-    source = args.answers or Path(args.images, "answers.jsonl")
-    for file, _, row in cached_answers(args.images, known, "answers.jsonl", weights,
-                                       ask_about_grid, args.answers):
-        questions = prompts[Path(file).stem]
-        parents = {number: question.parents for number, question in questions.items()}
+    for row in rows:
+        questions = prompts[Path(row["file"]).stem]
+        parents = {identity: question.parents for identity, question in questions.items()}
         of_images = []
-        for yes in answers_of(row, questions, source):
+        for answers in row["answers"]:
+            yes = {identity: answers[str(identity)] for identity in questions}
             of_images.append(dpg_score(yes, parents))
             # Categories count answers as they are, whatever their parents'.
-            for number, question in questions.items():
-                values.setdefault(question.category, []).append(yes[number])
+            for identity, question in questions.items():
+                values.setdefault(question.category, []).append(yes[identity])
         values["overall"].append(np.mean(of_images))
 
     notes = [f"judge: {args.judge}. The paper's is mPLUG-large; only numbers of one judge compare",
@@ -859,124 +582,359 @@ def dpg(args):
     if len(known) < len(prompts) or len(known) < len(files):
         notes.append(f"{len(prompts) - len(known)} of {len(prompts)} prompts have no image, "
                      f"{len(files) - len(known)} of {len(files)} images no prompt")
-    counts = {"prompts": len(values["overall"]), "skipped": len(known) - len(values["overall"])}
+    counts = {"prompts": len(rows), "skipped": len(skipped)}
     scores = {name: 100 * float(np.mean(each)) for name, each in values.items()}
-    finish(args.images, args, scores, weights, counts, notes)
+    finish(args.images, args, scores, weights, counts, notes, {args.images: skipped})
+
+
+# --------------------------------------------------------------------------------------
+# What networks say of images, kept and shared
+
+def plan(folder, kind, files, size, about, unit, load=open_full, suffix=".jsonl"):
+    """Return what `make_together` needs for a measurement of `size` images at a time.
+
+    unit([(file, load(path)), ...], [{"file", "reason"}, ...]) returns the bytes of a file; the
+    second list is of images that cannot be read. They go to FOLDER/measured/KIND-HASH: the hash
+    of `about`, for JSON, and of the images' sizes and times. An image that cannot be read is
+    not tried again before it changes.
+    """
+    stamps = []
+    for file in files:
+        path = Path(folder, file)
+        status = os.stat(path) if path.exists() else None
+        stamps.append([file, status and f"{status.st_size}:{status.st_mtime_ns}"])
+    made_of = fingerprint([about, stamps])
+    measured = Path(folder, "measured")
+    # What a read-only data set gives is kept among the temporary files.
+    if not os.access(folder, os.W_OK):
+        whose = fingerprint([os.getuid(), os.path.abspath(folder)])
+        measured = Path(tempfile.gettempdir(), f"measured-{whose}")
+
+    def attempt(file):
+        path = Path(folder, file)
+        try:
+            return load(path), None
+        except OSError as error:
+            return None, reason_without(path, error)
+
+    def make(parts):
+        """Yield the units of lists of files, while threads read the images that come next."""
+        files = list(itertools.chain(*parts))
+        loaded = progress(ahead(attempt, files, default_workers()), len(files), "img")
+        for part in parts:
+            images, skipped = [], []
+            # The part first: at its end, nothing is taken of what is loaded.
+            for file, (image, reason) in zip(part, loaded):
+                if reason:
+                    skipped.append({"file": file, "reason": reason})
+                else:
+                    images.append((file, image))
+            yield unit(images, skipped)
+
+    units = {f"{k:05}{suffix}": part for k, part in enumerate(in_batches(files, size))}
+    return measured / f"{kind}-{made_of}", {"made of": made_of}, units, make
+
+
+def share(jobs):
+    """Make this rank's share of what `plan` returned, and return the paths of each job's units.
+
+    Returns None if another rank goes on: that which ends last, or rank 0 where all was there.
+    """
+    paths = [[out / name for name in units] for out, _, units, _ in jobs]
+    all_paths = list(itertools.chain(*paths))
+    if rank_and_world()[0] > 0 and all(map(has_content, all_paths)):
+        return None
+    for job in jobs:
+        make_together(*job)
+    return paths if all(map(has_content, all_paths)) else None
+
+
+def read_rows(folder, paths):
+    """Return (rows, rows of what could not be read) of units of JSONL."""
+    good, skipped = [], []
+    for row in itertools.chain(*map(read_jsonl, paths)):
+        (skipped if row.keys() == {"file", "reason"} else good).append(row)
+    refuse_unreadable(folder, good, skipped)
+    return good, skipped
+
+
+def refuse_unreadable(folder, good, skipped):
+    """Raise UserError if none of a folder's images could be read."""
+    if not good:
+        raise UserError(f"{folder}: none of its {len(skipped)} images is readable; the first: "
+                        f"{skipped[0]['file']}: {skipped[0]['reason']}")
+
+
+def read_given(path, files):
+    """Return {file: row} of the lines of a JSONL file that a user gives. Raises UserError."""
+    with reading(path, 'lines with a "file"'):
+        rows = {row["file"]: row for row in read_jsonl(path)}
+    missing = [file for file in files if file not in rows]
+    if missing:
+        raise UserError(f"{path}: no line for {missing[0]} and {len(missing) - 1} more images")
+    return {file: rows[file] for file in files}
 
 
 # --------------------------------------------------------------------------------------
 # results.json, the paper's tables, Fig. 5
 
-def read_results(folder):
-    """Return the sections of a folder's results.json, {} without one. Raises UserError."""
-    path = Path(folder, "results.json")
-    return read_json(path, "a results.json of evaluate.py") if path.exists() else {}
+RESULTS = "a results.json of evaluate.py"
+TABLES = {"1": "image quality, alignment (ImageNet, where COCO is not named)",
+          "2": "GenEval (original and extended prompts)",
+          "3": "DPG-Bench",
+          "4": "settings of CutMix (CM), p = 0.5",
+          "5": "probability p of composites, CM 1/4"}
 
 
-def finish(folder, args, scores, weights, counts, notes, data=None):
-    """Put a command's section into <folder>/results.json and print its table."""
+def made_by_sample(folder, name):
+    """Return the object in a JSON file of sample.py beside its images, {} without one."""
+    path = Path(folder, name)
+    return read_json(path, f"sample.py's {name}") if path.exists() else {}
+
+
+def finish(folder, args, scores, weights, counts, notes, skipped, coco=None):
+    """Put a command's section into <folder>/results.json, and print its table.
+
+    skipped: {folder: rows of its images that could not be read}, for <folder>/skipped.jsonl.
+    coco: whether the images are of COCO's prompts or of ImageNet's, None for others.
+    """
     import transformers
+    command = args.run.__name__
     section = {
-        "scores": scores, "settings": {key: vars(args)[key] for key in vars(args) if key != "run"},
-        "weights": weights, "counts": counts, "notes": notes, "data": data,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-    # How the samples were made, as sample.py says it.
-    for key, name in (("checkpoint", "checkpoint.json"), ("sampling", "settings.json")):
-        path = Path(folder, name)
-        section[key] = read_json(path, f"sample.py's {name}") if path.exists() else {}
+        "scores": scores,
+        "settings": {key: value for key, value in vars(args).items() if key != "run"},
+        "weights": weights, "counts": counts, "notes": notes,
+        "data": {True: "COCO", False: "ImageNet", None: None}[coco],
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        # How the samples were made.
+        "checkpoint": made_by_sample(folder, "checkpoint.json"),
+        "sampling": made_by_sample(folder, "settings.json")}
     # Tens of thousands of texts that say nothing about the scores.
     for long_list in ("prompts", "names"):
         section["sampling"].pop(long_list, None)
     path = Path(folder, "results.json")
-    command = args.run.__name__
-    results = {**read_results(folder), command: section}
-    with complete(path) as temporary:
-        text = json.dumps(results, indent=1)
-        temporary.write_text(text + "\n", encoding="utf-8")
-    row = Row(Path(folder).resolve().name, scores_of(path, command, section), {})
-    # With the notes below it.
-    print_tables([row], paper=False)
+    with reading(path, "scores that are numbers"):
+        ours = {Path(folder).resolve().name: (scores_of(command, section), {})}
+    before = read_json(path, RESULTS) if path.exists() else {}
+    write_json(path, {**before, command: section})
+
+    bad = []
+    for source, rows in skipped.items():
+        for row in rows:
+            # Of another folder's image, the whole path.
+            file = row["file"] if source == folder else f"{source}/{row['file']}"
+            bad.append({**row, "file": file})
+    if bad:
+        write_jsonl(Path(folder, "skipped.jsonl"), bad)
+        print(f"{folder}: {len(bad)} images could not be read, see its skipped.jsonl; the first: "
+              f"{bad[0]['file']}: {bad[0]['reason']}", file=sys.stderr)
+    print_tables(ours)
     print(f"\n- all of it in {path}")
 
 
-def compare(args):
-    """Several results.json side by side as the paper's tables, the best in bold"""
-    # A file that is named twice, whatever its name looks like, is one row.
-    paths = {}
-    for place in args.results:
-        for path in results_files(place):
-            paths.setdefault(path.resolve(), path)
-    rows = joined([read_row(path) for path in paths.values()])
-    if args.csv:
-        write_csv(args.csv, rows)
-    if args.paper:
-        rows += read_csv(PUBLISHED)
-    if args.published:
-        rows += read_csv(args.published)
-    print_tables(rows, args.paper)
+class Score(NamedTuple):
+    value: float
+    text: str               # as a table shows it
+    measured: str           # what it depends on beside the images
+    note: str               # what is to be said wherever it is printed
 
 
-def run_and_steps(path):
-    """Return the folder of the run that a path is of, and the steps that its name says.
+def scores_of(command, section):
+    """Return a section of results.json as {name of the score: Score}."""
+    found = section["scores"]
+    # GenEval has scores of two kinds of prompts, one level deeper than the others.
+    if command == "geneval":
+        found = {}
+        for prompts, tasks in section["scores"].items():
+            for task, value in tasks.items():
+                found[f"{prompts} {task}"] = value
+    # A prefix keeps apart what has the same name in two tables, or on two data sets.
+    prefix = "COCO " if section.get("data") == "COCO" else ""
+    if command == "dpg":
+        prefix = "dpg "
 
-    Checkpoints of one run lie in one folder, and are called step-0050000. The steps are
-    None for a path that is in no such folder; then the run is the path.
+    measured = dict(section.get("counts", {}))
+    for key, value in section.get("settings", {}).items():
+        if type(value) is int or key in ("detector", "judge") and value:
+            measured[key] = value
+    # A network is known by the hash of its weights, whatever its folder is called.
+    measured["weights"] = [value[:8] for value in section.get("weights", {}).values()]
+    measured = json.dumps(measured).translate(str.maketrans("", "", '{}[]"'))
+    note = ". ".join([f"{prefix}{command}: {measured}", *section.get("notes", [])])
+
+    scores = {}
+    for name, value in found.items():
+        # JSON in Python may hold NaN, and True counts as an int: neither is a score.
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{command}: {name} is {value!r}, which is not a number")
+        # Shares between 0 and 1 have three digits.
+        digits = 3 if name in ("precision", "recall", "density", "coverage") else 2
+        text = f"{value:.{digits}f}"
+        # A standard error belongs to its score and is none itself.
+        if f"{name}_error" in found:
+            text += f" ± {found[f'{name}_error']:.2f}"
+        if not name.endswith("_error"):
+            scores[prefix + name] = Score(value, text, measured, note)
+    return scores
+
+
+def read_row(place):
+    """Return ({name: Score}, training) of a checkpoint; training is that of its config.json.
+
+    place: a results.json, or a folder with such files in it and in its folders. Raises
+    UserError if there is none, if two hold the same score, or if they are of two checkpoints.
     """
-    path = Path(os.path.abspath(path))
+    place = Path(place)
+    paths = [place]
+    if not place.is_file():
+        paths = [*place.glob("results.json"), *sorted(place.glob("*/results.json"))]
+    scores, training, holds = {}, {}, {}
+    checkpoints = set()
+    for path in paths:
+        with reading(path, RESULTS):
+            for command, section in read_json(path, RESULTS).items():
+                for name, score in scores_of(command, section).items():
+                    if holds.setdefault(name, path) != path:
+                        raise UserError(f"{place}: {holds[name]} and {path} both hold {name}: "
+                                        f"give each as an argument of its own")
+                    scores[name] = score
+                # A section that does not know the checkpoint erases nothing.
+                training.update((section.get("checkpoint") or {}).get("training") or {})
+                checkpoints.add((section.get("sampling") or {}).get("weights"))
+    if len(checkpoints - {None}) > 1:
+        raise UserError(f"{place}: results of several checkpoints: give each as an argument of "
+                        f"its own")
+    if not scores:
+        raise UserError(f"{place}: no results.json with scores in it")
+    return scores, training
+
+
+def place_in_table(table, name, training):
+    """Return what a table calls a checkpoint, and the facts that it tells: {column: text}.
+
+    The name is None where the checkpoint is not of the table.
+    """
+    # IA is the setting of CutMix; it is empty where a model saw photos only.
+    setting, p = training.get("IA"), training.get("p")
+    if table == "4":
+        return f"{name} CM {setting}" if setting and p == 0.5 else None, {}
+    if table == "5":
+        return f"{name} p = {p}" if setting == "1/4" else None, {}
+    facts = {}
+    for fact in ("TA", "IA"):
+        if fact in training:
+            facts[fact] = "yes" if training[fact] else "no"
+    for fact, key in (("Params", "parameters"), ("Images", "images")):
+        if training.get(key):
+            facts[fact] = f"{training[key] / 1e6:.3g}M"
+    return name, facts
+
+
+def print_tables(ours, paper=False):
+    """Print {name: (scores, training)} as the paper's tables, in Markdown, with notes below.
+
+    The columns are the paper's, and called as in results.json. paper: all five tables, with
+    the paper's own rows first.
+    """
+    # {table: {row: {column: text}}}, with as many digits as were published.
+    published = {table: {} for table in TABLES}
+    with open(Path(__file__).parent / "metrics/published.csv", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            cells = published[line["table"]].setdefault(line["row"], {})
+            cells[line["column"]] = line["value"]
+
+    for table, title in TABLES.items():
+        columns = dict.fromkeys(itertools.chain(*published[table].values()))
+        lines = list(published[table].items()) if paper else []
+        notes = {}
+        for name, (scores, training) in ours.items():
+            name_here, cells = place_in_table(table, name, training)
+            of_table = {column: scores[column] for column in columns if column in scores}
+            if name_here and of_table:
+                for column, score in of_table.items():
+                    cells[column] = score.text
+                    # A dict and not a set, because it keeps the order.
+                    notes.setdefault(score.note, {})[name] = None
+                lines.append((name_here.replace("|", "\\|"), cells))
+        if not lines:
+            continue
+        shown = [column for column in columns if any(column in cells for _, cells in lines)]
+        print(f"\nTable {table}: {title}\n\n| | {' | '.join(shown)} |")
+        print(f"|---|{'--:|' * len(shown)}")
+        for name, cells in lines:
+            texts = [name, *[cells.get(column, "") for column in shown]]
+            print(f"| {' | '.join(texts)} |")
+        for note, names in notes.items():
+            print(f"\n- {', '.join(names)}: {note}")
+
+
+def compare(args):
+    """Checkpoints side by side, a row an argument, as the paper's tables"""
+    print_tables({place: read_row(place) for place in args.results}, args.paper)
+
+
+def run_and_steps(place):
+    """Return the run that a checkpoint's folder is of, and the steps that its name says.
+
+    Checkpoints of one run lie in one folder, and are called step-0050000. Of another folder
+    the steps are None.
+    """
+    path = Path(os.path.abspath(place))
     for folder in (path, *path.parents):
         named = re.match(r"step-(\d+)", folder.name)
         if named:
-            return folder.parent, int(named[1])
-    return path, None
+            return os.path.relpath(folder.parent), int(named[1])
+    return os.path.relpath(path), None
 
 
 def curve(args):
     """Fig. 5: a score of checkpoints against their training steps, as SVG and JSONL"""
+    out = Path(args.out)
+    points = out.with_suffix(".jsonl")
     # Another ending could be that of the points, which would replace the picture.
-    if Path(args.out).suffix.lower() != ".svg":
+    if out.suffix.lower() != ".svg":
         raise UserError(f"--out {args.out!r}: must be a file that ends in .svg")
-    scores = {}
+    for path, beginning in ((out, b"<svg "), (points, b'{"run": ')):
+        if path.exists() and not path.read_bytes().startswith(beginning):
+            raise UserError(f"{path}: is there, and not of this command: choose another --out")
+    found = {}
+    ways = set()
     for place in args.results:
-        folder = Path(place).parent if Path(place).is_file() else Path(place)
-        run, _ = run_and_steps(folder)
-        # Short where it can be, because the picture's legend shows it.
-        if run.is_relative_to(Path.cwd()):
-            run = run.relative_to(Path.cwd())
-        run = str(run)
-        for row in [read_row(path) for path in results_files(place)]:
-            steps = row.steps or run_and_steps(row.name)[1]
-            if args.score not in row.scores:
-                continue
-            if steps is None:
-                raise UserError(f"{row.name}: neither its checkpoint nor its name says after how "
-                                "many steps")
-            if (run, steps) in scores:
-                raise UserError(f"{row.name}: a second {args.score} of {run} after {steps} steps")
-            scores[run, steps] = row.scores[args.score]
-    if not scores:
-        raise UserError(f"no score {args.score!r} in these results")
-    difference = disagreement(list(scores.values()))
-    if difference:
-        raise UserError(f"these results do not compare, they were measured with another {difference}")
+        scores, training = read_row(place)
+        run, steps = run_and_steps(Path(place).parent if Path(place).is_file() else place)
+        steps = training.get("steps", steps)
+        if args.score not in scores:
+            raise UserError(f"{place}: no score {args.score!r}, but {', '.join(scores)}")
+        if steps is None:
+            raise UserError(f"{place}: neither its checkpoint nor its name says after how many "
+                            f"steps")
+        if (run, steps) in found:
+            raise UserError(f"{place}: a second {args.score} of {run} after {steps} steps")
+        found[run, steps] = scores[args.score].value
+        ways.add(scores[args.score].measured)
+    if len(ways) > 1:
+        raise UserError(f"these results do not compare, they were measured in several ways: "
+                        f"{' / '.join(sorted(ways))}")
 
     rows = []
     curves = {}
-    for (run, steps), score in sorted(scores.items(), key=lambda item: item[0]):
-        rows.append({"run": run, "steps": steps, args.score: score.value})
-        curves.setdefault(run, []).append((steps, score.value))
-    with complete(args.out) as temporary:
-        temporary.write_text(line_chart(curves, "training steps", args.score), encoding="utf-8")
-    write_jsonl(Path(args.out).with_suffix(".jsonl"), rows)
-    print(f"{args.out}: {len(rows)} checkpoints of {len(curves)} runs, and the same as JSONL")
+    for (run, steps), value in sorted(found.items()):
+        rows.append({"run": run, "steps": steps, args.score: value})
+        curves.setdefault(run, []).append((steps, value))
+    with complete(out) as path:
+        path.write_text(line_chart(curves, "training steps", args.score), encoding="utf-8")
+    write_jsonl(points, rows)
+    print(f"{out}: {len(rows)} checkpoints of {len(curves)} runs, and the same as JSONL")
 
+
+# --------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Options(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run):
-        sub = commands.add_parser(run.__name__, formatter_class=HelpFormatter, help=run.__doc__,
-                                  description=run.__doc__)
+        sub = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         sub.set_defaults(run=run)
         return sub.add_argument
 
@@ -984,67 +942,54 @@ def main(argv=None):
     add("--real", required=True, metavar="FOLDER|FILE",
         help="real images, or a file of --save-stats")
     add("--fake", metavar="FOLDER", help="generated images")
-    add("--size", type=int, default=256,
-        help="both sides: shorter side to this, then centre crop")
-    add("--no-crop", action="store_true", help="leave the images as they are")
-    add("--k", type=int, default=3,
-        help="a sample's ball reaches to this neighbour; 3 is our choice")
-    add("--chunk", type=int, default=10_000,
+    add("--size", type=number(int, 1, 4096), default=256, help="side of the centre crop")
+    add("--k", type=number(int, 1), default=3, help="reach of a ball; 3 is our choice")
+    add("--chunk", type=number(int, 0, 2 ** 62), default=10_000,
         help="P, R, D, C: mean over chunks of so many; 0: all; 10,000 is our choice")
-    add("--seed", type=int, default=0, help="how the images are shuffled into chunks")
-    add("--save-stats", metavar="FILE",
-        help="keep the features of --real in one .safetensors file")
-    add("--inception", metavar="FILE",
-        help="FID's weights, pytorch-fid's or torch-fidelity's")
+    add("--seed", type=number(int, 0, 2 ** 62), default=0, help="how chunks are drawn")
+    add("--save-stats", metavar="FILE", help="keep the features of --real, .safetensors")
+    add("--inception", metavar="FILE", help="FID's weights (pytorch-fid, torch-fidelity)")
     add("--dino", default="facebook/dinov2-large", help="DINOv2: folder or hub id")
     add = command(clip)
-    add("--samples", required=True, metavar="FILE",
-        help="samples.jsonl of sample.py, beside its images")
+    add("--samples", required=True, metavar="FILE", help="a samples.jsonl")
     add("--clip", default=CLIP, help="CLIP: folder or hub id")
     add("--jina", default="jinaai/jina-clip-v2", help="Jina CLIP: folder or hub id")
-    add("--trust-remote-code", action="store_true",
-        help="run the code that comes with --jina")
+    add("--trust-remote-code", action="store_true", help="run the code of --jina")
     add = command(geneval)
     add("--images", required=True, metavar="FOLDER",
         help="from sample.py --format geneval, original prompts")
     add("--extended", metavar="FOLDER", help="the same from extended prompts")
     add("--detections", metavar="FILE", nargs="+",
-        help="instead of a detector, JSONL (for --images, for "
-        '--extended): {"file": "00000/samples/0000.png", "objects": {class: [{"box": [x0, y0, x1, y1], '
+        help="instead of a detector, JSONL (for --images, for --extended): "
+        '{"file": "00000/samples/0000.png", "objects": {class: [{"box": [x0, y0, x1, y1], '
         '"score": 0.9}]}}, with "color" where CLIP is not to tell it')
     add("--detector",
-        help=f"folder or hub id (default: {DETECTOR}); with --detections, who made them, and "
-             "only those of one detector are ranked (default: each file is one)")
+        help=f"folder or hub id (default: {DETECTOR}); with --detections, who made them")
     add("--clip", default=CLIP, help="CLIP, which tells colours: folder or hub id")
     add = command(dpg)
     add("--images", required=True, metavar="FOLDER", help="from sample.py --format dpg")
-    add("--questions", required=True, metavar="FILE",
-        help="the benchmark's dpg_bench.csv")
+    add("--grid", action="store_true",
+        help="each image is a 2 x 2 grid (known where sample.py --format dpg made it)")
+    add("--questions", required=True, metavar="FILE", help="dpg_bench.csv")
     add("--vqa", default="Salesforce/blip-vqa-capfilt-large",
         help="the judge, a VQA model: folder or hub id")
     add("--answers", metavar="FILE",
         help='instead of a judge, lines {"file": "12.png", "answers": '
         '[{"1": true, "2": false}, ...]}, one list entry for each image of the grid')
-    add("--judge",
-        help="who gave --answers; only scores of one judge are ranked (default: the file)")
+    add("--judge", help="who gave --answers")
     add = command(compare)
-    add("results", nargs="+", metavar="RESULTS", help="results.json, or folders with one")
-    add("--paper", action="store_true",
-        help="Tables 1 to 5 in the paper's columns, with published rows")
-    add("--csv", metavar="FILE", help="write the rows with all their scores")
-    add("--published", metavar="FILE",
-        help="rows to show, unranked, from a file like that of --csv")
+    add("results", nargs="+", metavar="RESULTS",
+        help="results.json, or a folder with results in it or in its folders: a row each")
+    add("--paper", action="store_true", help="all five tables, with the paper's own rows")
     add = command(curve)
-    add("results", nargs="+", metavar="CHECKPOINT",
-        help="folders with results.json in them or below")
+    add("results", nargs="+", metavar="CHECKPOINT", help="as RESULTS of compare")
     add("--score", default="fid",
         help='as results.json names it; "COCO fid", "original overall", ...')
     add("--out", default="curve.svg", metavar="FILE.svg",
         help="the picture; FILE.jsonl holds its points")
     args = parser.parse_args(argv)
-    # Only the features of `quality` are shared by the ranks of torchrun.
-    rank, _ = rank_and_world()
-    if rank == 0 or args.run is quality:
+    # Ranks share what is measured; tables are one rank's.
+    if rank_and_world()[0] == 0 or args.run not in (compare, curve):
         args.run(args)
 
 

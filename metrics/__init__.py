@@ -1,1 +1,1 @@
-"""How training and evaluation are measured and shown: distances, FID, tables, curves, speed."""
+"""Numbers that have references: distances, FID's network, GenEval's rules (Tables 1 and 2)."""

@@ -163,7 +163,7 @@ class Inception(nn.Sequential):
 
     `weights` is the file pt_inception-2015-12-05-6726825d.pth, or torch-fidelity's.
     Without it they are random until `load_state_dict`, which passes over the
-    classifier's. Raises UserError for another file.
+    classifier's. Raises UserError for another file, torchvision's among them.
     """
 
     def __init__(self, weights=None):
@@ -200,12 +200,17 @@ class Inception(nn.Sequential):
                 self.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
             except Exception as error:  # noqa: BLE001
                 reason = getattr(error, "strerror", None) or "not the Inception weights of FID"
+                if isinstance(error, UserError):
+                    reason = f"{reason} but {error}"
                 raise UserError(f"{weights}: {reason} ({INCEPTION} or torch-fidelity's)") from None
 
     def load_state_dict(self, state, *options, **more):
-        # The features are taken before the classifiers, so their weights have no place here.
-        classifier = ("fc.", "AuxLogits.")
-        kept = {name: x for name, x in state.items() if not name.startswith(classifier)}
+        # torchvision's network has the same names, other weights and 1,000 classes.
+        classifier = state.get("fc.weight", torch.empty(1008, 2048))
+        if "AuxLogits.fc.weight" in state or classifier.shape != (1008, 2048):
+            raise UserError("torchvision's inception_v3")
+        # The features are taken before the classifier, so its weights have no place here.
+        kept = {name: x for name, x in state.items() if not name.startswith("fc.")}
         return super().load_state_dict(kept, *options, **more)
 
     # TF32 would move the third digit.
