@@ -4,16 +4,15 @@
 
 aio     'An image of <class-name>', the paper's baseline: it says what there is, but
         not how many, in which colour or where.
-llava   A long caption of every photo, or of every composite (--cutmix
-        cutmix-all/cutmix.jsonl). LLaVA-NeXT is shown only those parts of the picture
-        that matter: fewer tokens, 2.7 times as fast in the paper.
+llava   A long caption of every photo, or of every composite (--cutmix FILE). LLaVA-NeXT is
+        shown only the views that matter: fewer tokens, 2.7 times as fast in the paper.
 extend  Short prompts become long ones, so that a model that was trained on long
         captions is asked in a language it understands.
 
-Whatever has no caption is named in <OUT less .jsonl>.skipped.jsonl. A killed command goes on
-when it is started again, from what is whole in OUT.parts. Under torchrun, or with RANK and
-WORLD_SIZE set, ranks share the work, and the last one to end joins it. OUT.settings says what
-OUT was made with. Each command has options of its own: `python caption.py llava --help`.
+Whatever has no caption is named in <OUT less .jsonl>.skipped.jsonl. A killed command goes
+on when it is started again, from the files in OUT.parts. Under torchrun, or with RANK and
+WORLD_SIZE set, ranks share the work; the last one to end joins it. OUT.settings says how
+OUT was made. Each command has options of its own: `python caption.py llava --help`.
 """
 
 import csv
@@ -46,54 +45,41 @@ from cutmix import CUTS
 # aio: 'An image of <class-name>' (paper 3.1)
 
 def aio(args):
-    """Write the baseline's caption for every photo in a class folder.
-
-    Raises UserError if a photo is in none, or if it is unknown what a folder means.
-    """
+    """Write the baseline's caption for every photo in a class folder. Raises UserError."""
     keep_apart(args.out, args.images, args.class_names)
     files = list_images(args.images)
-
     # Without this check, such a photo would be captioned 'An image of ' and no more.
     for file in files:
         if not class_of(file):
-            raise UserError(f"{args.images}: {file} is in no class folder, so its class "
-                            "is unknown")
-
-    classes = sorted({class_of(file) for file in files})
-    names = class_names(classes, args.class_names)
-
-    settings = {"command": "aio", "class_names": names, "list_of_photos": fingerprint(files)}
+            raise UserError(f"{args.images}: {file} is in no class folder: of which class is it?")
+    names = class_names(sorted({class_of(file) for file in files}), args.class_names)
+    settings = {"command": "aio", "class_names": names, "list": fingerprint(files)}
     if is_complete(args.out, settings):
         return
 
-    def describe(batch):
-        return [{"file": file, "caption": aio_caption(names[class_of(file)])} for file in batch]
+    def describe_batch(batch):
+        # No article, as the paper writes it.
+        return [{"file": file, "caption": f"An image of {names[class_of(file)]}"}
+                for file in batch]
 
-    write_together(args.out, settings, in_batches(files, 1000), 50, describe)
-
-
-def aio_caption(class_name):
-    """Return the caption of the baseline: no article, as the paper writes it."""
-    return f"An image of {class_name}"
+    write_together(args.out, settings, in_batches(files, 1000), 50, describe_batch)
 
 
 def class_names(folders, table=None):
     """Return the names of class folders as a dict: {folder: class name in words}.
 
-    `table` is a file that says what folders mean, see read_class_table; without it
-    folders are named after their classes. Raises UserError for a folder that is not in
-    the table, or is a WordNet id without a table.
+    `table` is a file that says what folders mean, see read_class_table; without it they are
+    named after their classes. Raises UserError for a folder whose meaning is not known.
     """
     meanings = read_class_table(table) if table else {}
     names = {}
     for folder in folders:
         if table and folder not in meanings:
             raise UserError(f"{table}: has no class {folder!r}")
-        # A caption 'An image of n01440764' would teach a model nothing.
+        # 'An image of n01440764' would teach a model nothing.
         if not table and re.fullmatch(r"n\d{8}", folder):
-            raise UserError(f"class folder {folder} is a WordNet id: say what it means "
-                            "with --class-names LOC_synset_mapping.txt")
-
+            raise UserError(f"class folder {folder} is a WordNet id: say what it means with "
+                            f"--class-names LOC_synset_mapping.txt")
         # imagenet_class_index.json writes "great_white_shark", and so do many folders.
         name = meanings.get(folder, folder)
         names[folder] = name.replace("_", " ").strip()
@@ -103,14 +89,12 @@ def class_names(folders, table=None):
 def read_class_table(path):
     """Return what WordNet ids mean as a dict: {"n01440764": "tench", ...}.
 
-    Reads LOC_synset_mapping.txt ('n01440764 tench, Tinca tinca': the first name counts)
-    and imagenet_class_index.json ({"0": ["n01440764", "tench"], ...}). Raises UserError
-    if it is neither.
+    Reads LOC_synset_mapping.txt ('n01440764 tench, Tinca tinca': the first name counts) and
+    imagenet_class_index.json ({"0": ["n01440764", "tench"], ...}). Raises UserError otherwise.
     """
     meanings = {}
     with reading(path, "lines 'n01440764 tench, Tinca tinca', nor JSON of such pairs"):
         text = read_utf8(path)
-
         # The first character tells the formats apart: an id begins with n.
         if text.startswith("{"):
             pairs = json.loads(text).values()
@@ -131,9 +115,9 @@ def read_class_table(path):
 # Appendix B, word for word.
 PROMPT = "Describe this image"
 PROMPT_CUTMIX = (
-    "Describe this image. Consider all the objects in the picture. Describe them, "
-    "describe their position and their relation. Do not consider the image as a "
-    "composite of images. The image is a single scene image")
+    "Describe this image. Consider all the objects in the picture. Describe them, describe their "
+    "position and their relation. Do not consider the image as a composite of images. The image "
+    "is a single scene image")
 
 ALL_VIEWS = [0, 1, 2, 3, 4]
 
@@ -169,12 +153,11 @@ def kept_patches(setting, box, size):
 def image_tokens(features, kept, newline):
     """Return what stands for a picture in the language model's input, (tokens, D).
 
-    It is LLaVA-NeXT's packing, of the kept views only: the whole, then the rows of the
-    2 x 2 grid of quadrants, each with a newline at its end. With P x P patches a view,
-    all five give transformers' own sequence, 5 P^2 + 2 P tokens (2,928). The whole alone
-    gives P^2 + 1 (577), as transformers packs a picture of one view. Beside quadrants it
-    gives P^2 (576), each quadrant as many, and each row of quadrants of which one is kept P
-    newlines (24).
+    It is LLaVA-NeXT's packing, of the kept views only: the whole, then the rows of the 2 x 2
+    grid of quadrants, each with a newline at its end. With P x P patches a view, all five give
+    transformers' own sequence, 5 P^2 + 2 P tokens (2,928). The whole alone gives P^2 + 1 (577),
+    as transformers packs a picture of one view. Beside quadrants it gives P^2 (576), each
+    quadrant as many, and each row of quadrants of which one is kept P newlines (24).
 
     features: (views, P * P, D), the kept views in order; newline: (D,).
     """
@@ -256,72 +239,60 @@ class Picture(NamedTuple):
     """A picture to caption: a photo, or a composite with its row of cutmix.jsonl."""
     file: str
     setting: str | None = None          # None: a photo
-    box: list | None = None
-
-
-class Views(NamedTuple):
-    """What LLaVA is shown of a picture, or why it cannot be shown."""
-    file: str
-    pixels: torch.Tensor | None = None  # (V, 3, H, W)
+    box: tuple | None = None
+    # What LLaVA is shown of it, or why it cannot be shown.
+    views: torch.Tensor | None = None   # (V, 3, H, W)
     kept: list | None = None            # which ones these are, see kept_patches
     reason: str | None = None
 
 
 def load_views(picture, folder, processor, side, prune):
-    """Return the Views of a Picture.
+    """Return a Picture with its views.
 
-    LLaVA-NeXT cuts a picture into tiles, as many as its size and shape suggest. The
-    five views that the paper counts exist for 2 x 2 tiles only, so every picture is
-    shown as a square of `side` pixels, which has just these.
+    LLaVA-NeXT cuts a picture into tiles, as many as its size and shape suggest. The five views
+    that the paper counts exist for 2 x 2 tiles only, so every picture is shown as a square of
+    `side` pixels, which has just these.
     """
     path = f"{folder}/{picture.file}"
     try:
-        # Decoding may shrink a large JPEG, but not below twice the size that is needed,
-        # so the resampling below still has pixels to average.
+        # Decoding may shrink a large JPEG; the resampling below still has pixels to average.
         image = open_image(path, 2 * side)
         # The box counts the pixels of the file, not of what was decoded.
         with Image.open(path) as header:
             file_side = min(header.size)
     except OSError as error:
         # One broken file must not end the whole run.
-        return Views(picture.file, reason=reason_without(path, error))
-    views = cut_into_views(resize_and_crop(image, side), processor)
-
+        return picture._replace(reason=reason_without(path, error))
+    square = resize_and_crop(image, side)
+    views = processor(images=square, return_tensors="pt")["pixel_values"][0]
     # Only a composite has a box, and composites are square.
     kept = kept_patches(picture.setting, picture.box, file_side) if prune else ALL_VIEWS
     # The other views never reach the model.
-    return Views(picture.file, views[kept], kept)
-
-
-def cut_into_views(square, processor):
-    """Return the whole of a square PIL image and its quadrants, (5, 3, H, W), as LLaVA sees them."""
-    return processor(images=square, return_tensors="pt")["pixel_values"][0]
+    return picture._replace(views=views[kept], kept=kept)
 
 
 def describe(batch, model, tokenizer, prompt, max_new_tokens):
-    """Return the rows of a batch of Views: "file" and "caption", or "reason".
-
-    prompt: token ids, see embed_question.
-    """
-    # Every picture gets a row: its caption, or the reason why there is none.
-    rows = {}
-    for views in batch:
-        reason = views.reason or "the model said nothing"
-        rows[views.file] = {"file": views.file, "reason": reason}
-
-    # The model gets the pictures that could be read, and that may be none.
-    shown = [views for views in batch if views.reason is None]
+    """Return the rows of a batch of Pictures: "file" and "caption", or "reason"."""
+    # The model gets the pictures that could be read, which may be none.
+    shown = [picture for picture in batch if picture.reason is None]
+    captions = {}
     if shown:
-        pixels = [views.pixels for views in shown]
-        kept = [views.kept for views in shown]
-        embeddings, mask = embed_question(model, pixels, kept, prompt)
+        views = [picture.views for picture in shown]
+        kept = [picture.kept for picture in shown]
+        embeddings, mask = embed_question(model, views, kept, prompt)
         answers = greedy_answers(model, tokenizer, mask, max_new_tokens,
                                  inputs_embeds=embeddings)
-        for views, answer in zip(shown, answers):
-            caption = whole_sentences(answer)
-            if caption:
-                rows[views.file] = {"file": views.file, "caption": caption}
-    return list(rows.values())
+        for picture, answer in zip(shown, answers):
+            captions[picture.file] = whole_sentences(answer)
+
+    # Every picture gets a row: its caption, or the reason why there is none.
+    rows = []
+    for picture in batch:
+        caption = captions.get(picture.file)
+        reason = picture.reason or "the model said nothing"
+        row = {"caption": caption} if caption else {"reason": reason}
+        rows.append({"file": picture.file, **row})
+    return rows
 
 
 def llava(args):
@@ -331,8 +302,7 @@ def llava(args):
     question = PROMPT_CUTMIX if args.cutmix else PROMPT
     settings = {"command": "llava", "model": args.model, "question": question,
                 "no_prune": args.no_prune, "batch_size": args.batch_size,
-                "max_new_tokens": args.max_new_tokens,
-                "list_of_pictures": fingerprint(pictures)}
+                "max_new_tokens": args.max_new_tokens, "list": fingerprint(pictures)}
     if is_complete(args.out, settings):
         return
     model, processor, side, prompt = load_llava(args.model, question)
@@ -341,48 +311,37 @@ def llava(args):
         return [load_views(picture, folder, processor.image_processor, side, not args.no_prune)
                 for picture in batch]
 
-    def describe_views(batch):
-        return describe(batch, model, processor.tokenizer, prompt, args.max_new_tokens)
-
-    # A caption can depend, in its last bits, on the batch it was made in: units are whole batches.
-    batches = in_batches(pictures, args.batch_size)
-    write_together(args.out, settings, batches, 8, describe_views, load, args.workers)
+    # A caption can depend, in its last bits, on its batch: units are whole batches.
+    write_together(
+        args.out, settings, in_batches(pictures, args.batch_size), 8,
+        lambda batch: describe(batch, model, processor.tokenizer, prompt, args.max_new_tokens),
+        load, args.workers)
 
 
 def load_llava(name, question):
-    """Return a LLaVA-NeXT, its processor, the side of 2 x 2 views, and a question's token ids.
-
-    Raises UserError.
-    """
-    # Another model is refused by its small configuration, before gigabytes are read.
+    """Return a LLaVA-NeXT, its processor, the side of 2 x 2 views, and a question's tokens."""
+    # Another model is refused by its configuration, before gigabytes are read.
     kind = read_json(fetch(name, "config.json"), "a configuration").get("model_type")
     if kind != "llava_next":
         raise UserError(f"{name}: not LLaVA-NeXT, but {kind}")
     model, processor = load_chat_model("LlavaNextForConditionalGeneration", "AutoProcessor", name)
-
-    # A view has the size of the vision tower's input.
+    # A view has the size of the vision tower's input. Without a grid of 2 x 2, a square would
+    # be cut in another way, and views 1 to 4 would not be its quadrants.
     side = 2 * model.config.vision_config.image_size
-    # Without this grid, the processor would cut a square in another way, and views 1 to 4
-    # would not be its quadrants.
-    for grids in (model.config.image_grid_pinpoints, processor.image_processor.image_grid_pinpoints):
-        if [side, side] not in map(list, grids):
-            raise UserError(f"{name}: no 2 x 2 grid, {side} x {side}, in its image_grid_pinpoints")
-    # A model that cannot be asked is refused before its work begins.
+    for part in (model.config, processor.image_processor):
+        if [side, side] not in map(list, part.image_grid_pinpoints):
+            raise UserError(f"{name}: no 2 x 2 grid, {side} x {side}, in image_grid_pinpoints")
     with reading(name, "a model that can be asked about pictures"):
         prompt = prompt_tokens(processor, question)
-        views = cut_into_views(Image.new("RGB", (side, side)), processor.image_processor)
-        embed_question(model, [views], [ALL_VIEWS], prompt)
+        if model.config.image_token_id not in prompt:
+            raise ValueError("no <image> in its chat template")
     return model, processor, side, prompt
 
 
 def pictures_to_caption(args):
-    """Return the Pictures that the options ask for, and their folder.
-
-    Raises UserError if there are none, or if a file is not what it should be.
-    """
+    """Return the Pictures that the options ask for, and their folder. Raises UserError."""
     if not (args.images or args.cutmix):
         raise UserError("needs --images, or --cutmix")
-
     folder = args.images
     if args.cutmix:
         # cutmix.py names its composites relative to the folder of cutmix.jsonl.
@@ -390,38 +349,30 @@ def pictures_to_caption(args):
         pictures = []
         for k, row in enumerate(read_jsonl(args.cutmix), 1):
             with reading(f"{args.cutmix} row {k}", "a composite of cutmix.py"):
-                pictures.append(composite(row))
-        if not pictures:
-            raise UserError(f"{args.cutmix}: no composites in it")
+                # Four whole numbers: no text, no NaN.
+                x0, y0, x1, y1 = map(operator.index, row["box"])
+                if row["setting"] not in CUTS or not isinstance(row["file"], str):
+                    raise ValueError(shorten(row))
+                pictures.append(Picture(row["file"], row["setting"], (x0, y0, x1, y1)))
     else:
         pictures = [Picture(file) for file in list_images(folder)]
-
     # Captioning is the slow stage: what others have captioned need not be done again.
     if args.captioned:
         pictures = without_caption(pictures, args.captioned)
+    if not pictures:
+        raise UserError(f"{args.cutmix or folder}: no picture in it needs a caption")
     return pictures, folder
-
-
-def composite(row):
-    """Return a row of cutmix.jsonl as a Picture. Raises an exception if it is not one."""
-    # Of four whole numbers: no text, no NaN.
-    x0, y0, x1, y1 = map(operator.index, row["box"])
-    if row["setting"] not in CUTS or not isinstance(row["file"], str):
-        raise ValueError(shorten(row))
-    return Picture(row["file"], row["setting"], [x0, y0, x1, y1])
 
 
 def without_caption(pictures, caption_files):
     """Return the Pictures that have no caption in any of the files.
 
-    A caption that names its picture without the folder, as the authors' do, counts if
-    there is only one picture of this name; encode.py does the same. Raises UserError if
-    nothing is left.
+    A caption that names its picture without the folder, as the authors' do, counts if there is
+    only one picture of this name; encode.py does the same.
     """
     captions = {}
     for path in caption_files:
         captions.update(read_captions(path)[0])
-
     # A bare name that two pictures share does not tell which of them it describes.
     names = Counter(os.path.basename(picture.file) for picture in pictures)
     missing = []
@@ -430,7 +381,6 @@ def without_caption(pictures, caption_files):
         named_alone = name in captions and names[name] == 1
         if picture.file not in captions and not named_alone:
             missing.append(picture)
-
     print(f"{len(pictures) - len(missing)} pictures have captions, {len(missing)} need one")
     return missing
 
@@ -440,11 +390,10 @@ def without_caption(pictures, caption_files):
 
 INSTRUCTION = (
     "You turn a short prompt into one detailed caption of an image, of three to five plain "
-    "sentences, such as 'The image features a red apple on a wooden table. The apple is in "
-    "the centre of the image, and its skin is smooth and shiny. The background is a "
-    "blurred kitchen with soft light.' Keep every object, number, colour and position of "
-    "the prompt, in the same words, and add no other objects of these kinds. Answer with "
-    "the caption only.")
+    "sentences, such as 'The image features a red apple on a wooden table. The apple is in the "
+    "centre of the image, and its skin is smooth and shiny. The background is a blurred kitchen "
+    "with soft light.' Keep every object, number, colour and position of the prompt, in the same "
+    "words, and add no other objects of these kinds. Answer with the caption only.")
 
 # Words of a prompt that a long caption may lose.
 FILLER_WORDS = set("a an the of and or with in on at to is are photo image".split())
@@ -459,7 +408,7 @@ def extend(args):
     rows, skipped = read_prompts(args.prompts, args.limit, args.seed)
     settings = {"command": "extend", "model": args.model, "attempts": args.attempts,
                 "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens,
-                "list_of_prompts": fingerprint(rows + skipped)}
+                "list": fingerprint(rows + skipped)}
     if is_complete(args.out, settings):
         return
     model, tokenizer = load_chat_model("AutoModelForCausalLM", "AutoTokenizer", args.model)
@@ -467,46 +416,38 @@ def extend(args):
     with reading(args.model, "a model that can be asked"):
         ask(model, tokenizer, [INSTRUCTION], 1)
 
-    def lengthen_prompts(batch):
-        return lengthen(batch, model, tokenizer, args.attempts, args.max_new_tokens)
-
     batches = in_batches(rows, args.batch_size)
     if skipped:
         batches.append(skipped)
-    if write_together(args.out, settings, batches, 2, lengthen_prompts):
+    if write_together(
+            args.out, settings, batches, 2,
+            lambda batch: lengthen(batch, model, tokenizer, args.attempts, args.max_new_tokens)):
         # A user should see which prompts the model did not make longer.
         rows = read_jsonl(args.out)
         short = [row["prompt"] for row in rows if row["prompt"] == row["short_prompt"]]
-        print(f"{len(short)} of {len(rows)} prompts were kept short")
-        for prompt in short[:10]:
-            print(f"  {prompt}")
+        print(f"{len(short)} of {len(rows)} prompts were kept short", *short[:10], sep="\n  ")
 
 
 def lengthen(batch, model, tokenizer, attempts, max_new_tokens):
     """Return a batch of rows with long prompts.
 
-    The short one is kept as "short_prompt". It also stays the prompt where the model
-    loses some of its words again and again, `attempts` times.
+    The short one is kept as "short_prompt". It also stays the prompt where the model loses some
+    of its words again and again, `attempts` times.
     """
     # Rows without a prompt are listed as they are.
     if "reason" in batch[0]:
         return batch
-
     # A prompt that occurs twice in a batch is asked once.
     short = list(dict.fromkeys(row["prompt"] for row in batch))
     long = {}
     # What to say beside a prompt when it is asked again.
     notes = dict.fromkeys(short, "")
-
     # Each attempt asks only about prompts that have no good answer yet.
     for _ in range(attempts):
         asked = [prompt for prompt in short if prompt not in long]
         if not asked:
             break
-
-        questions = []
-        for prompt in asked:
-            questions.append(f"{INSTRUCTION}\n\n{prompt}{notes[prompt]}")
+        questions = [f"{INSTRUCTION}\n\n{prompt}{notes[prompt]}" for prompt in asked]
         answers = ask(model, tokenizer, questions, max_new_tokens)
         for prompt, answer in zip(asked, answers):
             # Some models put the caption in quotation marks.
@@ -522,8 +463,7 @@ def lengthen(batch, model, tokenizer, attempts, max_new_tokens):
     rows = []
     for row in batch:
         prompt = row["prompt"]
-        caption = long.get(prompt, prompt)
-        rows.append({**row, "prompt": caption, "short_prompt": prompt})
+        rows.append({**row, "prompt": long.get(prompt, prompt), "short_prompt": prompt})
     return rows
 
 
@@ -565,18 +505,13 @@ def word_forms(word):
 # Asking a chat model
 
 def load_chat_model(kind, companion, name):
-    """Return a model on this rank's device, and its processor or tokenizer.
-
-    kind, companion: classes of transformers; name: a folder, or a hub id. Raises UserError.
-    """
+    """Return a model (of transformers' class `kind`), and its processor or tokenizer."""
     dtype = torch.bfloat16 if local_device().type == "cuda" else torch.float32
     model, processor = pretrained(name, kind, companion, dtype=dtype)
     if not getattr(processor, "chat_template", None):
         raise UserError(f"{name}: has no chat template, so it cannot be asked")
-
-    # Batches are padded on the left, so that all answers begin at the same place.
-    # Some tokenizers, Llama's among them, have no token for padding. Any token will do,
-    # because the padding is masked.
+    # Batches are padded on the left, so that all answers begin at the same place. Any token will
+    # do, because the padding is masked; some tokenizers, Llama's among them, have none for it.
     tokenizer = getattr(processor, "tokenizer", processor)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -588,7 +523,6 @@ def prompt_tokens(processor, question):
     content = [{"type": "image"}, {"type": "text", "text": question}]
     chat = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
-
     # Most templates write the token that begins a text, and it must not be there twice.
     begins = processor.tokenizer.bos_token
     has_begin = begins is not None and text.startswith(begins)
@@ -622,19 +556,14 @@ def greedy_answers(model, tokenizer, mask, max_new_tokens, **inputs):
         temperature=None, top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=sorted(ends - {None}) or None)
     if "input_ids" in inputs:
-        # Then the answer comes behind the question.
-        # Given embeddings instead, generate() returns the answer alone.
+        # The answer comes behind the question; given embeddings, it comes alone.
         tokens = tokens[:, inputs["input_ids"].shape[1]:]
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def whole_sentences(text):
-    """Return a text as one line, cut after its last complete sentence.
-
-    If no sentence is complete, all of it is returned.
-    """
+    """Return a text as one line, cut after its last complete sentence, if there is one."""
     text = " ".join(text.split())
-
     # An answer that reached --max-new-tokens stops in the middle of a sentence. A full
     # stop counts only at the end of a word, so "2.5" ends no sentence.
     ends = [match.end() for match in re.finditer(r"[.!?][\"'”’)\]]*(?=\s|$)", text)]
@@ -668,8 +597,8 @@ def read_captions(path):
         if not has_word(caption, where):
             skipped.append({"file": file, "reason": "no word in its caption"})
         elif captions.setdefault(file, caption) != caption:
-            raise UserError(f"{where}: {file} had another caption before (a name in two "
-                            f"folders? then the captions must name the folder too)")
+            raise UserError(f"{where}: {file} had another caption before (a name in two folders? "
+                            f"then the captions must name the folder too)")
     if not captions:
         raise UserError(f"{path}: no captions in it")
     return captions, skipped
@@ -688,7 +617,7 @@ def read_prompts(path, limit=None, seed=0):
     rows = {}
     skipped = []
     for key, row in found.items():
-        where = row.get("prompt_file", f"{path} {'image' if of_coco else 'row'} {key}")
+        where = str(row.get("prompt_file", f"{path} {'image' if of_coco else 'row'} {key}"))
         prompt = text_of(row, PROMPT_COLUMNS, where)
         if has_word(prompt, where):
             rows[key] = {**row, "prompt": prompt}
@@ -696,15 +625,12 @@ def read_prompts(path, limit=None, seed=0):
             skipped.append({"file": Path(where).name, "reason": "no word in it"})
     if not rows:
         raise UserError(f"{path}: no prompts in it")
-
-    # An image of COCO's draws a lot that depends on nothing but `seed` and its id, and the lowest
-    # lots are taken: a lower limit gives a part of what a higher one gives.
-    def lot(image_id):
-        return hashlib.sha256(f"{seed} {image_id}".encode()).digest()
-
     chosen = list(rows)
     if of_coco:
-        chosen = sorted(rows, key=lot)[:limit]
+        # An image draws a lot that depends on `seed` and its id alone, and the lowest are taken:
+        # a lower limit gives a part of what a higher one gives.
+        lots = {key: hashlib.sha256(f"{seed} {key}".encode()).digest() for key in rows}
+        chosen = sorted(rows, key=lots.get)[:limit]
     elif limit and limit < len(rows):
         # Not the first ones: files are sorted by class or task.
         chosen = random.Random(seed).sample(chosen, limit)
@@ -715,21 +641,17 @@ def text_of(row, names, where):
     """Return the text that a row has under the first of `names`. Raises UserError."""
     for name in names:
         for key, value in row.items():
-            if key.strip().lower() == name:
-                if isinstance(value, str):
-                    return value
-                raise UserError(f"{where}: its {key} is {shorten(value)}, not a text")
-    raise UserError(f"{where}: it has {shorten(', '.join(row)) or 'nothing'}, and needs one of "
-                    f"{', '.join(names)}")
+            if key.strip().lower() == name and isinstance(value, str):
+                return value
+    raise UserError(f"{where}: needs a text called {' or '.join(names)}, and has "
+                    f"{shorten(', '.join(row))}")
 
 
 def has_word(text, where):
     """Tell whether a text has a letter or a digit. Raises UserError for half a character."""
-    try:
-        # JSON can write half a character, which no tokenizer takes: "\\ud83d".
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: character {error.start + 1} is half a character (not UTF-8)")
+    # JSON can write one, "\\ud83d", and no tokenizer takes it.
+    if text.encode(errors="ignore").decode() != text:
+        raise UserError(f"{where}: half a character in it, which UTF-8 cannot write")
     return re.search(r"\w", text) is not None
 
 
@@ -743,42 +665,31 @@ def read_rows(path):
     path = Path(path)
     suffix = path.suffix.lower()
     if path.is_dir():
-        return read_folder(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file or folder")
-    if is_lfs_pointer(path):
-        raise UserError(f"{path}: {LFS_POINTER}")
+        # Hidden files are those of editors and of macOS.
+        return [{"prompt": read_utf8(file).strip(), "name": file.stem, "prompt_file": str(file)}
+                for file in sorted(path.glob("[!.]*.txt"))]
+    if suffix in (".jsonl", ".json"):
+        return read_jsonl(path)
     if suffix == ".parquet":
         raise UserError(f"{path}: Parquet is not read here; save it as JSONL or CSV, for "
                         'instance with load_dataset(...).to_json("captions.jsonl")')
-    if suffix in (".jsonl", ".json"):
-        return read_jsonl(path)
+    lines = read_utf8(path).strip("\n").split("\n")
     if suffix == ".csv":
-        return read_table(path, ",", csv.QUOTE_MINIMAL)
-    return read_tsv(path) if suffix == ".tsv" else read_text(path)
+        return read_table(path, lines, ",", csv.QUOTE_MINIMAL)
+    return read_tsv(path, lines) if suffix == ".tsv" else read_text(path, lines)
 
 
 def read_utf8(path):
-    """Return a text without the mark (BOM) that some editors put before it. Raises ValueError."""
-    return Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-
-
-def read_folder(folder):
-    """Return a row for each .txt file: its text is the prompt, its name without suffix the name."""
-    rows = []
-    # Hidden files are those of editors and of macOS.
-    for file in sorted(folder.glob("[!.]*.txt")):
-        with reading(file, "text in UTF-8"):
-            rows.append({"prompt": read_utf8(file).strip(), "name": file.stem,
-                         "prompt_file": str(file)})
-    return rows
-
-
-def read_text(path):
-    """Return the lines of a text file as rows with a "prompt"."""
+    """Return the text of a file, without the mark (BOM) that some editors put before it."""
     with reading(path, "text in UTF-8"):
-        lines = read_utf8(path).strip().split("\n")
+        text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    if is_lfs_pointer(path):
+        raise UserError(f"{path}: {LFS_POINTER}")
+    return text
 
+
+def read_text(path, lines):
+    """Return lines as rows with a "prompt"."""
     # What another program wrote: its columns and brackets must not become prompts.
     is_json = re.match(r'[\[{]\s*(["{\[]|$)', lines[0])
     cells = {cell.strip().lower() for cell in re.split("[,;]", lines[0])}
@@ -788,27 +699,24 @@ def read_text(path):
     return [{"prompt": line.strip()} for line in lines]
 
 
-def read_tsv(path):
+def read_tsv(path, lines):
     """Return the rows of a TSV: with named columns, or as the authors' captioner writes it."""
-    with reading(path, "TSV in UTF-8"), open(path, encoding="utf-8-sig", newline="\n") as lines:
-        pairs = [line.partition("\t") for line in lines]
     # Theirs has no line of names: file, tab, caption.
-    if pairs and Path(pairs[0][0]).suffix.lower() in IMAGE_SUFFIXES:
+    if Path(lines[0].partition("\t")[0]).suffix.lower() in IMAGE_SUFFIXES:
+        pairs = [line.partition("\t") for line in lines if line]
         return [{"file": file, "caption": caption.strip()} for file, _, caption in pairs]
     try:
-        return read_table(path, "\t", csv.QUOTE_MINIMAL)
+        return read_table(path, lines, "\t", csv.QUOTE_MINIMAL)
     except UserError:
         # Most TSVs do without quoting: a cell may begin with a word in quotation marks.
-        return read_table(path, "\t", csv.QUOTE_NONE)
+        return read_table(path, lines, "\t", csv.QUOTE_NONE)
 
 
-def read_table(path, delimiter, quoting):
+def read_table(path, lines, delimiter, quoting):
     """Return the rows of a table whose first line names the columns."""
-    with reading(path, "CSV in UTF-8"), open(path, encoding="utf-8-sig", newline="\n") as lines:
-        table = csv.DictReader(lines, delimiter=delimiter, quoting=quoting, strict=True, restval="")
-        rows = list(table)
-        if not rows:
-            raise ValueError(f"no rows below its first line, {shorten(table.fieldnames)}")
+    with reading(path, "a table of cells"):
+        rows = list(csv.DictReader((f"{line}\n" for line in lines), delimiter=delimiter,
+                                   quoting=quoting, strict=True, restval=""))
         for k, row in enumerate(rows, 1):
             # The key of cells that have no column.
             if None in row:
@@ -817,7 +725,7 @@ def read_table(path, delimiter, quoting):
 
 
 def is_coco(path):
-    """Tell whether a file is COCO's, one object of JSON with `annotations`; .json may be JSONL."""
+    """Tell whether a file is COCO's: one object with `annotations`, and not JSONL."""
     if path.suffix != ".json" or not path.is_file():
         return False
     with open(path, "rb") as lines:
@@ -828,16 +736,17 @@ def is_coco(path):
 def read_coco(path):
     """Return COCO's captions as {id of an image: row}, in order of ids.
 
-    A row is {"prompt", "name", "file"}; `name` is the file's name without its suffix. Of an image's
-    captions the one with the smallest id that has a word becomes the prompt. Raises UserError.
+    A row is {"prompt", "name", "file"}; `name` is the file's, without suffix. The caption with
+    the smallest id that has a word is the image's prompt. Raises UserError.
     """
     data = read_json(path, "COCO's captions")
+    by_id = operator.itemgetter("id")
     rows = {}
     with reading(path, "COCO's captions"):
-        for image in sorted(data["images"], key=operator.itemgetter("id")):
+        for image in sorted(data["images"], key=by_id):
             file = image["file_name"]
             rows[image["id"]] = {"prompt": "", "name": Path(file).stem, "file": file}
-        for annotation in sorted(data["annotations"], key=operator.itemgetter("id")):
+        for annotation in sorted(data["annotations"], key=by_id):
             row = rows[annotation["image_id"]]
             if not re.search(r"\w", row["prompt"]):
                 row["prompt"] = annotation["caption"].strip()
@@ -850,14 +759,12 @@ def read_coco(path):
 def write_together(out, settings, batches, unit, describe, load=None, workers=0):
     """Make OUT, JSONL, of the rows of all batches; return whether it is complete.
 
-    describe(batch) returns a batch's rows; those with a "reason" go to the list of what was
-    skipped. load(batch), if given, makes a batch ready for it, in threads, ahead. `unit` batches
-    are a file in OUT.parts, from which a killed command goes on. Raises UserError.
+    describe(batch) returns a batch's rows, those with a "reason" are skipped ones. load(batch), if
+    given, prepares a batch in threads, ahead. `unit` batches are a file in OUT.parts, from which
+    a killed command goes on. Raises UserError.
     """
     parts = Path(f"{out}.parts")
-    units = {}
-    for k, some in enumerate(in_batches(batches, unit)):
-        units[f"{k:05d}.jsonl"] = some
+    units = {f"{k:05d}.jsonl": some for k, some in enumerate(in_batches(batches, unit))}
 
     def make(missing):
         mine = list(itertools.chain.from_iterable(missing))
@@ -867,8 +774,8 @@ def write_together(out, settings, batches, unit, describe, load=None, workers=0)
             rows = itertools.chain.from_iterable(itertools.islice(made, len(some)))
             yield jsonl(rows).encode()
 
-    # Two ranks that end together both join the units. What one of them then misses, the other
-    # has joined and removed: OUT is there.
+    # Two ranks that end together both join the units. What one of them then misses, the
+    # other has joined and removed: OUT is there.
     def is_whole(path):
         return has_content(path) or out.exists()
 
@@ -877,7 +784,9 @@ def write_together(out, settings, batches, unit, describe, load=None, workers=0)
             return False
         # Before OUT, which is the sign that all is done.
         write_json(f"{out}.settings", settings)
-        join_rows(parts, units, out, skipped_file(out))
+        skipped = Path(str(out).removesuffix(".jsonl") + ".skipped.jsonl")
+        good, bad = join_rows(parts, units, out, skipped)
+        print(f"{good} rows in {out}, {bad} skipped (named in {skipped})")
     except (UserError, FileNotFoundError):
         if not out.exists():
             raise
@@ -890,18 +799,11 @@ def is_complete(out, settings):
         return False
     record = Path(f"{out}.settings")
     if not record.exists():
-        raise UserError(f"{out}: is there, but not from this command (no {record.name}): use "
-                        f"another --out, or delete it")
+        raise UserError(f"{out}: not from this command (no {record.name}): choose another --out")
     refuse_other_settings(out, read_json(record, "the settings of captions"), settings)
     shutil.rmtree(f"{out}.parts", ignore_errors=True)
-    skipped = skipped_file(out)
-    print(f"{out}: complete ({skipped.name} names what was skipped)")
+    print(f"{out}: complete")
     return True
-
-
-def skipped_file(out):
-    """Return the path of the list of what has no caption: captions.skipped.jsonl."""
-    return Path(str(out).removesuffix(".jsonl") + ".skipped.jsonl")
 
 
 # --------------------------------------------------------------------------------------
@@ -924,29 +826,22 @@ def main(argv=None):
 
     add = sub_command("aio", aio)
     add("--images", required=True, metavar="FOLDER", help="<class>/<file>")
-    add("--class-names", metavar="FILE", help="LOC_synset_mapping.txt or "
-        "imagenet_class_index.json, if the folders are WordNet ids")
+    add("--class-names", metavar="FILE",
+        help="LOC_synset_mapping.txt or imagenet_class_index.json, if folders are WordNet ids")
 
     add = sub_command("llava", llava, "llava-hf/llama3-llava-next-8b-hf")
-    add("--images", metavar="FOLDER",
-        help="photos (or composites: the folder of --cutmix)")
-    add("--cutmix", metavar="FILE",
-        help="cutmix.jsonl: caption composites, look where the second photo is")
-    add("--captioned", nargs="+", default=[], metavar="FILE",
-        help="captions that exist, the authors' for instance: leave out their pictures")
-    add("--workers", type=number(int, 0), default=8,
-        help="threads that decode pictures; 0: none")
-    add("--no-prune", action="store_true",
-        help="show all five views: transformers' own path")
+    add("--images", metavar="FOLDER", help="photos (or composites: the folder of --cutmix)")
+    add("--cutmix", metavar="FILE", help="cutmix.jsonl: caption its composites")
+    add("--captioned", nargs="+", default=[], metavar="FILE", help="captions that exist already")
+    add("--workers", type=number(int, 0), default=8, help="threads that decode pictures; 0: none")
+    add("--no-prune", action="store_true", help="show all five views: transformers' own path")
 
     add = sub_command("extend", extend, "meta-llama/Llama-3.1-8B-Instruct")
     add("--prompts", required=True, metavar="FILE",
-        help="text, a prompt a line; JSONL, CSV or TSV with a 'prompt' a row, as GenEval's "
-        "evaluation_metadata.jsonl; a folder of .txt; COCO's captions_val2014.json")
+        help="text, JSONL, CSV, TSV; a folder of .txt; COCO's captions_val2014.json")
     add("--limit", type=number(int, 1), metavar="N", help="only so many of them")
     add("--seed", type=number(int, 0), default=0, help="chooses the prompts of --limit")
-    add("--attempts", type=number(int, 1), default=3,
-        help="how often it is asked before the prompt stays short")
+    add("--attempts", type=number(int, 1), default=3, help="times to ask before it stays short")
     args = parser.parse_args(argv)
     args.function(args)
 

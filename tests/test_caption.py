@@ -136,9 +136,8 @@ def test_class_names_come_from_folders_or_from_either_table(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    b"[1]", b'{"0": 5}', b'{"0": ["n01440764"]}', b'{"0": ["n01440764", 5]}', b"\xff", b"n01440764",
-    b"n01440764 5 tench\n", b"n01440764 tench\nn02099601 249 retriever\n", b"n01440764 'tench'",
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"])
+    b"[1]", b'{"0": 5}', b'{"0": ["n01440764"]}', b'{"0": ["n01440764", 5]}', b"n01440764",
+    b"n01440764 5 tench\n", b"n01440764 tench\nn02099601 249 retriever\n", b"n01440764 'tench'"])
 def test_a_file_that_is_no_table_of_classes_is_refused(tmp_path, content):
     (tmp_path / "table").write_bytes(content)
     assert "table: not lines 'n01440764" in refusal(caption.class_names, [], tmp_path / "table")
@@ -184,25 +183,20 @@ def test_the_box_of_a_composite_is_in_pixels_of_its_file_even_if_less_is_decoded
     def processor(images, return_tensors):
         return {"pixel_values": torch.zeros(1, 5, 3, 2, 2)}
 
-    views = caption.load_views(composite, tmp_path, processor, 64, prune=True)
-    assert views.kept == [0, 4]
+    assert caption.load_views(composite, tmp_path, processor, 64, prune=True).kept == [0, 4]
 
 
 class Llava:
     """The tiny LLaVA, and the views that its own processor makes of some pictures."""
 
     def __init__(self, folder, pictures):
-        self.model, self.processor, _, _ = caption.load_llava(folder, caption.PROMPT)
-        content = [{"type": "image"}, {"type": "text", "text": "describe this image"}]
-        self.text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True)
-        self.prompt = self.processor.tokenizer(self.text, add_special_tokens=False)["input_ids"]
-        files = common.list_images(pictures / "photos")
-        self.images = [common.load_image(pictures / "photos" / file, 56)
-                       for file in files if "4.png" not in file]
+        self.model, self.processor, side, self.prompt = caption.load_llava(folder, "describe this image")
+        self.text = self.processor.tokenizer.decode(self.prompt)
+        files = [file for file in common.list_images(pictures / "photos") if "4.png" not in file]
+        self.images = [common.load_image(pictures / "photos" / file, side) for file in files]
 
     def views(self, image):
-        return caption.cut_into_views(image, self.processor.image_processor)
+        return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
 
     def embed(self, pixels, kept):
         return caption.embed_question(self.model, pixels, kept, self.prompt)
@@ -314,26 +308,19 @@ def test_answers_end_with_a_whole_sentence_on_one_line():
 # --------------------------------------------------------------------------------------
 # llava: the command
 
-def test_every_photo_and_composite_gets_a_caption_or_an_entry(tiny_llava, pictures, tmp_path):
-    options = ["--model", tiny_llava, "--batch-size", 3, "--max-new-tokens", 12]
-    do("llava", "--images", pictures / "photos", "--out", tmp_path / "p.jsonl", *options)
-    captions = common.read_jsonl(tmp_path / "p.jsonl")
+def test_every_photo_gets_a_caption_or_an_entry_with_threads_and_without(tiny_llava, pictures, tmp_path):
+    words = ["llava", "--images", pictures / "photos", "--model", tiny_llava, "--batch-size", 3,
+             "--max-new-tokens", 12, "--out"]
+    do(*words, tmp_path / "p.jsonl")
     skipped = common.read_jsonl(tmp_path / "p.skipped.jsonl")
-    assert sorted(row["file"] for row in captions + skipped) == common.list_images(pictures / "photos")
+    rows = common.read_jsonl(tmp_path / "p.jsonl") + skipped
+    assert sorted(row["file"] for row in rows) == common.list_images(pictures / "photos")
     reasons = {row["file"]: row["reason"] for row in skipped}
     assert reasons["class0/4.png"].startswith("not a readable image")
-
-    # The same without threads.
-    do("llava", "--images", pictures / "photos", "--out", tmp_path / "q.jsonl", *options, "--workers", 0)
+    do(*words, tmp_path / "q.jsonl", "--workers", 0)
     for name in ("{}.jsonl", "{}.skipped.jsonl"):
         whole = (tmp_path / name.format("p")).read_bytes()
         assert (tmp_path / name.format("q")).read_bytes() == whole
-
-    manifest = pictures / "cutmix/cutmix.jsonl"
-    do("llava", "--cutmix", manifest, "--out", tmp_path / "c.jsonl", *options)
-    rows = common.read_jsonl(tmp_path / "c.jsonl") + common.read_jsonl(tmp_path / "c.skipped.jsonl")
-    composites = [row["file"] for row in common.read_jsonl(manifest)]
-    assert sorted(row["file"] for row in rows) == composites
 
 
 def test_composites_are_shown_the_views_of_their_setting(tiny_llava, pictures, tmp_path, monkeypatch):
@@ -351,18 +338,16 @@ def test_composites_are_shown_the_views_of_their_setting(tiny_llava, pictures, t
     assert {row["setting"] for row in rows} == {"1/2", "1/4", "1/9", "1/16"}
     options = ["llava", "--cutmix", manifest, "--model", tiny_llava, "--max-new-tokens", 2]
     do(*options, "--out", tmp_path / "c.jsonl")
-    # The first is the trial of the model.
-    trial, *shown = seen
     expected = [caption.kept_patches(row["setting"], row["box"], 64) for row in rows]
-    assert [kept for _, kept, _ in shown] == expected
-    assert all(views == len(kept) for views, kept, _ in shown)
+    assert [kept for _, kept, _ in seen] == expected
+    assert all(views == len(kept) for views, kept, _ in seen)
     # The question is the composites' own: <s> user : <image> ... ASSISTANT :
     words = re.findall(r"\w+|[.,]", caption.PROMPT_CUTMIX)
-    assert all(len(prompt) == 6 + len(words) for _, _, prompt in shown)
+    assert all(len(prompt) == 6 + len(words) for _, _, prompt in seen)
 
     seen.clear()
     do(*options, "--out", tmp_path / "d.jsonl", "--no-prune")
-    assert [kept for _, kept, _ in seen] == [[0, 1, 2, 3, 4]] * (1 + len(rows))
+    assert [kept for _, kept, _ in seen] == [[0, 1, 2, 3, 4]] * len(rows)
 
 
 def test_pictures_that_have_a_caption_are_left_out(pictures, tmp_path, capsys):
@@ -450,32 +435,26 @@ def test_prompts_become_long_stay_whole_or_stay_short(tiny_llm, tmp_path, monkey
 
 def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_made(
         tiny_llava, tiny_llm, pictures, tmp_path):
-    def without(model, name, change):
-        """Return a copy of a model's folder, in which a file is changed."""
-        copy_of = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(model, copy_of)
-        (copy_of / name).write_bytes(change((copy_of / name).read_bytes()))
-        return copy_of
-
-    def cut(content):
-        return content[:len(content) // 2]
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    photos = ["llava", "--images", pictures / "photos"]
+    prompts = ["extend", "--prompts", tmp_path / "prompts.txt"]
 
     def other_grid(content):
         return re.sub(rb"56,\s*56", b"56, 84", content)
 
-    photos = ["llava", "--images", pictures / "photos", "--out", tmp_path / "out.jsonl", "--model"]
-    for model, words in [
-            (without(tiny_llava, "model.safetensors", cut), "does not load"),
-            (without(tiny_llava, "chat_template.jinja", lambda _: b""), "no chat template"),
-            (without(tiny_llava, "chat_template.jinja", lambda _: b"text"), "asked about pictures"),
-            (without(tiny_llava, "config.json", other_grid), "no 2 x 2 grid"),
-            (without(tiny_llava, "processor_config.json", other_grid), "no 2 x 2 grid"),
-            (tiny_llm, "not LLaVA-NeXT, but llama")]:
-        assert words in refusal(do, *photos, model)
-    (tmp_path / "prompts.txt").write_text("a dog\n")
-    prompts = ["extend", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out.jsonl", "--model"]
-    broken = without(tiny_llm, "chat_template.jinja", lambda _: b"{{ raise_exception('no') }}")
-    assert "can be asked (TemplateError: no)" in refusal(do, *prompts, broken)
+    for command, model, name, change, words in [
+            (photos, tiny_llava, "model.safetensors", lambda content: content[:5000], "does not load"),
+            (photos, tiny_llava, "chat_template.jinja", lambda _: b"", "no chat template"),
+            (photos, tiny_llava, "chat_template.jinja", lambda _: b"text", "no <image> in its chat"),
+            (photos, tiny_llava, "config.json", other_grid, "no 2 x 2 grid"),
+            (photos, tiny_llava, "processor_config.json", other_grid, "no 2 x 2 grid"),
+            (photos, tiny_llm, "config.json", bytes, "not LLaVA-NeXT, but llama"),
+            (prompts, tiny_llm, "chat_template.jinja", lambda _: b"{{ raise_exception('no') }}", "asked"),
+            (prompts, tiny_llm, "model.safetensors", lambda content: content[:5000], "does not load")]:
+        model = shutil.copytree(model, tmp_path / "model", dirs_exist_ok=True)
+        (model / name).write_bytes(change((model / name).read_bytes()))
+        assert words in refusal(do, *command, "--out", tmp_path / "out.jsonl", "--model", model)
+        shutil.rmtree(model)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -642,21 +621,21 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 
 @pytest.mark.parametrize("name, content, words", [
     ("a.tsv", b"1.jpg\tA dog.\n1.jpg\tA cat.\n", "row 2: 1.jpg had another caption"),
-    ("a.tsv", b"1.jpg A dog.\n2.jpg A cat.\n", "row 1: it has 1.jpg A dog., and needs one of file"),
-    ("a.tsv", b"1.jpg\t\xff\n", "not TSV in UTF-8"),
+    ("a.tsv", b"1.jpg A dog.\n2.jpg A cat.\n", "row 1: needs a text called file or image_path"),
+    ("a.tsv", b"1.jpg\t\xff\n", "not text in UTF-8"),
     ("a.tsv", POINTER, "git-lfs pointer"),
     ("a.jsonl", POINTER, "git-lfs pointer"),
-    ("a.jsonl", b'{"file": "a"}\n', "row 1: it has file, and needs one of caption, text"),
-    ("a.jsonl", b'{"file": "a", "caption": 3}\n', "row 1: its caption is 3, not a text"),
-    ("a.jsonl", b'{"image": {}, "caption": "x"}\n', "row 1: its image is {}, not a text"),
+    ("a.jsonl", b'{"file": "a"}\n', "row 1: needs a text called caption or text, and has file"),
+    ("a.jsonl", b'{"file": "a", "caption": 3}\n', "a text called caption or text, and has file, caption"),
+    ("a.jsonl", b'{"image": {}, "caption": "x"}\n', "row 1: needs a text called file or image_path"),
     ("a.jsonl", b'{"image_path": "", "caption": "x"}\n', "row 1: a caption without a file"),
-    ("a.jsonl", b'{"file": "a", "caption": "x \\ud83d"}\n', "row 1: character 3 is half a character"),
+    ("a.jsonl", b'{"file": "a", "caption": "x \\ud83d"}\n', "row 1: half a character"),
     ("a.jsonl", b'{"file": "a", "caption": ""}\n', "no captions in it"),
-    ("a.csv", b"photo,caption\n1.jpg,A dog.\n", "row 1: it has photo, caption, and needs one of file"),
+    ("a.csv", b"photo,caption\n1.jpg,A dog.\n", "and has photo, caption"),
     ("a.csv", b"file,caption\n1.jpg,A dog, a cat\n", "row 1 has more cells"),
-    ("a.csv", b"file;caption\n", "no rows below its first line, ['file;caption']"),
-    ("a.csv", b"file,caption\n1.jpg,\xff\n", "not CSV in UTF-8"),
-    ("a.csv", b"file,caption\n1.jpg," + 200_000 * b"x", "not CSV in UTF-8"),
+    ("a.csv", b"file;caption\n1.jpg;x\n", "and has file;caption"),
+    ("a.csv", b"file,caption\n1.jpg,\xff\n", "not text in UTF-8"),
+    ("a.csv", b"file,caption\n1.jpg," + 200_000 * b"x", "not a table of cells (Error: field larger"),
     ("a.parquet", b"PAR1", "Parquet is not read here")])
 def test_captions_that_are_not_understood_are_refused(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
@@ -668,7 +647,7 @@ IMAGE = b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": ['
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("p.tsv", b"a star\tred\na ring\tblue\n", "row 1: it has a star, red, and needs one of prompt"),
+    ("p.tsv", b"a star\tred\na ring\tblue\n", "called prompt or caption or text, and has a star, red"),
     ("p.txt", b"a star\tred\n", "begins like a table"),
     ("p.dat", b"Prompt,Category\na star,x\n", "begins like a table"),
     ("p.ndjson", b'{"prompt": "a"}\n', "begins like a table or JSON"),
@@ -677,8 +656,8 @@ IMAGE = b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": ['
     ("p.npz", b"PK\3\4\xff\n", "not text in UTF-8"),
     ("p.txt", POINTER, "git-lfs pointer"),
     ("p.txt", b"\n - \n", "no prompts in it"),
-    ("p.jsonl", b'{"prompt": null}\n', "row 1: its prompt is None, not a text"),
-    ("p.jsonl", b'{"prompt": "x"}\n{"prompt": "\\ud800"}\n', "row 2: character 1 is half a character"),
+    ("p.jsonl", b'{"prompt": null}\n', "row 1: needs a text called prompt or"),
+    ("p.jsonl", b'{"prompt": "x"}\n{"prompt": "\\ud800"}\n', "row 2: half a character"),
     ("p.jsonl", b"[" * 100_000 + b"\n", "line 1: not JSON"),
     ("p.json", b"[" * 100_000, "not COCO's captions (RecursionError"),
     ("p.json", b'{"images": [3], "annotations": []}', "not COCO's captions"),
