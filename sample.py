@@ -324,7 +324,8 @@ def load_model(path_or_repo, device="cpu"):
         # safetensors holds numbers and names only: unlike a pickle, it cannot run code.
         weights = load_file(weights_file)
         for name, tensor in weights.items():
-            if not tensor.isfinite().all():
+            # NaN and infinity survive a sum, the cheapest look at all numbers.
+            if not tensor.sum(dtype=torch.float32).isfinite():
                 raise ValueError(f"{name} is not finite")
 
     with reading(config_file, f"the config.json of {' or '.join(MODELS)}"):
@@ -796,10 +797,12 @@ def main(argv=None):
     config_file = fetch(args.checkpoint, "config.json")
     config = read_json(config_file, "the config.json of a checkpoint")
     encoders = encoder_names(config, args.vae, args.text_encoder)
-    # Images may go to a folder below the checkpoint's, but not among the files of an input.
+    # Images may go to a folder below the checkpoint's, but not among the files of an input, and
+    # their list not in the place of one.
+    taken = {out.resolve(), (out / "samples.jsonl").resolve()}
     for given in (args.checkpoint, *encoders, args.prompts):
-        if given and out.resolve() == Path(given).resolve():
-            raise UserError(f"--out {out}: is an input of this command: choose another")
+        if given and Path(given).resolve() in taken:
+            raise UserError(f"--out {out}: {given} is an input of this command: choose another")
 
     rows = [{"prompt": prompt} for prompt in args.prompt]
     skipped = []

@@ -382,6 +382,9 @@ def test_the_folder_of_an_input_is_no_place_for_images_but_one_below_a_checkpoin
     for out in (checkpoint, folder, change(checkpoint)["text_encoder"]):
         words = options(checkpoint, out, "--prompts", folder)
         assert "is an input of this command" in refused("sample.py", *words)
+    (folder / "samples.jsonl").write_text('{"prompt": "ring"}\n')
+    words = options(checkpoint, folder, "--prompts", folder / "samples.jsonl")
+    assert "is an input of this command" in refused("sample.py", *words)
     sample.main(options(checkpoint, checkpoint / "step-0050000/val", "--prompts", folder))
     assert (checkpoint / "step-0050000/val" / FILES[0]).exists()
 
