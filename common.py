@@ -431,21 +431,29 @@ def make_together(out, settings, units, make, is_whole=has_content):
     rank, world = rank_and_world()
     # As JSON gives them back: a tuple becomes a list.
     settings = json.loads(json.dumps(settings))
+    record = out / "settings.json"
     with only_command(out):
         there = {name for name in units if is_whole(out / name)}
         # A broken one as well: without settings.json it is somebody else's.
         begun = any((out / name).exists() for name in units)
-        if begun:
-            before = read_json(out / "settings.json", "the settings of this output")
-            refuse_other_settings(out, before, settings)
+        if begun or record.exists():
+            before = read_json(record, "the settings of this output")
+            if begun:
+                refuse_other_settings(out, before, settings)
+            elif before.keys() != settings.keys():
+                raise UserError(f"{record}: of another command: choose another --out")
 
         # Of all files, not of the missing ones: ranks need not look at the same time.
         mine = [name for name in list(units)[rank::world] if name not in there]
+        # What ranks of another number of ranks were killed over.
+        for path in out.rglob(".*.tmp"):
+            if str(path.relative_to(out).with_name(path.name[1:].rsplit(".", 2)[0])) in mine:
+                path.unlink()
         made = make([units[name] for name in mine]) if mine else ()
         for name, content in zip(mine, made, strict=True):
             # Only now: a command that fails before leaves nothing.
             if not begun:
-                write_json(out / "settings.json", settings)
+                write_json(record, settings)
                 begun = True
             with complete(out / name) as path:
                 path.write_bytes(content)

@@ -171,8 +171,11 @@ def test_only_what_is_missing_or_empty_is_made_whoever_made_the_rest(tmp_path, m
     (tmp_path / "1.txt").write_bytes(b"")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
+    # What a rank of another number of ranks was killed over.
+    (tmp_path / ".3.txt.7.tmp").write_text("half")
     assert not make(tmp_path, maker=watched)
     assert asked == [0, 1, 2, 3] + [1, 3, 5]
+    assert not (tmp_path / ".3.txt.7.tmp").exists()
 
 
 def test_settings_bind_as_soon_as_one_unit_is_there(tmp_path):
@@ -190,6 +193,10 @@ def test_settings_bind_as_soon_as_one_unit_is_there(tmp_path):
             make(tmp_path, other, units={"0.txt": 0})
     (tmp_path / "settings.json").unlink()
     with pytest.raises(UserError, match="settings.json: No such file"):
+        make(tmp_path, {"size": 3})
+    (tmp_path / "0.txt").unlink()
+    (tmp_path / "settings.json").write_text('{"of": "another command"}')
+    with pytest.raises(UserError, match="settings.json: of another command"):
         make(tmp_path, {"size": 3})
 
 
