@@ -695,7 +695,8 @@ def describe(out, rows, samples, per_prompt, layout):
         # DPG-Bench's tools cut a grid into its four images.
         if layout == "dpg":
             tiles = [open_image(out / file, 0) for file in files]
-            save_png(contact_sheet(tiles, columns=2, gap=0), out / f"{name_of(rows[p], p)}.png")
+            grid = contact_sheet(tiles, columns=2, gap=0)
+            save_png(grid, out / f"{name_of(rows[p], p)}.png")
 
     # DPG-Bench's tools take every picture of the folder for a grid: no sheet there.
     if layout != "dpg":
@@ -723,12 +724,14 @@ def arguments(argv):
     parser = Options(__doc__)
     add = partial(parser.add_argument, metavar="X")
     flag = partial(parser.add_argument, action="store_true")
-    add("--checkpoint", required=True, help="folder or hub repository with config.json and model.safetensors")
+    add("--checkpoint", required=True,
+        help="folder or hub repository with config.json and model.safetensors")
     add("--out", required=True, help="folder for the images, samples.jsonl and sheet.png")
-    add("--prompt", type=utf8, action="append", default=[], help="a prompt (may be given again)")
+    add("--prompt", type=utf8, action="append", help="a prompt (may be given again)")
     add("--prompts", help="text, JSONL, CSV, TSV, COCO's captions, or a folder of .txt files")
     add("--limit", type=number(int, 1), help="at most so many of --prompts, chosen by --seed")
-    add("--images-per-prompt", type=number(int, 1, 10_000), default=1, help="GenEval and DPG use 4")
+    add("--images-per-prompt", type=number(int, 1, 10_000), default=1,
+        help="GenEval and DPG use 4")
     add("--format", choices=list(FORMATS), default="flat", metavar="F",
         help="flat, geneval (its tools' folders) or dpg (one 2 x 2 grid a prompt)")
 
@@ -750,11 +753,14 @@ def arguments(argv):
     add("--max-tokens", type=number(int, 1, 100_000), default=256,
         help="tokens of a prompt that are read (paper: 256, released CAD-I: 128)")
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="image i has seed + i")
-    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA, else fp32")
+    add("--precision", choices=PRECISIONS, default="auto",
+        help="auto: bf16 on CUDA, else fp32")
 
     # The rest changes no image, unless --vae or --text-encoder names other weights.
-    add("--vae", help=f"folder or hub repository (default: the checkpoint's own, or {VAE})")
-    add("--text-encoder", help=f"folder or hub repository (default: likewise, {TEXT_ENCODER})")
+    add("--vae",
+        help=f"folder or hub repository (default: the checkpoint's own, or {VAE})")
+    add("--text-encoder",
+        help=f"folder or hub repository (default: likewise, {TEXT_ENCODER})")
     add("--batch-size", type=number(int, 1), default=16, help="images at once")
     flag("--no-compile", help="CUDA: do not torch.compile the network")
     args = parser.parse_args(argv)
@@ -783,7 +789,8 @@ def settings_of(args, rows, encoders):
 
     rows: the prompts, as dicts. encoders: their names.
     """
-    settings = {name: value for name, value in vars(args).items() if name not in CHANGES_NO_IMAGE}
+    options = vars(args)
+    settings = {name: options[name] for name in options if name not in CHANGES_NO_IMAGE}
     settings["vae"], settings["text_encoder"] = encoders
     settings["weights"] = sha256(fetch(args.checkpoint, "model.safetensors"))
     settings["prompts"] = fingerprint([row["prompt"], row.get("name")] for row in rows)
@@ -804,7 +811,7 @@ def main(argv=None):
         if given and Path(given).resolve() in taken:
             raise UserError(f"--out {out}: {given} is an input of this command: choose another")
 
-    rows = [{"prompt": prompt} for prompt in args.prompt]
+    rows = [{"prompt": prompt} for prompt in args.prompt or []]
     skipped = []
     if args.prompts:
         read, skipped = read_prompts(args.prompts, args.limit, args.seed)
