@@ -94,7 +94,7 @@ def load_pixels(path, size):
 
 
 @torch.no_grad()
-def features_of(images, args):
+def features_of(args, files, images):
     """Return {network: (N, D) on the CPU} of images that `load_pixels` has prepared."""
     device = local_device()
     found = {network: [] for network in NETWORKS}
@@ -106,6 +106,12 @@ def features_of(images, args):
         found["inception"].append(load_inception(args.inception)(x).cpu())
         found["dino"].append(tokens[:, 0].cpu())                       # the class token
     return {network: torch.cat(tables) for network, tables in found.items() if tables}
+
+
+def as_safetensors(files, tables, skipped):
+    """Return the bytes of a unit of `quality`."""
+    about = {"files": json.dumps(files), "skipped": json.dumps(skipped)}
+    return save(tables or {}, about)
 
 
 def read_features(folder, paths, made_with):
@@ -208,18 +214,13 @@ def quality(args):
         if path and Path(path).is_file():
             read_features(path, [path], made_with)
 
-    def unit(images, skipped):
-        """Return the bytes of a safetensors file: the features of 256 images."""
-        about = {"files": [file for file, _ in images], "skipped": skipped}
-        tables = features_of([pixels for _, pixels in images], args)
-        return save(tables, {key: json.dumps(value) for key, value in about.items()})
-
     jobs = []
-    load = functools.partial(load_pixels, size=args.size)
     for folder, files in ((args.real, photos), (args.fake, generated)):
         if files:
-            job = plan(folder, "quality", files, 256, made_with, unit, load, ".safetensors")
-            jobs.append(job)
+            measure = functools.partial(features_of, args)
+            load = functools.partial(load_pixels, size=args.size)
+            jobs.append(plan(folder, "quality", files, 256, made_with, measure, load,
+                             as_safetensors, ".safetensors"))
     paths = share(jobs)
     if paths is None:
         return
@@ -279,20 +280,19 @@ def clip(args):
         notes.append(f"Jina score left out: {args.jina} brings its own code "
                      "(--trust-remote-code runs it)")
 
-    def unit(images, skipped):
-        """Return the rows of 32 images: how like its prompt each of them is."""
-        rows = [{"file": file} for file, _ in images]
-        pictures = [image for _, image in images]
-        texts = [prompts[row["file"]] for row in rows]
-        for name, (of_images, of_texts) in encoders.items() if rows else ():
-            x = torch.as_tensor(of_images(pictures)).double().cpu()    # (B, D)
+    def cosines(files, images):
+        """Return a row for each image: how like its prompt it is."""
+        rows = [{} for _ in files]
+        texts = [prompts[file] for file in files]
+        for name, (of_images, of_texts) in encoders.items():
+            x = torch.as_tensor(of_images(images)).double().cpu()      # (B, D)
             y = torch.as_tensor(of_texts(texts)).double().cpu()        # (B, D)
             for row, cosine in zip(rows, F.cosine_similarity(x, y).tolist()):
                 row[name] = cosine
-        return jsonl([*rows, *skipped]).encode()
+        return rows
 
-    job = plan(folder, "clip", list(prompts), 32, [*weights.values(), prompts], unit)
-    paths = share([job])
+    about = [*weights.values(), prompts]
+    paths = share([plan(folder, "clip", list(prompts), 32, about, cosines)])
     if paths is None:
         return
     rows, skipped = read_rows(folder, paths[0])
@@ -300,8 +300,8 @@ def clip(args):
     # The mean of the cosines, of which negative ones count as 0, and its standard error.
     scores = {}
     for name in encoders:
-        cosines = torch.tensor([row[name] for row in rows], dtype=torch.float64)
-        score = 100 * cosines.clamp(min=0)
+        values = torch.tensor([row[name] for row in rows], dtype=torch.float64)
+        score = 100 * values.clamp(min=0)
         scores[name] = float(score.mean())
         deviation = float(score.std(correction=int(len(score) > 1)))
         scores[f"{name}_error"] = deviation / len(score) ** 0.5
@@ -357,27 +357,24 @@ def judge(folder, images, args, weights, detections):
     # Only if a colour is asked for that the detections do not name.
     load_clip = functools.partial(load_once, args.clip, "CLIPModel", "AutoTokenizer")
 
-    def unit(pictures, skipped):
-        """Return the rows of 64 images."""
-        rows = []
-        for file, image in pictures:
-            metadata = images[file]
-            objects = given[file]["objects"] if detections else detect(detector, image)
-            with reading(Path(folder, file), "as its metadata.jsonl and detections say"):
-                seen = {}
-                for name, things in objects.items():
-                    seen[name] = confident(things, metadata["tag"])
-                color_of = functools.partial(color_of_object, load_clip, image)
-                correct, reason = geneval_verdict(seen, metadata, color_of)
-            for thing in itertools.chain(*objects.values()):
-                # Too large to be kept.
-                thing.pop("mask", None)
-            rows.append({"filename": file, "tag": metadata["tag"], "prompt": metadata["prompt"],
-                         "correct": correct, "reason": reason, "objects": objects})
-        return jsonl([*rows, *skipped]).encode()
+    def look(file, image):
+        """Return the row of an image. Colours are told now, because masks are not kept."""
+        metadata = images[file]
+        objects = given[file]["objects"] if detections else detect(detector, image)
+        with reading(Path(folder, file), "in accord with its metadata.jsonl and detections"):
+            seen = {}
+            for name, things in objects.items():
+                seen[name] = confident(things, metadata["tag"])
+            color_of = functools.partial(color_of_object, load_clip, image)
+            correct, reason = geneval_verdict(seen, metadata, color_of)
+        for thing in itertools.chain(*objects.values()):
+            thing.pop("mask", None)
+        return {"tag": metadata["tag"], "prompt": metadata["prompt"], "correct": correct,
+                "reason": reason, "objects": objects}
 
     about = [*weights.values(), images, detections and args.clip]
-    return plan(folder, "geneval", list(images), 64, about, unit)
+    measure = functools.partial(map, look)
+    return plan(folder, "geneval", list(images), 64, about, measure)
 
 
 def geneval(args):
@@ -409,13 +406,14 @@ def geneval(args):
     scores, counts, skipped = {}, {}, {}
     for (prompts, folder), units in zip(folders.items(), paths):
         rows, bad = read_rows(folder, units)
+        numbers = {row["file"].split("/")[0] for row in (*rows, *bad)}
         right = {}
-        numbers = {row["file"].split("/")[0] for row in bad}
+        verdicts = []
         for row in rows:
             right.setdefault(row["tag"], []).append(row["correct"])
-            numbers.add(row["filename"].split("/")[0])
             del row["objects"]
-        write_jsonl(Path(folder, "geneval.jsonl"), rows)
+            verdicts.append({"filename": row.pop("file"), **row})
+        write_jsonl(Path(folder, "geneval.jsonl"), verdicts)
         # A task's score is the mean over its images, the overall score that over the tasks.
         tasks = {tag: float(np.mean(values)) for tag, values in right.items()}
         scores[prompts] = {"overall": float(np.mean(list(tasks.values()))), **tasks}
@@ -533,33 +531,27 @@ def dpg(args):
         args.judge = args.vqa
         weights[args.vqa] = weights_hash(args.vqa)
 
-    def answers_about(file, picture):
-        """Return for each image in a picture {question id: is the answer yes?}."""
+    def look(file, picture):
+        """Return the row of a picture: for each image in it {question id: is the answer yes?}."""
         questions = prompts[Path(file).stem]
         found = []
         if args.answers:
             with reading(f"{args.answers}: {file}", "answers to all questions on each image"):
                 for answers in given[file]["answers"]:
-                    texts = {number: str(answers[str(number)]).lower() for number in questions}
-                    found.append({number: YES_OR_NO[text] for number, text in texts.items()})
+                    texts = {identity: str(answers[str(identity)]).lower() for identity in questions}
+                    found.append({identity: YES_OR_NO[text] for identity, text in texts.items()})
                 if len(found) != 4 and (args.grid or len(found) != 1):
                     raise ValueError(f"{len(found)} images")
-            return found
+            return {"answers": found}
         texts = [question.text for question in questions.values()]
         path = Path(args.images, file)
         for image in quarters(path, picture) if args.grid else [picture]:
             found.append(dict(zip(questions, ask(args.vqa, image, texts))))
-        return found
-
-    def unit(pictures, skipped):
-        """Return the rows of 64 pictures."""
-        rows = []
-        for file, picture in pictures:
-            rows.append({"file": file, "answers": answers_about(file, picture)})
-        return jsonl([*rows, *skipped]).encode()
+        return {"answers": found}
 
     about = [*weights.values(), args.grid]
-    paths = share([plan(args.images, "dpg", list(known.values()), 64, about, unit)])
+    measure = functools.partial(map, look)
+    paths = share([plan(args.images, "dpg", list(known.values()), 64, about, measure)])
     if paths is None:
         return
     rows, skipped = read_rows(args.images, paths[0])
@@ -590,13 +582,20 @@ def dpg(args):
 # --------------------------------------------------------------------------------------
 # What networks say of images, kept and shared
 
-def plan(folder, kind, files, size, about, unit, load=open_full, suffix=".jsonl"):
+def as_jsonl(files, rows, skipped):
+    """Return the bytes of a unit of rows; each gets its "file"."""
+    rows = [{"file": file, **row} for file, row in zip(files, rows)]
+    return jsonl([*rows, *skipped]).encode()
+
+
+def plan(folder, kind, files, size, about, measure, load=open_full, encode=as_jsonl,
+         suffix=".jsonl"):
     """Return what `make_together` needs for a measurement of `size` images at a time.
 
-    unit([(file, load(path)), ...], [{"file", "reason"}, ...]) returns the bytes of a file; the
-    second list is of images that cannot be read. They go to FOLDER/measured/KIND-HASH: the hash
-    of `about`, for JSON, and of the images' sizes and times. An image that cannot be read is
-    not tried again before it changes.
+    measure(files, [load(path), ...]) says something of images; encode(files, that, rows of those
+    that cannot be read) returns the bytes of a unit. Units go to FOLDER/measured/KIND-HASH: the
+    hash of `about`, for JSON, and of the images' sizes and times. An image that cannot be read
+    is not tried again before it changes.
     """
     stamps = []
     for file in files:
@@ -622,14 +621,15 @@ def plan(folder, kind, files, size, about, unit, load=open_full, suffix=".jsonl"
         files = list(itertools.chain(*parts))
         loaded = progress(ahead(attempt, files, default_workers()), len(files), "img")
         for part in parts:
-            images, skipped = [], []
+            good, images, skipped = [], [], []
             # The part first: at its end, nothing is taken of what is loaded.
             for file, (image, reason) in zip(part, loaded):
                 if reason:
                     skipped.append({"file": file, "reason": reason})
                 else:
-                    images.append((file, image))
-            yield unit(images, skipped)
+                    good.append(file)
+                    images.append(image)
+            yield encode(good, measure(good, images) if good else (), skipped)
 
     units = {f"{k:05}{suffix}": part for k, part in enumerate(in_batches(files, size))}
     return measured / f"{kind}-{made_of}", {"made of": made_of}, units, make
@@ -748,8 +748,9 @@ def scores_of(command, section):
         for prompts, tasks in section["scores"].items():
             for task, value in tasks.items():
                 found[f"{prompts} {task}"] = value
-    # A prefix keeps apart what has the same name in two tables, or on two data sets.
+    # A prefix keeps apart what has the same name on two data sets, or in two tables.
     prefix = "COCO " if section.get("data") == "COCO" else ""
+    label = f"{prefix}{command}"
     if command == "dpg":
         prefix = "dpg "
 
@@ -760,7 +761,7 @@ def scores_of(command, section):
     # A network is known by the hash of its weights, whatever its folder is called.
     measured["weights"] = [value[:8] for value in section.get("weights", {}).values()]
     measured = json.dumps(measured).translate(str.maketrans("", "", '{}[]"'))
-    note = ". ".join([f"{prefix}{command}: {measured}", *section.get("notes", [])])
+    note = ". ".join([f"{label}: {measured}", *section.get("notes", [])])
 
     scores = {}
     for name, value in found.items():
