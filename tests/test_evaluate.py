@@ -162,8 +162,9 @@ def reference_inception(state, images):
     for n in "Mixed_6b.", "Mixed_6c.", "Mixed_6d.", "Mixed_6e.":
         x = torch.cat([chain(n, x, ("branch1x1", 0)),
                        chain(n, x, ("branch7x7_1", 0), ("branch7x7_2", across), ("branch7x7_3", down)),
-                       chain(n, x, ("branch7x7dbl_1", 0), ("branch7x7dbl_2", down), ("branch7x7dbl_3", across),
-                             ("branch7x7dbl_4", down), ("branch7x7dbl_5", across)),
+                       chain(n, x, ("branch7x7dbl_1", 0), ("branch7x7dbl_2", down),
+                             ("branch7x7dbl_3", across), ("branch7x7dbl_4", down),
+                             ("branch7x7dbl_5", across)),
                        chain(n, pooled(x), ("branch_pool", 0))], 1)
     n = "Mixed_7a."
     x = torch.cat([chain(n, x, ("branch3x3_1", 0), ("branch3x3_2", 0, 2)),
