@@ -685,67 +685,59 @@ def save_png(image, path):
         image.save(temporary, "PNG")
 
 
-# Ten: progress.html draws a curve for each tenth of t.
-CURVE_COLORS = ["#3366cc", "#dc3912", "#109618", "#ff9900", "#990099",
-                "#0099c6", "#dd4477", "#66aa00", "#8b4513", "#333333"]
 CHART_WIDTH, CHART_HEIGHT = 720, 300
 
 
 def line_chart(curves, x_label, y_label, log=False):
-    """Return curves {name: [(x, y), ...]} as an SVG picture, for an HTML page or a file alone.
+    """Return curves {name: [(x, y), ...]} as an SVG picture, for a page or a file alone.
 
-    Points that are not finite (or, with `log`, not positive) are left out. `log` makes the y axis
-    logarithmic. A curve of one point is drawn as a dot.
+    Points that are not finite (or, with `log`, not positive) are left out. `log` makes the y
+    axis logarithmic. A curve of one point is drawn as a dot.
     """
-    def height_of(y):
-        return math.log10(y) if log else y
-
+    height_of = math.log10 if log else float
     drawn = {}
     for name, points in curves.items():
-        drawn[name] = [(x, y) for x, y in points
+        drawn[name] = [(x, height_of(y)) for x, y in points
                        if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log)]
     corners = list(itertools.chain(*drawn.values())) or [(0, 1)]
     xs = axis([x for x, _ in corners])
-    ys = axis([height_of(y) for _, y in corners])
+    ys = axis([y for _, y in corners])
     left, right, top, bottom = 72, CHART_WIDTH - 16, 12, CHART_HEIGHT - 42
 
     def place(x, y):
         across = left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left)
         up = bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)
-        return f"{across:.1f}", f"{up:.1f}"
+        return f"{across:.1f},{up:.1f}"
 
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{CHART_WIDTH}" '
-             f'height="{CHART_HEIGHT}" viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" '
-             f'font-family="sans-serif" font-size="11">',
+             f'height="{CHART_HEIGHT}" font-family="sans-serif" font-size="11">',
              '<rect width="100%" height="100%" fill="white"/>']
+
+    def write(place, words, more='text-anchor="middle"'):
+        words = html.escape(words)
+        parts.append(f'<text transform="translate({place})" {more}>{words}</text>')
 
     # Numbers along both axes, and a thin line across the picture at each height.
     for x in xs:
-        across, _ = place(x, ys[0])
-        parts.append(f'<text x="{across}" y="{bottom + 16}" text-anchor="middle">{x:.4g}</text>')
+        write(place(x, ys[0]), f"{x:.4g}", 'dy="16" text-anchor="middle"')
     for y in ys:
-        _, up = place(xs[0], y)
+        line = f"{place(xs[0], y)} {place(xs[-1], y)}"
+        parts.append(f'<polyline points="{line}" stroke="#ddd"/>')
         value = 10 ** y if log else y
-        parts.append(f'<line x1="{left}" x2="{right}" y1="{up}" y2="{up}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{up}" text-anchor="end">{value:.3g}</text>')
-    middle_x = (left + right) / 2
-    middle_y = (top + bottom) / 2
-    parts.append(f'<text x="{middle_x}" y="{CHART_HEIGHT - 8}" text-anchor="middle">'
-                 f'{html.escape(x_label)}</text>')
-    parts.append(f'<text transform="translate(14 {middle_y}) rotate(-90)" text-anchor="middle">'
-                 f'{html.escape(y_label)}</text>')
+        write(place(xs[0], y), f"{value:.3g}", 'dx="-6" dy="4" text-anchor="end"')
+    write(f"{(left + right) / 2},{CHART_HEIGHT - 8}", x_label)
+    write(f"14,{(top + bottom) / 2}) rotate(-90", y_label)
 
     # The curves, and a legend in the upper right corner.
     for k, (name, points) in enumerate(drawn.items()):
-        color = CURVE_COLORS[k % len(CURVE_COLORS)]
-        places = [place(x, height_of(y)) for x, y in points]
-        if len(places) == 1:
-            across, up = places[0]
-            parts.append(f'<circle cx="{across}" cy="{up}" r="3" fill="{color}"/>')
-        line = " ".join(",".join(pair) for pair in places)
-        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{line}"/>')
-        parts.append(f'<text x="{right - 4}" y="{top + 12 + 14 * k}" text-anchor="end" '
-                     f'fill="{color}">{html.escape(name)}</text>')
+        color = f"hsl({360 * k // len(drawn)} 75% 40%)"
+        line = " ".join(place(x, y) for x, y in points)
+        # Round ends make a dot of a line without length.
+        is_dot = len(points) == 1
+        parts.append(f'<polyline points="{line} {line if is_dot else ""}" fill="none" '
+                     f'stroke="{color}" stroke-width="{6 if is_dot else 2}" '
+                     f'stroke-linecap="round"/>')
+        write(f"{right - 4},{top + 12 + 14 * k}", name, f'text-anchor="end" fill="{color}"')
     return "\n".join([*parts, "</svg>"])
 
 

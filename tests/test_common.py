@@ -420,7 +420,7 @@ def test_a_chart_leaves_out_what_has_no_place_and_escapes_names():
     curves = {"<a>": [(0, 1.0), (1, float("nan")), (2, 0.1)], "b": [(1, -1)]}
     chart = common.line_chart(curves, "x", "y", log=True)
     assert "nan" not in chart and "&lt;a&gt;" in chart and "<a>" not in chart
-    assert chart.count("<polyline") == 2
+    assert chart.count('stroke-linecap="round"') == 2
     assert common.line_chart({}, "x", "y").endswith("</svg>")
 
 
