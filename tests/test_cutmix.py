@@ -218,18 +218,6 @@ def test_partners_are_uniform_over_the_images_of_other_classes(tmp_path):
     assert all(abs(n - 1000) < 150 for n in counts.values())
 
 
-def test_in_a_flat_folder_no_photo_meets_itself(tmp_path):
-    (tmp_path / "photos").mkdir()
-    for k in range(3):
-        photo(k).save(tmp_path / "photos" / f"{k}.png")
-    for seed in range(8):
-        options = ["--out", tmp_path / f"out{seed}", "--size", 16, "--seed", seed]
-        make("--images", tmp_path / "photos", *options)
-        rows = common.read_jsonl(tmp_path / f"out{seed}/cutmix.jsonl")
-        assert len(rows) == 3
-        assert all(row["base"] != row["paste"] and row["base_class"] == "" for row in rows)
-
-
 # --------------------------------------------------------------------------------------
 # A new setting
 
@@ -266,24 +254,6 @@ def test_a_new_setting_does_not_mix_into_a_data_set_that_was_begun_without_it(tm
 
 # --------------------------------------------------------------------------------------
 # Threads, ranks, kills, damage
-
-def test_neither_threads_nor_ranks_change_a_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(cutmix, "A_FOLDER", 5)
-    options = ["--images", photos(tmp_path / "photos"), "--size", 16, "--out"]
-    make(*options, tmp_path / "one")
-    one = tree(tmp_path / "one")
-    assert len(one) == 24 + 5 + 1 + 2
-    make(*options, tmp_path / "many", "--workers", 40)
-    assert tree(tmp_path / "many") == one
-
-    # One rank after the other, because no rank waits for another.
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in (1, 0):
-        monkeypatch.setenv("RANK", str(rank))
-        make(*options, tmp_path / "ranks")
-        assert (tmp_path / "ranks/cutmix.jsonl").exists() == (rank == 0)
-    assert tree(tmp_path / "ranks") == one
-
 
 def test_a_killed_run_resumes_with_other_ranks_to_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(cutmix, "A_FOLDER", 40)
@@ -345,20 +315,6 @@ def test_broken_photos_are_named_counted_and_never_used(tmp_path, capsys):
     assert "4 photos skipped" in capsys.readouterr().out
 
 
-def test_photos_that_are_git_lfs_pointers_are_called_so_and_may_be_fetched_later(tmp_path):
-    images = photos(tmp_path / "photos", classes=2, each=2)
-    whole = {path: path.read_bytes() for path in images.glob("*/*.png")}
-    for path in whole:
-        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
-    options = ["--images", images, "--out", tmp_path / "out", "--size", 16]
-    assert "git-lfs pointer" in refused("cutmix.py", *options)
-    assert not (tmp_path / "out/cutmix.jsonl").exists()
-    for path, content in whole.items():
-        path.write_bytes(content)
-    make(*options)
-    assert len(common.read_jsonl(tmp_path / "out/cutmix.jsonl")) == 4
-
-
 def test_a_disk_that_fills_up_ends_in_one_line_and_loses_nothing(tmp_path, monkeypatch):
     options = ["--images", photos(tmp_path / "photos"), "--size", 16, "--out"]
     script = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n" + SLOW
@@ -369,13 +325,5 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_loses_nothing(tmp_path, monke
     for out in ("out", "whole"):
         make(*options, tmp_path / out)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-
-
-def test_a_broken_photo_leaves_no_hole_in_the_sheet(tmp_path):
-    images = photos(tmp_path / "photos")
-    before = cutmix.draw_examples(data_set(images))
-    (images / "class0/0.png").write_bytes(b"")
-    after = cutmix.draw_examples(data_set(images))
-    assert after.size == before.size and after.tobytes() != before.tobytes()
 
 
