@@ -357,32 +357,16 @@ def pictures_to_caption(args):
     else:
         pictures = [Picture(file) for file in list_images(folder)]
     # Captioning is the slow stage: what others have captioned need not be done again.
+    captions = {}
+    for path in args.captioned:
+        captions.update(read_captions(path)[0])
+    captioned, _ = match([picture.file for picture in pictures], captions)
+    pictures = [picture for picture in pictures if picture.file not in captioned]
     if args.captioned:
-        pictures = without_caption(pictures, args.captioned)
+        print(f"{len(captioned)} pictures have captions, {len(pictures)} need one")
     if not pictures:
         raise UserError(f"{args.cutmix or folder}: no picture in it needs a caption")
     return pictures, folder
-
-
-def without_caption(pictures, caption_files):
-    """Return the Pictures that have no caption in any of the files.
-
-    A caption that names its picture without the folder, as the authors' do, counts if there is
-    only one picture of this name; encode.py does the same.
-    """
-    captions = {}
-    for path in caption_files:
-        captions.update(read_captions(path)[0])
-    # A bare name that two pictures share does not tell which of them it describes.
-    names = Counter(os.path.basename(picture.file) for picture in pictures)
-    missing = []
-    for picture in pictures:
-        name = os.path.basename(picture.file)
-        named_alone = name in captions and names[name] == 1
-        if picture.file not in captions and not named_alone:
-            missing.append(picture)
-    print(f"{len(pictures) - len(missing)} pictures have captions, {len(missing)} need one")
-    return missing
 
 
 # --------------------------------------------------------------------------------------
@@ -602,6 +586,35 @@ def read_captions(path):
     if not captions:
         raise UserError(f"{path}: no captions in it")
     return captions, skipped
+
+
+def match(files, captions):
+    """Return {file: caption} of those of all `files` that have one, in order, and skipped rows.
+
+    captions: {file: caption}. One that names a file without its folder, as the authors' do, goes
+    to the only file of this name. Skipped rows, {"file", "reason"}, are about files without a
+    caption and then about captions without a file.
+    """
+    matched = {}
+    skipped = []
+    used = set()
+    files_called = Counter(os.path.basename(file) for file in files)
+    for file in files:
+        # A bare name that several files share does not tell which of them is meant.
+        name = os.path.basename(file)
+        key = file if file in captions or files_called[name] > 1 else name
+        if key in captions:
+            used.add(key)
+            matched[file] = captions[key]
+        else:
+            skipped.append({"file": file, "reason": "no caption"})
+
+    for file in captions:
+        if file not in used:
+            several = files_called[file] > 1
+            why = "images of this name in several folders" if several else "no such image"
+            skipped.append({"file": file, "reason": f"caption, but {why}"})
+    return matched, skipped
 
 
 def read_prompts(path, limit=None, seed=0):

@@ -350,20 +350,35 @@ def test_composites_are_shown_the_views_of_their_setting(tiny_llava, pictures, t
     assert [kept for _, kept, _ in seen] == [[0, 1, 2, 3, 4]] * len(rows)
 
 
-def test_pictures_that_have_a_caption_are_left_out(pictures, tmp_path, capsys):
+def test_pictures_that_have_a_caption_are_left_out(tiny_llava, pictures, tmp_path, capsys):
     """A caption names its picture with the folder or, as the authors' do, without."""
+    photos = shutil.copytree(pictures / "photos", tmp_path / "photos")
+    shutil.copy(photos / "class1/7.png", photos / "class0/7.png")
     authors = tmp_path / "authors.csv"
     authors.write_text("image_path,caption\n0.png,A dog.\n11.png,A cat.\n7.png,A bird.\n")
     ours = tmp_path / "ours.jsonl"
     common.write_jsonl(ours, [{"file": "class0/2.png", "caption": "A dog."},
                               {"file": "class0/6.png", "caption": " "},
                               {"file": "class0/1.png", "caption": "No such picture."}])
-    files = [*common.list_images(pictures / "photos"), "class0/7.png"]
-    missing = caption.without_caption([caption.Picture(file) for file in files], [authors, ours])
+    do("llava", "--images", photos, "--captioned", authors, ours, "--model", tiny_llava,
+       "--max-new-tokens", 2, "--out", tmp_path / "rest.jsonl")
+    assert "3 pictures have captions, 11 need one" in capsys.readouterr().out
+    rows = common.read_jsonl(tmp_path / "rest.jsonl") + common.read_jsonl(tmp_path / "rest.skipped.jsonl")
     # 7.png is the name of two.
     captioned = {"class0/0.png", "class1/11.png", "class0/2.png"}
-    assert {picture.file for picture in missing} == set(files) - captioned
-    assert "3 pictures have captions, 11 need one" in capsys.readouterr().out
+    assert {row["file"] for row in rows} == set(common.list_images(photos)) - captioned
+
+
+def test_captions_without_folders_go_to_the_only_file_of_that_name():
+    files = ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/3.jpg", "b/4.jpg"]
+    captions = {"2.jpg": "two", "1.jpg": "which?", "b/3.jpg": "three", "9.jpg": "none"}
+    matched, skipped = caption.match(files, captions)
+    assert list(matched.items()) == [("a/2.jpg", "two"), ("b/3.jpg", "three")]
+    assert [(row["file"], row["reason"]) for row in skipped] == [
+        ("a/1.jpg", "no caption"), ("b/1.jpg", "no caption"), ("b/4.jpg", "no caption"),
+        ("1.jpg", "caption, but images of this name in several folders"),
+        ("9.jpg", "caption, but no such image")]
+    assert caption.match(["1.jpg", "a/1.jpg"], {"1.jpg": "flat"})[0] == {"1.jpg": "flat"}
 
 
 ROW = {"file": "0.jpg", "setting": "1/4", "box": [0, 0, 8, 8]}
