@@ -145,6 +145,14 @@ MISTAKES = [
     ("evaluate.py", ["curve", "{tmp}/absent", "--out", "{tmp}/fig.jsonl"], "must be a file that ends"),
 
     # ---- toy
+    ("toy", ["--out", "{tmp}/x", "--images", 3], "--images: 3: must be at least 10"),
+    ("toy", ["--out", "{tmp}/x", "--seed", 10 ** 20], "--seed"),
+    ("toy", ["--out", "{bad}/binary"], "binary"),
+    ("toy", ["--out", "{bad}/photos"], "holds files, and not the toy's"),
+    ("toy.tables", ["--table", "3"], "--table"),
+    ("toy.score", ["--samples", "{bad}/photos", "--out", "{tmp}/x"], "--format geneval"),
+    ("toy.score", ["--samples", "{bad}/photos", "--real", "{bad}/photos", "--out", "{tmp}/x"], "64 x 64"),
+    ("toy.tiny", ["--data", "{tmp}"], "python -m toy makes it"),
 ]
 
 

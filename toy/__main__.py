@@ -1,20 +1,29 @@
 """`python -m toy`: the paper in miniature; `python -m toy tables`, `play` or `score`: see their --help."""
 
 import importlib
+import os
 import sys
 
-from common import command_line
+COMMANDS = ["tables", "play", "score"]
 
-COMMANDS = {"tables": "toy.tables", "play": "toy.play", "score": "toy.score"}
+words = sys.argv[1:]
+command = words.pop(0) if words and words[0] in COMMANDS else "run"
+
+# Before torch is imported. Threads that wait for each other keep their cores busy, so that beside
+# another busy process two of them make a tenth of the steps of one. The toy's networks lose little
+# by having one; the page may draw with large ones, and there the threads sleep while they wait.
+if "OMP_NUM_THREADS" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
+    if command == "play":
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    else:
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+from common import command_line  # noqa: E402
 
 
 def main():
     """Run the command that the first word names; without one, the toy paper itself."""
-    words = sys.argv[1:]
-    if words and words[0] in COMMANDS:
-        importlib.import_module(COMMANDS[words[0]]).main(words[1:])
-    else:
-        importlib.import_module("toy.run").main(words)
+    importlib.import_module(f"toy.{command}").main(words)
 
 
 command_line(main)

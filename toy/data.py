@@ -4,41 +4,52 @@ A world is a folder with images/, captions.jsonl (long ones), captions-aio.jsonl
 setting of CutMix that was asked for cutmix*/, captions-cutmix*.jsonl and, encoded, encoded-cutmix*/.
 """
 
+import importlib
+import json
 import shlex
-from pathlib import Path
 
-import caption
-import cutmix
-import encode
-from common import complete, read_jsonl
-from toy.autoencoder import VAE
+# First: it keeps Ctrl-C quiet while torch is imported.
+from common import (UserError, complete, read_json, read_jsonl, refuse_other_settings,
+                    write_json)
+
 from toy.prompts import make_prompts
+from toy.recipe import VAE, quoted
 from toy.text_encoder import make_text_encoder
-from toy.world import SIZE, caption_composites, caption_originals, make_world
+from toy.world import (SIZE, caption_composites, caption_originals, make_world,
+                       what_a_world_is_made_by)
 
 
-def run(stage, command):
-    """Print a stage's command as a user would type it, and run it."""
-    # The stage gets the very words that are printed, so that a user can run them alone.
+def run(command):
+    """Print the command line of a stage as a user would type it, and run it in this process."""
     words = shlex.split(command)
-    print(f"\n$ python {stage.__name__}.py {shlex.join(words)}", flush=True)
-    stage.main(words)
+    print(f"\n$ python {shlex.join(words)}", flush=True)
+    # "-m toy score ..." or "train.py ..."
+    if words[0] == "-m":
+        stage, options = f"toy.{words[2]}", words[3:]
+    else:
+        stage, options = words[0].removesuffix(".py"), words[1:]
+    importlib.import_module(stage).main(options)
 
 
-def quoted(path):
-    """Return a path as a shell wants it, relative to the working folder if it lies in it."""
-    path = Path(path)
-    # Short paths make the printed commands readable.
-    if path.is_relative_to(Path.cwd()):
-        path = path.relative_to(Path.cwd())
+def bind(path, **settings):
+    """Remember in a file what its folder is made with.
 
-    return shlex.quote(str(path))
+    Raises UserError if it was made with other settings, or holds somebody's own files.
+    """
+    folder = path.parent
+    # As JSON gives them back: a tuple becomes a list.
+    settings = json.loads(json.dumps({**settings, **what_a_world_is_made_by()}))
+    if path.exists():
+        refuse_other_settings(folder, read_json(path, "the settings of a toy"), settings)
+    elif list(folder.glob("[!.]*")):
+        raise UserError(f"{folder}: holds files, and not the toy's: choose another --out")
+    write_json(path, settings)
 
 
-def composites_of(setting):
-    """Return the name of the folder of composites: cutmix for all settings, cutmix-1-4 for 1/4."""
+def kind_of(setting):
+    """Return what the files of composites are called by: -cutmix for all settings, -cutmix-1-4 for 1/4."""
     # A setting such as 1/4 has a slash, which a folder's name cannot have.
-    return "cutmix" if setting == "all" else f"cutmix-{setting.replace('/', '-')}"
+    return "-cutmix" if setting == "all" else f"-cutmix-{setting.replace('/', '-')}"
 
 
 def draw_world(world, count, seed, settings=("all",)):
@@ -47,33 +58,21 @@ def draw_world(world, count, seed, settings=("all",)):
     images = quoted(world / "images")
     # Originals come first: composites are mixed from them.
     make_world(world, count, seed)
+    caption_originals(world, seed)
+    run(f"caption.py aio --images {images} --out {quoted(world / 'captions-aio.jsonl')}")
 
     # Each setting gets a folder of its own, since Table 4 trains a model on each.
     for setting in settings:
-        name = composites_of(setting)
-        run(cutmix, f"--images {images} --size {SIZE} --seed {seed} --setting {setting} "
-                    f"--out {quoted(world / name)} --workers 0")
-
-    run(caption, f"aio --images {images} --out {quoted(world / 'captions-aio.jsonl')}")
-
-    print("\nLong captions from the scenes, in LLaVA's stead", flush=True)
-    caption_originals(world, seed)
-
-    for setting in settings:
-        name = composites_of(setting)
-        caption_composites(world, name, f"captions-{name}.jsonl", seed)
-
-
-def draw_noise(world, seed, tau):
-    """Draw the world's noise strips, the paper's Fig. 7, with a line where t passes tau."""
-    run(cutmix, f"--images {quoted(world / 'images')} --size {SIZE} --seed {seed} "
-                f"--out {quoted(world / 'cutmix-look')} --noise --tau {tau}")
+        kind = kind_of(setting)
+        out = quoted(world / kind.removeprefix("-"))
+        run(f"cutmix.py --images {images} --size {SIZE} --seed {seed} --setting {setting} "
+            f"--out {out} --workers 0")
+        caption_composites(world, kind, seed)
 
 
 def make_prompts_and_encoder(out, prompts, seed):
     """Write short and long prompts, `prompts` of each task, and the tiny T5 that knows all words."""
     make_prompts(out, prompts, seed)
-
     # Encoded captions rest on this T5, so one that exists is kept.
     if (out / "t5").exists():
         return
@@ -84,16 +83,18 @@ def make_prompts_and_encoder(out, prompts, seed):
     for name in ("captions", "captions-cutmix", "captions-aio", "prompts-short", "prompts-long"):
         for row in read_jsonl(out / f"{name}.jsonl"):
             texts.append(row.get("caption") or row["prompt"])
-
-    # A folder that bears its final name is whole,
-    # which is what the check above relies on.
+    # A folder that bears its final name is whole, which the check above relies on.
     with complete(out / "t5") as folder:
         make_text_encoder(folder, texts, seed)
 
 
-def encode_world(world, images, captions, encoded, text_encoder):
-    """Encode a folder of pictures of a world, with its captions."""
-    # The pictures are so small that worker processes would cost more than they save.
-    run(encode, f"--images {quoted(world / images)} --captions {quoted(world / captions)} "
-                f"--out {quoted(world / encoded)} --vae {quoted(VAE)} "
-                f"--text-encoder {quoted(text_encoder)} --size {SIZE} --workers 0")
+def encode_world(world, kind, text_encoder):
+    """Encode pictures of a world to encoded`kind`, with their captions in captions`kind`.jsonl.
+
+    kind: "" for originals, "-aio" for originals with AIO captions, "-cutmix", ... for composites.
+    """
+    images = kind.removeprefix("-") if "cutmix" in kind else "images"
+    # The pictures are so small that threads would cost more than they save.
+    run(f"encode.py --images {quoted(world / images)} "
+        f"--captions {quoted(world / f'captions{kind}.jsonl')} --out {quoted(world / f'encoded{kind}')} "
+        f"--vae {quoted(VAE)} --text-encoder {quoted(text_encoder)} --size {SIZE} --workers 0")

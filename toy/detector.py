@@ -83,7 +83,7 @@ class Template(NamedTuple):
 def make_template(shape, radius, x, y):
     """Return the template of a shape whose centre is drawn at (x, y), in pixels."""
     thing = {"shape": shape, "color": "red", "radius": radius, "x": x, "y": y}
-    image = draw({"objects": [thing], "grey": "dark", "background": "plain"})
+    image = draw({"objects": [thing], "grey": "dark"})
     mask = unmix(image)[1] > 0.5
     core = ndimage.binary_erosion(mask, NEIGHBOURS)
     box = as_slices(bounds(mask))
@@ -212,18 +212,28 @@ def hidden_box(template, patch, x, y):
     return None
 
 
+def guesses(patch):
+    """Return (score, shape, place) of each shape's template that a patch agrees with best, the best last.
+
+    place: the template, and the x and y of its upper left corner; None if nothing agrees.
+    """
+    found = []
+    for shape, sizes in templates().items():
+        score, place = best_agreement(sizes, patch)
+        found.append((score, shape, place))
+    return sorted(found, key=lambda guess: guess[:2])
+
+
 def recognise(patch):
-    """Return (score, shape) of the template that a patch agrees with best, (0, "") if it is no object."""
-    scores = sorted((best_agreement(sizes, patch), shape) for shape, sizes in templates().items())
-    second, _ = scores[-2]
-    best, shape = scores[-1]
+    """Return the best guess (score, shape, place) for a patch, None if it is no object."""
+    *_, second, best = guesses(patch)
     # Drawn in a wobbly way, a star is still a star, as long as it might not be a cross.
-    is_clear = best > CLEAR and best - second > MARGIN
-    return (best, shape) if best > THRESHOLD or is_clear else (0.0, "")
+    is_clear = best[0] > CLEAR and best[0] - second[0] > MARGIN
+    return best if best[0] > THRESHOLD or is_clear else None
 
 
 def best_agreement(sizes, patch):
-    """Return the best agreement of a patch with one shape: all sizes, then small moves of the best ones."""
+    """Return (score, place) of a patch with one shape: all sizes, then small moves of the best ones."""
     rough = []
     for number, shifted in enumerate(sizes):
         # Half a pixel matters to small objects only.
@@ -238,6 +248,7 @@ def best_agreement(sizes, patch):
 
     rough.sort(reverse=True)
     best = 0.0
+    place = None
     for score, number, x, y in rough[:BEST_PLACES]:
         # However it is moved, this one and those behind it stay below what makes an object.
         if score < CLEAR - MOST_GAIN:
@@ -245,8 +256,11 @@ def best_agreement(sizes, patch):
         for template in sizes[number]:
             for dx, dy in MOVES:
                 corner = inside_frame(template, x + dx, y + dy)
-                best = max(best, agreement(template, patch, *corner))
-    return best
+                score = agreement(template, patch, *corner)
+                if score > best:
+                    best = score
+                    place = (template, *corner)
+    return best, place
 
 
 MOVES = [(dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1)]
@@ -278,12 +292,17 @@ def inside_frame(template, x, y):
 # --------------------------------------------------------------------------------------------
 # Objects
 
-def detect(image):
-    """Return the objects of an RGB picture, 64 x 64, as GenEval's detector does.
+class Found(NamedTuple):
+    """An object in a picture: the best guess for a patch (see `guesses`), and the patch."""
 
-    {shape: [{"box": [x0, y0, x1, y1], "score", "color"}, ...]}, most confident first. The box, in
-    pixels, right and bottom exclusive, is that of the visible part.
-    """
+    score: float
+    shape: str
+    place: tuple
+    patch: Patch
+
+
+def find_objects(image):
+    """Return the objects (Found) of an RGB picture, 64 x 64, most confident first."""
     nearest, share = unmix(image)
     colored = share > 0.5
     # A clean object is faint at its edge only. Such areas are what melted objects are made of.
@@ -297,24 +316,42 @@ def detect(image):
 
     # First what is whole. Only that can hide a part of something else: a shape of two colours is not
     # two objects, and a blob before a torn shape does not mend it.
-    found = [(*recognise(patch), patch) for patch in patches]
-    whole = [patch for score, _, patch in found if score]
-    for number, patch in enumerate(patches):
+    guesses = [recognise(patch) for patch in patches]
+    whole = [patch for guess, patch in zip(guesses, patches) if guess]
+    found = []
+    for guess, patch in zip(guesses, patches):
         patch.in_front = [other.box for other in whole if not (other.mask & patch.mask).any()]
         if patch.in_front:
-            found[number] = (*recognise(patch), patch)
-    found = [one for one in found if one[0]]
-    found.sort(key=lambda one: -one[0])
+            guess = recognise(patch)
+        if guess:
+            found.append(Found(*guess, patch))
+    found.sort(key=lambda one: -one.score)
 
     # The best explanation of a pixel counts, and no other.
-    objects = {}
+    objects = []
     used = np.zeros((SIZE, SIZE), bool)
-    for score, shape, patch in found:
-        if (patch.mask & used).any():
-            continue
-        used |= patch.mask
-        thing = {"box": list(patch.box), "score": float(score), "color": patch.color}
-        objects.setdefault(shape, []).append(thing)
+    for one in found:
+        if not (one.patch.mask & used).any():
+            used |= one.patch.mask
+            objects.append(one)
+    return objects
+
+
+def detect(image):
+    """Return the objects of an RGB picture, 64 x 64, as GenEval's detector does.
+
+    {shape: [{"box": [x0, y0, x1, y1], "score", "color"}, ...]}, most confident first. The box, in
+    pixels, right and bottom exclusive, is that of the visible part.
+    """
+    return as_detections(find_objects(image))
+
+
+def as_detections(found):
+    """Return objects (Found) as `detect` does."""
+    objects = {}
+    for one in found:
+        thing = {"box": list(one.patch.box), "score": float(one.score), "color": one.patch.color}
+        objects.setdefault(one.shape, []).append(thing)
     return objects
 
 
@@ -336,14 +373,22 @@ def groups(mask, largest=3, most=8):
 
 
 # --------------------------------------------------------------------------------------------
-# Backgrounds
+# Seams
 
+LARGE_AREA = 400            # pixels of a large object, at least, also where a part of it is hidden
 OTHER_GREY = 25             # levels by which a pixel differs from the background around it
-SEAM = 10                   # pixels of another grey that touch, from which on a seam is seen
+SEAM = 10                   # pixels of a seam that touch, from which on it is seen
+
+
+def largest_area(mask):
+    """Return the number of pixels of the largest connected part of a mask."""
+    labels, _ = ndimage.label(mask, NEIGHBOURS)
+    # Label 0 is what is not in the mask.
+    return np.bincount(labels.ravel())[1:].max(initial=0)
 
 
 def has_one_background(image):
-    """Tell whether the background has one grey: no seam of a composite is seen.
+    """Tell whether the background has one grey: no seam between two greys is seen.
 
     The background is every pixel that touches nothing coloured; False if there is none.
     """
@@ -357,6 +402,39 @@ def has_one_background(image):
     # A small paste shows little of its own background, just the corners that its object leaves.
     # So any patch of another grey counts, and not its share of the picture.
     other = background & (np.abs(levels - usual) > OTHER_GREY)
-    labels, _ = ndimage.label(other, NEIGHBOURS)
-    areas = np.bincount(labels.ravel())[1:]                     # label 0: not of another grey
-    return bool(areas.max(initial=0) < SEAM)
+    return bool(largest_area(other) < SEAM)
+
+
+def is_bitten(image, objects):
+    """Tell whether background lies between a large object and a smaller one in front of it.
+
+    In originals the large one is seen up to the edge of the small one. In composites the square
+    that was pasted bites into it, which is a seam even where both backgrounds have the same grey.
+    objects: what `find_objects` finds. Returns None where none of them lies before a large one,
+    which need not be among them: many are too badly bitten to be recognised.
+    """
+    nearest, share = unmix(image)
+    colored = share > 0.5
+    answer = None
+    for small in objects:
+        x0, y0, x1, y1 = small.patch.box
+        around = as_slices((max(0, x0 - AROUND), max(0, y0 - AROUND), x1 + AROUND, y1 + AROUND))
+        for number, color in enumerate(COLORS):
+            large = Patch(color, colored & (nearest == number) & ~small.patch.mask)
+            if large.area < max(LARGE_AREA, small.patch.area):
+                continue
+            large.in_front = [small.patch.box]
+            _, _, place = guesses(large)[-1]
+            if place is None:
+                continue
+
+            # Where the large one should be, without its edge.
+            template, x, y = place
+            height, width = template.core.shape
+            should_be = np.zeros((SIZE, SIZE), bool)
+            should_be[as_slices((x, y, x + width, y + height))] = template.core
+            if should_be[as_slices(small.patch.box)].any():
+                # At a shared edge two colours make a grey that is a pixel or two wide: that is no gap.
+                gap = ndimage.binary_opening((should_be & ~colored)[around], NEIGHBOURS)
+                answer = bool(answer or largest_area(gap) >= SEAM)
+    return answer

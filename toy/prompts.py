@@ -4,7 +4,7 @@ import random
 from itertools import product
 
 from common import write_jsonl
-from toy.world import (BACKGROUNDS, COLORS, CORNERS, GREYS, NUMBERS, SHAPES, cell_relations,
+from toy.world import (COLORS, CORNERS, GREYS, NUMBERS, SHAPES, cell_relations,
                        corner_place, describe_background, describe_object, large_place,
                        long_caption, make_object, plural, seen_in_original)
 
@@ -59,7 +59,9 @@ def scene_to_ask_for(task, rng):
 
     colors = rng.sample(list(COLORS), len(shapes))
     things = [make_object(*thing) for thing in zip(shapes, colors, places)]
-    scene = {"objects": things, "grey": rng.choice(list(GREYS)), "background": rng.choice(BACKGROUNDS)}
+    scene = {"objects": things, "grey": rng.choice(list(GREYS))}
+    # Grounds once had patterns. Without this draw, prompts would be other ones than those reported.
+    rng.choice(["plain"])
     return scene, layout
 
 

@@ -3,13 +3,13 @@
 import base64
 import html
 import math
-import mimetypes
 
-from common import complete, read_jsonl
-from metrics.charts import line_chart
+from common import complete, line_chart, read_jsonl, save_png
+from encode import Encoded, draw_noise, load_vae
+from toy.detector import has_one_background
 from toy.prompts import TASKS
-from toy.recipe import TAU
-from toy.score import TWO_OBJECTS, one_background, task_scores
+from toy.recipe import TAU, VAE
+from toy.score import columns_of, open_picture
 
 # The style is part of every page, so that a page is one file that can be sent to someone.
 STYLE = """
@@ -31,31 +31,28 @@ td:first-child { text-align: left }
 # --------------------------------------------------------------------------------------------
 # Pieces of pages
 
-def write_page(path, title, body):
-    """Write an HTML page. `body` is HTML, `title` plain text."""
-    # The title is plain text and may hold any character. The body is HTML already.
+def write_page(path, title, parts):
+    """Write an HTML page. `parts` are HTML, `title` plain text."""
     title = html.escape(title)
-    page = (f'<!doctype html><meta charset="utf-8"><title>{title}</title>\n'
+    body = "\n".join(parts)
+    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
             f"<style>{STYLE}</style>\n<h1>{title}</h1>\n{body}\n")
-
     # Somebody may reload the page just now: it is replaced as a whole.
     with complete(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def picture(path, note=""):
+def img(path, note=""):
     """Return an <img> with the bytes of a file in it; the note appears when one points at it."""
-    # The bytes stand in the page itself, so it
-    # shows its pictures wherever it is moved to.
-    kind = mimetypes.guess_type(path)[0]
+    # In the page itself, so that it shows its pictures wherever it is moved to.
     data = base64.b64encode(path.read_bytes()).decode()
-
-    return f'<img title="{html.escape(note)}" src="data:{kind};base64,{data}">'
+    note = html.escape(note)
+    return f'<img alt="{note}" title="{note}" src="data:image;base64,{data}">'
 
 
 def card(path, caption, note=""):
     """Return a picture with a caption, which is HTML, below it."""
-    return f"<figure>{picture(path, note)}<figcaption>{caption}</figcaption></figure>"
+    return f"<figure>{img(path, note)}<figcaption>{caption}</figcaption></figure>"
 
 
 def cards(items):
@@ -64,9 +61,7 @@ def cards(items):
 
 
 def table(rows):
-    """Return rows of HTML cells as a table; the first row is its head."""
-    # Cells are not escaped: some hold links or pictures.
-    # Whoever makes one from plain text escapes it.
+    """Return rows of cells, which are HTML, as a table; the first row is its head."""
     lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
     return "<table>" + "\n".join(lines) + "</table>"
 
@@ -87,23 +82,21 @@ def verdict_card(folder, row):
     # Words, and not colours alone: red and green look alike to some.
     kind = "right" if row["right"] else "wrong"
     caption = f'<b class="{kind}">{kind}</b> {html.escape(row["prompt"])}'
-    if row["tag"] in TWO_OBJECTS:
-        caption += " <i>one background</i>" if row["one_background"] else " <i>a seam</i>"
-
+    if not row["one_background"]:
+        caption += " <i>two backgrounds</i>"
+    if row["bitten"]:
+        caption += " <i>bitten</i>"
     return card(folder / row["file"], caption, row["reason"])
 
 
-def verdicts(folder, rows, most=12):
+def verdicts(folder, rows, most):
     """Return the scored pictures of a folder, at most `most` of each task, under a heading each."""
     parts = []
     for task in TASKS:
         # The first ones are shown, not the best ones: a page must not flatter the model.
         chosen = [row for row in rows if row["tag"] == task][:most]
-
-        # The heading's id is what the cells of the tables' page link to.
-        parts.append(f'<h3 id="{task}">{spoken(task)}</h3>')
-        parts.append(cards([verdict_card(folder, row) for row in chosen]))
-
+        parts.append(f"<h3>{spoken(task)}</h3>")
+        parts.append(cards(verdict_card(folder, row) for row in chosen))
     return "\n".join(parts)
 
 
@@ -112,63 +105,65 @@ def examples(folder, captions, count=8):
     rows = read_jsonl(captions)
     # Neighbours in a data set may be alike, so the rows in between are passed over.
     step = max(1, len(rows) // count)
-    return cards([card(folder / row["file"], html.escape(row["caption"]), row["file"])
-                  for row in rows[::step][:count]])
+    return cards(card(folder / row["file"], html.escape(row["caption"]), row["file"])
+                 for row in rows[::step][:count])
 
 
-def loss_curve(log):
-    """Return the training loss in train.py's log.jsonl as an SVG picture."""
-    # The log has lines of other kinds, too, without a loss.
-    points = [(row["step"], row["loss"]) for row in read_jsonl(log) if "loss" in row]
-    return line_chart({"training": points}, "step", "loss", log=True)
+def points_of(log, key):
+    """Return [(step, value)] of the lines of train.py's log.jsonl that have this key."""
+    return [(row["step"], row[key]) for row in read_jsonl(log) if key in row]
 
 
 # --------------------------------------------------------------------------------------------
 # The report of one run
 
-def score_rows(scores):
-    """Return the table of scores, {"short": rows, "long": rows} of `score`, as rows of texts."""
-    # The names in the head are in the order of `task_scores`.
-    lines = [["", *map(spoken, TASKS), "overall", "one background"]]
-    for kind, rows in scores.items():
-        shares = [share_text(value) for value in task_scores(rows).values()]
-        lines.append([f"{kind} prompts", *shares, share_text(one_background(rows))])
-
-    return lines
+SCORES = """
+<p>A miniature of GenEval: the share of pictures that are as asked. Two kinds of seams: <i>one background</i>
+is the share of pictures with one grey, among the pictures of two objects that are right; <i>bitten</i> the
+share of pictures in which background shows between a large object and a smaller one before it, among all
+pictures with two such objects.</p>
+"""
 
 
-def report(out, scores):
-    """Write OUT/report.html: scores, samples beside their prompts, the data, the noise, the loss."""
-    # Both kinds of prompts have the same number of pictures.
-    many = len(scores["long"])
-    body = f"""
-<p>One DiT-I with long captions (TA) and CutMix composites (IA), trained by <code>python -m toy</code>.</p>
+def report(folder, title, checkpoint, most, more=""):
+    """Write FOLDER/report.html, the scores and samples of a model, and return its table of scores.
 
-<h2>Scores</h2>
-{table(score_rows(scores))}
-<p>A miniature of GenEval: share of pictures that are as asked, of {many} for each kind of prompt. The
-last column is the share of pictures with no seam, that is, with one background, among the pictures of
-two objects that are right.</p>
+    most: pictures of each task. more: HTML.
+    """
+    table_rows = []
+    samples = []
+    for kind in ("long", "short"):
+        rows = read_jsonl(folder / f"scores-{kind}.jsonl")
+        columns = columns_of(rows)
+        table_rows.append([f"{kind} prompts", *map(share_text, columns.values())])
+        samples += [f"<h2>Samples for {kind} prompts</h2>",
+                    verdicts(folder / f"samples-{kind}", rows, most)]
+    table_rows.insert(0, ["", *map(spoken, columns)])
+    loss = {"training": points_of(checkpoint / "log.jsonl", "loss")}
+    write_page(folder / "report.html", title, [
+        table(table_rows), SCORES, "<p>Point at a picture for the reason of its verdict.</p>", *samples,
+        "<h2>Training loss</h2>", line_chart(loss, "step", "loss", log=True), more])
+    return table_rows
 
-<h2>Samples for long prompts</h2>
-<p>Point at a picture for the reason of its verdict.</p>
-{verdicts(out / "samples-long", scores["long"])}
 
-<h2>Samples for short prompts</h2>
-{verdicts(out / "samples-short", scores["short"], most=4)}
-
+def about_the_data(out):
+    """Return the toy's data as HTML: originals, composites, and Fig. 7."""
+    composites = Encoded(out / "encoded-cutmix")
+    # One of each setting, whose seam is plain to see: its two greys differ.
+    chosen = {}
+    for i, row in enumerate(read_jsonl(out / "cutmix/cutmix.jsonl")):
+        title = f"CM {row['setting']}"
+        if title not in chosen and not has_one_background(open_picture(out / "cutmix" / row["file"])):
+            chosen[title] = i
+    save_png(draw_noise(composites, load_vae(VAE), chosen), out / "fig7.png")
+    return f"""
 <h2>Originals and their long captions</h2>
 {examples(out / "images", out / "captions.jsonl")}
-
 <h2>CutMix composites and theirs</h2>
 {examples(out / "cutmix", out / "captions-cutmix.jsonl")}
-
-<h2>What noise hides</h2>
-<p>Composites are only used right of the line, at tau = {TAU}, where noise hides their seams. The toy's
-latents have half the standard deviation of the paper's, so training sees more noise at the same t.</p>
-{picture(out / "cutmix-look/noise.png")}
-
-<h2>Training loss</h2>
-{loss_curve(out / "dit/log.jsonl")}
+<h2>Fig. 7: what noise hides</h2>
+<p>Composites of two greys, noised as latents and decoded. They are only used where t &gt; tau =
+{TAU}. The toy's latents have half the standard deviation of the paper's, so training sees more noise at
+the same t.</p>
+{img(out / "fig7.png")}
 """
-    write_page(out / "report.html", "How far can we go with a toy ImageNet?", body)

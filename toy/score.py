@@ -3,20 +3,20 @@
     python -m toy score --samples out/toy/samples-long --out scores.jsonl
 """
 
-import argparse
-import json
 from pathlib import Path
+
+# First: it keeps Ctrl-C quiet while torch is imported.
+from common import (Options, UserError, in_batches, keep_apart, list_images, open_image, progress,
+                    read_jsonl, write_json, write_jsonl)
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import encode
 import evaluate
-from common import HelpFormatter, UserError, complete, list_images, open_image, write_jsonl
-from toy.autoencoder import VAE, to_tensor
-from toy.detector import detect, has_one_background
+from toy.detector import as_detections, find_objects, has_one_background, is_bitten
 from toy.prompts import TASKS
+from toy.recipe import VAE
 from toy.world import SIZE
 
 
@@ -26,19 +26,28 @@ from toy.world import SIZE
 def score(folder):
     """Return a row for each prompt's picture in a folder of GenEval's layout.
 
-    {"file", "tag", "prompt", "right", "reason", "one_background"}; `file` is relative to the folder.
+    {"file", "tag", "prompt", "right", "reason", "one_background", "bitten"}; `file` is relative to
+    the folder. Raises UserError.
     """
+    folder = Path(folder)
+    prompts = sorted(folder.glob("*/metadata.jsonl"))
+    if not prompts:
+        raise UserError(f"{folder}: no pictures of sample.py --format geneval")
     rows = []
-    for file, metadata in tqdm(evaluate.read_geneval(folder).items(), desc="scoring", unit="img"):
+    for path in progress(prompts, len(prompts), "img", "scoring"):
+        metadata = read_jsonl(path)[0]
+        file = f"{path.parent.name}/samples/0000.png"
         # GenEval's own rules judge; only the detector and the colours are the toy's.
-        image = open_picture(Path(folder) / file)
-        right, reason = evaluate.geneval_verdict(detect(image), metadata, color_of)
+        image = open_picture(folder / file)
+        objects = find_objects(image)
+        right, reason = evaluate.geneval_verdict(as_detections(objects), metadata, color_of)
         rows.append({"file": file,
                      "tag": metadata["tag"],
                      "prompt": metadata["prompt"],
                      "right": bool(right),
                      "reason": reason,
-                     "one_background": has_one_background(image)})
+                     "one_background": has_one_background(image),
+                     "bitten": is_bitten(image, objects)})
     return rows
 
 
@@ -57,30 +66,30 @@ def color_of(thing, shape):
     return thing["color"]
 
 
-def task_scores(rows):
-    """Return {task: share of right pictures}, and "overall": the mean over the tasks."""
+TWO_OBJECTS = ("two_object", "position", "color_attr")
+
+
+def columns_of(rows):
+    """Return {column: score} of verdicts; NaN where nothing counts.
+
+    For each task its share of right pictures, and "overall", the mean over the tasks. Then two
+    kinds of seams: "one background", the share of right pictures of two objects that have one
+    (among all pictures, those in which two objects melted into one would have it, too); and
+    "bitten", a share of the pictures in which a small object lies before a large one.
+    """
     scores = {}
     for task in TASKS:
-        scores[task] = mean_of([row["right"] for row in rows if row["tag"] == task])
-    scores["overall"] = mean_of(list(scores.values()))
+        scores[task] = mean_of(row["right"] for row in rows if row["tag"] == task)
+    scores["overall"] = mean_of(scores.values())
+    scores["one background"] = mean_of(row["one_background"] for row in rows
+                                       if row["tag"] in TWO_OBJECTS and row["right"])
+    scores["bitten"] = mean_of(row["bitten"] for row in rows if row["bitten"] is not None)
     return scores
-
-
-def one_background(rows):
-    """Return the share of right pictures of two objects that have one background.
-
-    Among all pictures it would prove nothing: those in which two objects have melted into one
-    have it, too. NaN where no picture is right.
-    """
-    return mean_of([row["one_background"] for row in rows
-                    if row["tag"] in TWO_OBJECTS and row["right"]])
-
-
-TWO_OBJECTS = ("two_object", "position", "color_attr")
 
 
 def mean_of(values):
     """Return the mean of numbers, NaN for none."""
+    values = list(values)
     return float(np.mean(values)) if values else float("nan")
 
 
@@ -93,17 +102,13 @@ def features(folder):
     The latents' means over each quarter of the picture, and their deviations in it.
     """
     vae = encode.load_vae(VAE)
-    files = list_images(folder)
     # sample.py adds an overview of its pictures, which is not one of them.
-    files = [file for file in files if file != "sheet.png"]
-
-    # Pictures go through the autoencoder in
-    # batches: a whole folder would fill the memory.
+    files = [file for file in list_images(folder) if file != "sheet.png"]
     parts = []
-    for start in range(0, len(files), 64):
-        images = [open_picture(Path(folder) / file) for file in files[start:start + 64]]
-        with torch.no_grad():
-            mean, _ = vae.encode(to_tensor(images))                                 # (B, 8, 8, 8)
+    for batch in in_batches(files, 64):
+        images = [open_picture(Path(folder) / file) for file in batch]
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)             # (B, 3, H, W)
+        mean, _ = vae.encode(pixels / 127.5 - 1)                                    # (B, 8, 8, 8)
         # Averages over quarters keep roughly where things are, and forget exact
         # positions. Two pictures of like scenes are then close to each other.
         quarters = mean.unfold(2, 4, 4).unfold(3, 4, 4)                             # (B, 8, 2, 2, 4, 4)
@@ -115,29 +120,25 @@ def features(folder):
 
 def quality(real, fake):
     """Return {"distance", "precision", "recall", "density", "coverage"} of two folders of pictures."""
-    real_features = features(real)
-    fake_features = features(fake)
-    # Both measures use the same features, which are computed once.
-    scores = {"distance": evaluate.frechet_distance(real_features, fake_features)}
-    scores.update(evaluate.prdc(real_features, fake_features))
+    real = features(real)
+    fake = features(fake)
+    scores = {"distance": evaluate.frechet_distance(real, fake), **evaluate.prdc(real, fake)}
     return {name: float(value) for name, value in scores.items()}
 
 
 # --------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m toy score", description=__doc__,
-                                     formatter_class=HelpFormatter)
+    parser = Options(__doc__, prog="python -m toy score")
     add = parser.add_argument
     add("--samples", required=True, metavar="FOLDER", help="pictures of sample.py")
     add("--real", metavar="FOLDER", help="measure the distance to these pictures instead")
     add("--out", required=True, metavar="FILE", type=Path, help="where the scores go")
     args = parser.parse_args(argv)
+    keep_apart(args.out, args.samples, args.real)
     # A distance is one result for a whole folder,
     # GenEval's verdicts are a line for each picture.
     if args.real:
-        scores = quality(args.real, args.samples)
-        with complete(args.out) as path:
-            path.write_text(json.dumps(scores))
+        write_json(args.out, quality(args.real, args.samples))
     else:
         write_jsonl(args.out, score(args.samples))

@@ -2,25 +2,93 @@
 
     python -m toy tables --table 2
 
-Says how long it will take, draws the data once, trains every model that the tables compare, samples,
-scores, and writes one page, OUT/tables.html, which grows with every model and every table. Models are
-trained side by side, one thread each. Killed, it goes on with the same command; tables that share
-models share them. Without --table it makes all: 1 (distances), 2 (GenEval), 4 (CutMix settings), 5 (p),
-tau, fig5 (little data).
+Draws the data once, trains every model that the tables compare, samples, scores, and writes one page,
+OUT/tables.html, which grows with every model and every table. Models are made side by side, each by
+the real commands on one thread. Killed, it goes on with the same command; tables that share models
+share them. Without --table it makes all: 1 (distances), 2 (GenEval), 4 (CutMix settings), 5 (p), tau,
+fig5 (little data).
 """
 
-import argparse
-import time
+import contextlib
+import ctypes
+import html
+import math
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from common import HelpFormatter, at_least, begin_or_resume, between, default_workers, only_command
-from toy.data import draw_noise, draw_world, encode_world, make_prompts_and_encoder
-from toy.estimate import OVERHEAD, data_seconds, end_times, seconds_side_by_side, spoken_time
-from toy.experiments import MODEL_NAMES, TABLES, data_of, expected_seconds, job_of, runs_of
-from toy.recipe import IMAGES, LARGEST_SEED, TAU
-from toy.side_by_side import remaining, run_side_by_side
-from toy.tables_page import write_tables
-from toy.world import SHAPES, world_fingerprint
+# First: it keeps Ctrl-C quiet while torch is imported.
+from common import (Options, UserError, ahead, default_workers, line_chart, number, only_command,
+                    progress, read_json, read_jsonl)
+
+from cutmix import CUTS
+from toy.data import bind, draw_world, encode_world, kind_of, make_prompts_and_encoder
+from toy.prompts import TASKS
+from toy.recipe import IMAGES, P, SEED, TAU, judge_commands, quoted, sample_command, train_command
+from toy.report import (SCORES, about_the_data, points_of, report, share_text, spoken, table,
+                        verdict_card, write_page)
+from toy.score import columns_of
+from toy.world import LEAST_IMAGES
+
+# --------------------------------------------------------------------------------------------
+# What each table compares
+
+class Run(NamedTuple):
+    """One model, whatever its seed. The defaults are DiT-I with text augmentation alone (TA)."""
+
+    model: str = "dit"
+    captions: str = "long"          # or "aio", the paper's 'An image of <class-name>'
+    setting: str = ""               # of CutMix: "" is none, "all", "1/4", ...
+    p: float = P
+    tau: float = TAU
+    small: bool = False             # trained on a small part of the data
+
+    def name(self, seed):
+        """Return the name of the model's folder for a seed."""
+        parts = [self.model, self.captions]
+        # Without composites p and tau have no effect, and are left out.
+        if self.setting:
+            parts.append(f"{kind_of(self.setting)[1:]}-p{self.p:g}-tau{self.tau:g}")
+        if self.small:
+            parts.append("small")
+        return "-".join([*parts, f"seed{seed}"])
+
+
+TABLE_2 = {
+    "DiT-I AIO": Run(captions="aio"),
+    "DiT-I TA": Run(),
+    "DiT-I TA + IA": Run(setting="all"),
+    "CAD-I AIO": Run("cad", captions="aio"),
+    "CAD-I TA": Run("cad"),
+    "CAD-I TA + IA": Run("cad", setting="all"),
+}
+# The lines of a table differ in one thing only, and tables share the models they have in common.
+TABLES = {
+    "1": TABLE_2,
+    "2": TABLE_2,
+    "4": {f"CM {setting}": Run(setting=setting) for setting in (*CUTS, "all")},
+    "5": {"p = 0": Run(), **{f"p = {p:g}": Run(setting="1/4", p=p) for p in (0.25, 0.5, 0.75, 1)}},
+    "tau": {f"tau = {tau:g}": Run(setting="all", tau=tau) for tau in (0, 0.2, 0.4, 0.6, 0.8)},
+    "fig5": {"TA": Run(small=True), "TA + IA": Run(setting="all", small=True)},
+}
+TITLES = {
+    "1": "Table 1: distance to validation pictures",
+    "2": "Table 2: captions, composites and networks",
+    "4": "Table 4: CutMix settings, DiT-I, p = 0.5",
+    "5": "Table 5: the share p of composites, DiT-I, CM 1/4",
+    "tau": "tau: from which noise on composites are used, DiT-I",
+    "fig5": "Fig. 5: a small training set, DiT-I",
+}
+KEPT = 8                            # checkpoints of a run of Fig. 5
+
+
+# --------------------------------------------------------------------------------------------
+# What they are made from
 
 # All models share the data, which is that of the first seed. Validation pictures and the small
 # set are others.
@@ -28,151 +96,287 @@ VALIDATION_SEED = 1_000_000
 SMALL_SEED = 2_000_000
 
 
-def parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="python -m toy tables", description=__doc__,
-                                     formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("--table", action="append", choices=list(TABLES), metavar="T",
-        help="1, 2, 4, 5, tau or fig5; may be given again (default: all)")
-    add("--out", default="out/toy-tables", type=Path, metavar="FOLDER", help="where everything goes")
-    add("--images", type=int, default=IMAGES, help="pictures to draw; as many composites are made")
-    add("--small", type=int, default=600, help="pictures of Fig. 5's small training set")
-    add("--val", type=int, default=512, help="pictures of the validation set")
-    add("--steps", type=int, default=4000, help="training steps of every model")
-    add("--prompts", type=int, default=64, help="prompts for each of the six tasks")
-    add("--seeds", type=int, default=2, help="models of each kind")
-    add("--seed", type=int, default=0, help="the first seed; also of the pictures and the prompts")
-    add("--jobs", type=int, default=default_workers(), help="models at a time")
-
-    args = parser.parse_args(argv)
-
-    # Composites need pictures to choose from, in the small world, too.
-    least = 2 * len(SHAPES)
-    at_least(args, images=least, small=least, val=10, steps=1, prompts=1, seeds=1, jobs=1)
-    between(args, 0, LARGEST_SEED, "seed")
-
-    # An option that is repeated cannot have a
-    # default: what is given would be added to it.
-    args.tables = [name for name in TABLES if name in (args.table or TABLES)]
-    return args
-
-
 def make_data(args, runs):
     """Draw, mix, caption and encode what the runs are trained and measured on, each thing once."""
     out = args.out
-    text_encoder = out / "t5"
     # The setting "all" is always made: the T5's words come from its captions, too.
-    cuts = sorted({run.setting for run in runs if run.setting} | {"all"})
-
-    draw_world(out, args.images, args.seed, cuts)
-    draw_noise(out, args.seed, TAU)
+    draw_world(out, args.images, args.seed, sorted({run.setting for run in runs} - {""} | {"all"}))
     make_prompts_and_encoder(out, args.prompts, args.seed)
-
     # Validation pictures are originals only: composites are for training.
-    validation = out / "val"
-    draw_world(validation, args.val, VALIDATION_SEED + args.seed, [])
-    encode_world(validation, "images", "captions.jsonl", "encoded", text_encoder)
-
+    draw_world(out / "val", args.val, VALIDATION_SEED + args.seed, [])
     if any(run.small for run in runs):
         draw_world(out / "small", args.small, SMALL_SEED + args.seed)
 
-    for folder in encoded_folders(out, runs):
-        world = folder.parent
-        kind = folder.name.removeprefix("encoded").removeprefix("-")
-        images = kind if kind.startswith("cutmix") else "images"
-        captions = f"captions-{kind}.jsonl" if kind else "captions.jsonl"
-        encode_world(world, images, captions, folder.name, text_encoder)
-
-
-def encoded_folders(out, runs):
-    """Return the folders of encoded pictures that runs are trained on, each once."""
-    folders = []
-    # A run names the folders that it needs; each of them says what it is made from.
+    # Two data sets of the tables are always there: those of the page.
+    data = {(out, ""), (out, "-cutmix"), (out / "val", "")}
     for run in runs:
-        folders += [folder for folder in data_of(out, run) if folder]
-    return list(dict.fromkeys(folders))
+        data.update((world_of(out, run), kind) for kind in kinds_of(run))
+    for world, kind in sorted(data):
+        encode_world(world, kind, out / "t5")
 
 
-def seconds_of_data(args, runs):
-    """Return how long the data will take that is not there yet."""
-    pictures = 0
-    for folder in encoded_folders(args.out, runs):
-        if not folder.exists():
-            pictures += args.small if folder.parent.name == "small" else args.images
-    if not (args.out / "val/encoded").exists():
-        pictures += args.val
-
-    # Timing takes a moment by itself.
-    return pictures * data_seconds() if pictures else 0.0
+def world_of(out, run):
+    """Return the folder of a run's pictures. The small set is a world of its own, with the same names."""
+    return out / "small" if run.small else out
 
 
-def seconds_of_jobs(args, jobs):
-    """Return {run: seconds}, how long each of the jobs {run: job} will take on this machine."""
-    # Timed with as many neighbours as the real
-    # runs have, since they slow each other down.
-    at_once = min(args.jobs, len(jobs))
-    timed = {name: seconds_side_by_side(name, at_once)
-             for name in MODEL_NAMES if any(run.model == name for run in jobs)}
+def kinds_of(run):
+    """Return the kinds of data that a run is trained on (see `encode_world`): of originals, of composites."""
+    originals = "-aio" if run.captions == "aio" else ""
+    return [originals, kind_of(run.setting)] if run.setting else [originals]
 
-    return {run: OVERHEAD * expected_seconds(job, timed[run.model], args.steps, args.prompts, args.val)
-            for run, job in jobs.items()}
+
+# --------------------------------------------------------------------------------------------
+# How a model is made: real commands, each as a user types it
+
+def commands_of(args, run, seed):
+    """Return the command lines that train, sample and score a model."""
+    out = args.out
+    folder = out / "runs" / run.name(seed)
+    checkpoint = folder / "checkpoint"
+    data = [world_of(out, run) / f"encoded{kind}" for kind in kinds_of(run)]
+    composites = data[1] if run.setting else None
+    # Fig. 5 is about the course of training: it measures on the way.
+    more = ""
+    every = math.ceil(args.steps / KEPT)
+    if run.small:
+        more = f"--val {quoted(out / 'val/encoded')} --val-every {every} --keep-every {every}"
+    commands = [
+        train_command(run.model, checkpoint, data[0], composites, run.p, run.tau, args.steps, seed, more),
+        *judge_commands(checkpoint, out, folder, seed)]
+
+    # Distances take many samples: measured are the models of Table 1, and one of each line of Fig. 5.
+    measured = {}
+    if "1" in args.tables and run in TABLES["1"].values():
+        measured["distance"] = checkpoint
+    if run.small and seed == args.seed:
+        for step in range(every, args.steps + 1, every):
+            measured[f"distance-{step:07d}"] = checkpoint / f"step-{step:07d}"
+    # The prompts are the captions of the validation pictures, of the kind that it was trained on.
+    prompts = out / "val" / f"captions{kinds_of(run)[0]}.jsonl"
+    real = quoted(out / "val/images")
+    for name, model in measured.items():
+        samples = folder / name
+        commands += [sample_command(model, prompts, samples, seed, more=""),
+                     f"-m toy score --samples {quoted(samples)} --real {real} "
+                     f"--out {quoted(folder / f'{name}.json')}"]
+    return commands
+
+
+def run_aside(command, log, running):
+    """Run a command line in a process of its own, its messages in a file. Raises UserError if it fails.
+
+    running: the list of all processes, to which this one is added.
+    """
+    # One thread each: with more, the models would take the cores from each other.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with open(log, "a") as messages:
+        print(f"\n$ python {command}", file=messages, flush=True)
+        process = subprocess.Popen([sys.executable, *shlex.split(command)], env=environment,
+                                   stdout=messages, stderr=messages, preexec_fn=end_with_parent)
+    running.append(process)
+    if process.wait():
+        # A progress bar writes over its own line: what stands behind the last "\r" was seen.
+        last = log.read_text(errors="replace").strip().split("\n")[-1].split("\r")[-1]
+        raise UserError(f"{last} (more in {log})")
+
+
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent():
+    """Let Linux kill this process when the one that started it ends, even by kill -9."""
+    # Otherwise it would still write to its folder when the same command is given again.
+    with contextlib.suppress(AttributeError):
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+# --------------------------------------------------------------------------------------------
+# The page
+
+INTRODUCTION = """
+<p>Mean &plusmn; standard deviation between seeds, which lead to their pictures. {steps} training steps on
+{images} pictures (and as many composites). {prompts} prompts a task: of a task's score of one seed, the
+standard error from these alone is up to {error:.2f}. World and prompts are those of seed {seed}, so
+&plusmn; tells only how much the training varies.</p>
+"""
+DISTANCES = """
+<p>Of samples for the captions of validation pictures (AIO captions for AIO), on the toy autoencoder's
+latents: mean and deviation of each channel in each quarter of a picture, 64 numbers.</p>
+"""
+
+
+def write_tables(args):
+    """Write OUT/tables.html from what lies in the folders: the tables asked for, and those begun before."""
+    out = args.out
+    parts = [SCORES, INTRODUCTION.format(error=0.5 / math.sqrt(args.prompts), **vars(args))]
+    for name, lines in TABLES.items():
+        file = "distance.json" if name == "1" else "scores-long.jsonl"
+        begun = any(results_of(out, run, file) for run in lines.values())
+        if begun or name in args.tables:
+            parts += [f"<h2>{TITLES[name]}</h2>", *section(args, name, lines)]
+    parts.append(about_the_data(out))
+    write_page(out / "tables.html", "The paper's experiments in miniature", parts)
+
+
+def section(args, name, lines):
+    """Return one table's part of the page, pieces of HTML."""
+    out = args.out
+    if name == "1":
+        return [DISTANCES, score_table(out, lines, "distance.json")]
+    parts = []
+    if name == "fig5":
+        parts += overfitting_charts(args, lines)
+    # These two vary a number, which can be an axis.
+    if name in ("5", "tau"):
+        parts.append(score_chart(out, lines))
+    for kind in ("long", "short"):
+        parts += [f"<h3>{kind} prompts</h3>", score_table(out, lines, f"scores-{kind}.jsonl")]
+    return [*parts, "<h3>The same long prompts, drawn by all models</h3>", same_prompts(out, lines)]
+
+
+def results_of(out, run, file):
+    """Return {seed: path} of a run's models that have this file of scores, whichever command made them."""
+    paths = {}
+    for path in sorted(out.glob(f"runs/{run.name('*')}/{file}")):
+        seed = path.parent.name.rpartition("seed")[2]
+        # Somebody may keep a copy of a model beside it, under a name such as "...-seed0.bak".
+        if seed.isdecimal():
+            paths[seed] = path
+    return paths
+
+
+def columns_of_seeds(paths):
+    """Return {column: [a value for each seed]} of files of scores (verdicts, or distances)."""
+    values = {}
+    for path in paths:
+        columns = columns_of(read_jsonl(path)) if path.suffix == ".jsonl" else read_json(path, "scores")
+        for column, value in columns.items():
+            # A seed with no right pair of objects has no share of one background.
+            values.setdefault(column, []).extend([] if math.isnan(value) else [value])
+    return values
+
+
+def score_table(out, lines, file):
+    """Return the scores of a table's lines; the seeds at their ends are links to their pictures."""
+    rows = [[]]
+    for label, run in lines.items():
+        paths = results_of(out, run, file)
+        columns = columns_of_seeds(paths.values())
+        cells = [mean_and_spread(values) for values in columns.values()]
+        links = [f'<a href="runs/{run.name(seed)}/report.html">{seed}</a>' for seed in paths]
+        rows.append([html.escape(label), *cells, " ".join(links) or "not yet"])
+        if columns:
+            rows[0] = ["", *map(spoken, columns), "seeds"]
+    return table(rows)
+
+
+def mean_and_spread(values):
+    """Return values of several seeds as text, "0.52 &plusmn; 0.03"; "-" for none."""
+    if len(values) < 2:
+        return share_text(*values or [math.nan])
+    return f"{statistics.mean(values):.2f} &plusmn; {statistics.stdev(values):.2f}"
+
+
+def score_chart(out, lines):
+    """Return curves over the number in the lines' labels, "tau = 0.4"."""
+    curves = {"overall": [], "two_object": [], "color_attr": [], "one background": [], "bitten": []}
+    for label, run in lines.items():
+        name, x = label.split(" = ")
+        columns = columns_of_seeds(results_of(out, run, "scores-long.jsonl").values())
+        for column in curves:
+            curves[column] += [(float(x), statistics.mean(columns[column]))] if columns.get(column) else []
+    return line_chart(curves, name, "long prompts: share of pictures")
+
+
+def same_prompts(out, lines):
+    """Return pictures of the first prompts of each task, a row for each line's first model."""
+    rows = []
+    for label, run in lines.items():
+        for path in list(results_of(out, run, "scores-long.jsonl").values())[:1]:
+            verdicts = read_jsonl(path)
+            # All models got the same prompts in the same order.
+            step = len(verdicts) // (2 * len(TASKS)) or 1
+            rows.append([html.escape(label), *(verdict_card(path.parent / "samples-long", row)
+                                               for row in verdicts[::step])])
+    return table(rows)
+
+
+def overfitting_charts(args, lines):
+    """Return Fig. 5: the validation loss, and the distance to validation pictures, against steps."""
+    losses = {}
+    distances = {}
+    for label, run in lines.items():
+        folder = args.out / "runs" / run.name(args.seed)
+        log = folder / "checkpoint/log.jsonl"
+        if log.exists():
+            # The gap between both losses shows overfitting, so they share one chart.
+            losses[f"{label}, validation"] = points_of(log, "val_loss")
+            losses[f"{label}, training"] = points_of(log, "loss")
+        distances[label] = []
+        for path in sorted(folder.glob("distance-*.json")):
+            step = int(path.stem.removeprefix("distance-"))
+            distances[label].append((step, read_json(path, "scores")["distance"]))
+    return [line_chart(losses, "step", "loss", log=True),
+            line_chart(distances, "step", "distance to validation pictures", log=True)]
+
+
+# --------------------------------------------------------------------------------------------
+
+def arguments(argv):
+    """Return the settings."""
+    parser = Options(__doc__, prog="python -m toy tables")
+    add = parser.add_argument
+    pictures = number(int, LEAST_IMAGES)
+    count = number(int, 1)
+    add("--table", action="append", dest="tables", choices=list(TABLES), metavar="T",
+        help="1, 2, 4, 5, tau or fig5; may be given again (default: all)")
+    add("--out", default="out/toy-tables", type=Path, metavar="FOLDER", help="where everything goes")
+    add("--images", type=pictures, default=IMAGES, help="pictures to draw; as many composites are made")
+    add("--small", type=pictures, default=600, help="pictures of Fig. 5's small training set")
+    add("--val", type=pictures, default=512, help="pictures of the validation set")
+    add("--steps", type=count, default=4000, help="training steps of every model")
+    add("--prompts", type=count, default=64, help="prompts for each of the six tasks")
+    add("--seeds", type=count, default=2, help="models of each kind")
+    add("--seed", type=SEED, default=0, help="the first seed; also of the pictures and the prompts")
+    add("--jobs", type=count, default=default_workers(), help="models at a time")
+    args = parser.parse_args(argv)
+    args.tables = args.tables or list(TABLES)
+    return args
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
+    args = arguments(argv)
     with only_command(args.out):
         make_tables(args)
 
 
 def make_tables(args):
     """Make what the tables need and is not there yet, and write their page."""
-    out = args.out
-    # What shapes the data and the training must stay the same when
-    # the command is repeated. Tables, seeds and jobs may change:
-    # they only choose what is made, and how many at a time.
-    settings = {name: getattr(args, name)
-                for name in ("images", "small", "val", "steps", "prompts", "seed")}
-    begin_or_resume(out / "tables.json", out, {**settings, "drawing": world_fingerprint()})
-
-    seeds = range(args.seed, args.seed + args.seeds)
-    runs = runs_of(args.tables, seeds)
-    jobs = {run: job_of(out, run, args.steps, args.tables, args.seed) for run in runs}
-
-    # What is there from an earlier command is not made again.
-    left = {run: job for run, job in jobs.items() if remaining(job)}
-    todo = []
-    expected = []
-    if left:
-        seconds = seconds_of_jobs(args, left)
-        # The slowest models of a seed come first, or one of them would run alone at the end.
-        order = sorted(left, key=lambda run: (run.seed, -seconds[run]))
-        todo = [left[run] for run in order]
-        expected = end_times([seconds[run] for run in order], args.jobs)
-        before = spoken_time(seconds_of_data(args, runs) + max(expected))
-        print(f"{len(todo)} models to train, sample and score, {min(args.jobs, len(todo))} at a "
-              f"time: {before} here, with their data.", flush=True)
-
+    # Tables, seeds and jobs may change: they only choose what is made, and how many at a time.
+    bind(args.out / "tables.json", images=args.images, small=args.small, val=args.val,
+         steps=args.steps, prompts=args.prompts, seed=args.seed)
+    # CAD-I takes longer, and comes first: at the end it would run alone.
+    runs = sorted({run for name in args.tables for run in TABLES[name].values()})
     make_data(args, runs)
 
-    begin = time.time()
-    ended = []
+    models = [(run, seed) for seed in range(args.seed, args.seed + args.seeds) for run in runs]
+    running = []
 
-    def after_job(job):
-        ended.append(job)
-        used = time.time() - begin
+    def make(model):
+        folder = args.out / "runs" / Run.name(*model)
+        folder.mkdir(parents=True, exist_ok=True)
+        for command in commands_of(args, *model):
+            run_aside(command, folder / "commands.log", running)
+        return folder
 
-        # The rest is as much faster or slower than expected as what has
-        # ended, if that was long enough to tell.
-        so_far = sorted(expected)[len(ended) - 1]
-        pace = used / so_far if so_far > 60 else 1.0
-        rest = pace * (max(expected) - so_far)
-        # Nothing is left after the last job, or after one that ends as late as the last.
-        ahead = f", {spoken_time(rest)} left" if rest else ""
-        print(f"{len(ended)} of {len(todo)}: {job.name}; {spoken_time(used)} used{ahead}", flush=True)
-
-        write_tables(out, args.tables, seeds, settings)
-
-    run_side_by_side(todo, args.jobs, after_job)
-    # Once more at the end: if there was nothing to run, no job has written the page.
-    write_tables(out, args.tables, seeds, settings)
-    print(f"\n{out / 'tables.html'}")
+    try:
+        for folder in progress(ahead(make, models, args.jobs), len(models), "model", "models"):
+            report(folder, folder.name, folder / "checkpoint", most=args.prompts)
+            write_tables(args)
+    finally:
+        # Where one has failed, the others go on next time.
+        for process in running:
+            process.kill()
+    print(f"\n{args.out / 'tables.html'}")

@@ -1,22 +1,19 @@
 """The toy world: what is drawn, and the captioner that writes down what was drawn.
 
-A *scene* says what is in a picture: {"objects": [...], "grey": "dark", "background": "plain"}. Each
+A *scene* says what is in a picture: {"objects": [...], "grey": "dark"}, the grey of its ground. Each
 *object* is {"shape", "color", "radius", "x", "y"}, lengths in pixels, the front one last. As with
 ImageNet, a picture shows things of one class, which is their shape: mostly a large one, often some
 smaller ones. Colours, sizes and backgrounds vary and are not in the class name.
 """
 
-import hashlib
 import math
 import random
-from itertools import product
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 import cutmix
-from common import complete, read_jsonl, write_jsonl
+from common import progress, read_jsonl, write_jsonl
 
 SIZE = 64           # pixels of a picture's side
 SHAPES = ["circle", "cross", "square", "star", "triangle"]
@@ -27,8 +24,8 @@ COLORS = {
     "blue": (45, 75, 225),
     "purple": (160, 50, 185),
 }
+LEAST_IMAGES = 2 * len(SHAPES)  # with fewer there is little to be mixed
 GREYS = {"dark": 60, "grey": 128, "light": 205}
-BACKGROUNDS = ["plain"]          # also drawn: "striped", "checkered"
 LARGE = 18                       # a larger radius, in pixels, fills the frame
 
 
@@ -59,27 +56,12 @@ def draw(scene, scale=4):
 
     It is drawn `scale` times as large and shrunk, so that edges are smooth.
     """
-    # NEAREST keeps the background's cells sharp. Objects lie on
-    # it in their order, so that the last one covers the others.
-    image = draw_background(scene["grey"], scene["background"])
-    image = image.resize((SIZE * scale, SIZE * scale), Image.Resampling.NEAREST)
+    grey = GREYS[scene["grey"]]
+    image = Image.new("RGB", (SIZE * scale, SIZE * scale), (grey, grey, grey))
+    # The last object covers the others.
     for thing in scene["objects"]:
         image.paste(COLORS[thing["color"]], (0, 0), mask_of(thing, scale))
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
-
-
-def draw_background(grey, pattern):
-    """Return a background of 8 x 8 cells as an RGB PIL image of 8 x 8 pixels.
-
-    Every other row, or every other cell, is a little lighter or darker.
-    """
-    row, column = np.indices((8, 8))
-    odd = {"plain": 0 * row, "striped": row % 2, "checkered": (row + column) % 2}[pattern]
-    # Dark greys get lighter cells and the others darker
-    # ones, so that all stay away from black and white.
-    step = 14 if GREYS[grey] < 128 else -14
-    cells = GREYS[grey] + step * odd
-    return Image.fromarray(cells.astype(np.uint8)).convert("RGB")
 
 
 def mask_of(thing, scale=1):
@@ -146,7 +128,7 @@ def random_scene(rng, shape=None, kind=None):
 
     # The small object has the size that the large one would have after CutMix shrank its
     # picture. The front one is last in a scene, so it is never hidden by the large one.
-    if kind in cutmix.SETTINGS:
+    if kind in cutmix.CUTS:
         radius = places[0][0]
         places.append(pasted_place(rng, kind, radius))
 
@@ -154,7 +136,7 @@ def random_scene(rng, shape=None, kind=None):
     shape = shape or rng.choice(SHAPES)
     colors = rng.sample(list(COLORS), len(places))
     things = [make_object(shape, color, place) for color, place in zip(colors, places)]
-    return {"objects": things, "grey": rng.choice(list(GREYS)), "background": rng.choice(BACKGROUNDS)}
+    return {"objects": things, "grey": rng.choice(list(GREYS))}
 
 
 def make_object(shape, color, place):
@@ -166,21 +148,32 @@ def make_object(shape, color, place):
 
 def make_world(out, count, seed):
     """Draw OUT/images, in ImageNet's layout, and write OUT/scenes.jsonl, what is in each picture."""
+    # It is written last: where it is, all pictures are.
+    if (out / "scenes.jsonl").exists():
+        return
     scenes = []
-    for i in tqdm(range(count), desc="drawing", unit="img"):
+    for i in progress(range(count), count, "img", "drawing"):
         # Classes take turns, so all have the same number of pictures, up to one.
         shape = SHAPES[i % len(SHAPES)]
         file = f"{shape}/{shape}_{i:05d}.png"
-        # A generator for each picture: after a kill the same
-        # scenes come again, whichever files exist already.
         scene = random_scene(random.Random(f"{seed} {i}"), shape)
-
-        path = out / "images" / file
-        if not path.exists():
-            with complete(path) as temporary:
-                draw(scene).save(temporary, "PNG")
+        (out / "images" / shape).mkdir(parents=True, exist_ok=True)
+        draw(scene).save(out / "images" / file)
         scenes.append({"file": file, **scene})
     write_jsonl(out / "scenes.jsonl", scenes)
+
+
+def what_a_world_is_made_by():
+    """Return all that decides on a world but its seed and size, by name, for JSON.
+
+    A folder remembers it: in another world its old pictures would get new captions.
+    """
+    return {"colors": COLORS,
+            "greys": GREYS,
+            "shapes": SHAPES,
+            "kinds of originals": KINDS,
+            "brief captions": [BRIEF_FOR_ONE, BRIEF_FOR_SEVERAL],
+            "sides of pastes": {setting: cut.scale for setting, cut in cutmix.CUTS.items()}}
 
 
 # --------------------------------------------------------------------------------------------
@@ -209,11 +202,12 @@ def seen_in_composite(base, paste, box, setting):
     inside[y0:y1, x0:x1] = True
 
     # What is pasted covers the base, so an object is seen only on its own
-    # side of the box. CM 1/2 pastes at full size, all other settings shrink.
+    # side of the box. CM 1/2 pastes at full size, where it was; all other settings shrink.
+    scale = cutmix.CUTS[setting].scale
     seen = [look_at(thing, ~inside) for thing in base["objects"]]
     for thing in paste["objects"]:
-        if setting != "1/2":
-            thing = shrink(thing, x0, y0, cutmix.CUTS[setting].scale)
+        if scale > 1:
+            thing = shrink(thing, x0, y0, scale)
         seen.append(look_at(thing, inside))
 
     # A captioner would not recognise slivers and specks. Three
@@ -252,17 +246,6 @@ def look_at(thing, region):
 # --------------------------------------------------------------------------------------------
 # The captioner, in LLaVA's stead: it knows what is seen and writes it down, at length or briefly
 
-PLACES = {
-    (0, 0): "top left",
-    (1, 0): "top",
-    (2, 0): "top right",
-    (0, 1): "left",
-    (1, 1): "middle",
-    (2, 1): "right",
-    (0, 2): "bottom left",
-    (1, 2): "bottom",
-    (2, 2): "bottom right",
-}
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
 # Shares of brief captions: the less there is to tell, the more often a caption is brief.
 BRIEF_FOR_ONE = 0.5
@@ -299,11 +282,18 @@ def cell_relations(one, two):
     return words
 
 
+def place_of(cell):
+    """Return words for a cell of the 3 x 3 grid: "top left", "right", "middle"."""
+    column, row = cell
+    words = f"{['top', '', 'bottom'][row]} {['left', '', 'right'][column]}"
+    return words.strip() or "middle"
+
+
 def describe_object(thing):
     """Return words for one object: "a large red star", "a red star top left"."""
     radius = thing["radius"]
     article = "a"
-    place = f" {PLACES[thing['cell']]}"
+    place = f" {place_of(thing['cell'])}"
     if thing["visible"] <= HALF:
         article = "half a"
     elif radius > LARGE:
@@ -323,15 +313,9 @@ def describe_object(thing):
     return f"{article} {size}{thing['color']} {thing['shape']}{place}"
 
 
-def background_phrases(background, grey):
-    """Return both ways to name a background: "before a dark wall", "on dark ground"."""
-    kind = f"{background} {grey}".replace("plain ", "")
-    return [f"before a {kind} wall", f"on {kind} ground"]
-
-
 def describe_background(scene, rng):
     """Return words for the background, one way or the other."""
-    return rng.choice(background_phrases(scene["background"], scene["grey"]))
+    return rng.choice([f"before a {scene['grey']} wall", f"on {scene['grey']} ground"])
 
 
 def long_caption(things, scene, rng):
@@ -404,7 +388,7 @@ def caption_of_composite(base, paste, box, setting, rng):
     """Return a caption of the composite of two scenes; `box` is where the second one was pasted."""
     things = seen_in_composite(base, paste, box, setting)
     # Each half of CM 1/2 has its background: the caption names one of them.
-    ground = rng.choice([base, paste]) if setting == "1/2" else base
+    ground = base if cutmix.CUTS[setting].scale > 1 else rng.choice([base, paste])
     if not things:
         return f"nothing {describe_background(ground, rng)}"
     # Never a brief one: "a photo of a star" is no caption for a part of a star.
@@ -424,49 +408,17 @@ def caption_originals(out, seed):
     write_jsonl(out / "captions.jsonl", rows)
 
 
-def caption_composites(out, composites, captions, seed):
-    """Write a caption for each composite in the folder OUT/`composites` to the file OUT/`captions`.
+def caption_composites(out, kind, seed):
+    """Write OUT/captions`kind`.jsonl, a caption for each composite in the folder of that kind.
 
     The captioner knows from cutmix.jsonl what was pasted where.
     """
     scenes = {scene["file"]: scene for scene in read_jsonl(out / "scenes.jsonl")}
     rows = []
-    for row in read_jsonl(out / composites / "cutmix.jsonl"):
+    for row in read_jsonl(out / kind.removeprefix("-") / "cutmix.jsonl"):
         rng = random.Random(f"{seed} {row['file']}")
-
         base = scenes[row["base"]]
         paste = scenes[row["paste"]]
         text = caption_of_composite(base, paste, row["box"], row["setting"], rng)
         rows.append({"file": row["file"], "caption": text})
-    write_jsonl(out / captions, rows)
-
-
-# --------------------------------------------------------------------------------------------
-# What tells this world from another one
-
-SAMPLES = 10            # scenes of each kind and shape, and composites of each setting
-
-
-def world_fingerprint():
-    """Return a short hash that changes where scenes are chosen, drawn or captioned in another way.
-
-    A folder remembers it: in another world its old pictures would get new captions.
-    """
-    # Samples cannot show every small change of a share, so the shares are part of it themselves.
-    parts = [repr((KINDS, BRIEF_FOR_ONE, BRIEF_FOR_SEVERAL)).encode()]
-    rng = random.Random("fingerprint")
-    for kind, shape in product(KINDS, SHAPES):
-        scenes = [random_scene(rng, shape, kind) for _ in range(SAMPLES)]
-        # A picture takes much longer than a caption, so one of each kind and shape is enough.
-        parts.append(draw(scenes[0]).tobytes())
-        for scene in scenes:
-            parts.append(repr(scene).encode())
-            parts.append(caption_of(seen_in_original(scene), scene, rng).encode())
-
-    for setting in cutmix.SETTINGS:
-        for _ in range(SAMPLES):
-            base = random_scene(rng)
-            paste = random_scene(rng)
-            box = cutmix.paste_box(setting, SIZE, rng)
-            parts.append(caption_of_composite(base, paste, box, setting, rng).encode())
-    return hashlib.sha256(b"\n".join(parts)).hexdigest()[:12]
+    write_jsonl(out / f"captions{kind}.jsonl", rows)

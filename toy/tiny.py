@@ -1,0 +1,134 @@
+"""The method on one page: Algorithm 1, equations 1 to 3, the optimiser, EMA, DDIM with guidance.
+
+    python -m toy.tiny
+
+Trains a small DiT-I (text_dim and sizes of the toy) on what `python -m toy` has encoded, which must
+have run before, and draws 16 captions. train.py and sample.py do the same for a lab.
+"""
+
+import copy
+import math
+from pathlib import Path
+
+# First: it keeps Ctrl-C quiet while torch is imported.
+from common import Options, UserError, command_line, contact_sheet, number, progress, save_png, to_images
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from encode import Encoded, load_vae
+from model_dit import PRESETS, DiT
+from toy.recipe import BATCH, GUIDANCE, LR, P, SAMPLE_STEPS, STEPS, TAU
+
+DROP = 0.1              # the share of captions that become the empty prompt
+WARMUP = 50             # steps in which the learning rate rises
+
+
+def pad(texts):
+    """Return captions, (L_i, D) each, as text (B, L, D) and mask (B, L), True where there is a token."""
+    lengths = torch.tensor([len(text) for text in texts])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return pad_sequence(texts, batch_first=True), mask
+
+
+def draw_batch(photos, composites):
+    """Return t (B,), x_0 (B, C, h, w), text (B, L, D) and mask (B, L): Algorithm 1 chooses and reads."""
+    t = torch.rand(BATCH)                                               # t ~ U(0, 1)
+    from_composites = (t > TAU) & (torch.rand(BATCH) < P)               # eq. 3
+    latents = []
+    texts = []
+    for is_composite in from_composites.tolist():
+        data = composites if is_composite else photos
+        i = int(torch.randint(len(data), ()))
+        mean, std = data.moments(i)
+        latents.append(mean + std * torch.randn_like(mean))
+        is_dropped = torch.rand(()) < DROP                              # for guidance
+        texts.append(data.null if is_dropped else data.text(i))
+    x_0 = torch.stack(latents) * photos.meta["scaling_factor"]
+    return t, x_0, *pad(texts)
+
+
+def loss_of(model, t, x_0, eps, text, mask):
+    """Return the mean squared error of the predicted noise."""
+    gamma = (1 - t)[:, None, None, None]
+    x_t = gamma.sqrt() * x_0 + (1 - gamma).sqrt() * eps                 # eq. 1
+    eps_hat = model(x_t, 1 - t, text, mask)
+    return (eps_hat - eps).square().mean()                              # eq. 2
+
+
+def train(model, photos, composites, steps):
+    """Train a model in place, and return the moving average of its weights, a model too."""
+    ema = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in progress(range(1, steps + 1), steps, "step", "training"):
+        t, x_0, text, mask = draw_batch(photos, composites)
+        eps = torch.randn_like(x_0)
+        loss_of(model, t, x_0, eps, text, mask).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+        # The learning rate rises, then falls to zero along half a cosine.
+        falling = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = LR * min(step / WARMUP, falling)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # A young average forgets faster, and soon has forgotten the random start.
+        decay = min(0.99, step / (step + 9))
+        for average, weight in zip(ema.parameters(), model.parameters()):
+            average.data.lerp_(weight.data, 1 - decay)
+    return ema.eval()
+
+
+@torch.no_grad()
+def ddim(model, x, cond, null, steps, w, clamp=1.2):
+    """Return x_0 (B, C, h, w) for noise x. cond, null: (text, mask) of captions and of empty prompts."""
+    cond = model.condition(*cond)
+    null = model.condition(*null)
+    # In float64: the first step divides by almost nothing.
+    gamma = torch.linspace(0, 1, steps + 1, dtype=torch.float64).clamp(min=1e-9)
+    for g, g_next in zip(gamma, gamma[1:]):
+        level = g.float().expand(len(x))
+        eps, _ = model.denoise(x.float(), level, cond)
+        # No guidance at the first step, where x is noise alone.
+        if g > 1e-9:
+            eps_null, _ = model.denoise(x.float(), level, null)
+            eps = eps + w * (eps - eps_null)
+        x_0 = (x - (1 - g).sqrt() * eps) / g.sqrt()
+        x_0 = x_0.clamp(-clamp, clamp)
+        eps = (x - g.sqrt() * x_0) / (1 - g).sqrt()
+        x = g_next.sqrt() * x_0 + (1 - g_next).sqrt() * eps
+    return x_0.float()
+
+
+def main(argv=None):
+    parser = Options(__doc__, prog="python -m toy.tiny")
+    parser.add_argument("--data", default="out/toy", type=Path, help="folder of python -m toy")
+    parser.add_argument("--steps", default=STEPS, type=number(int, 1), help="training steps")
+    parser.add_argument("--out", default="out/tiny.png", type=Path, help="the picture")
+    args = parser.parse_args(argv)
+    if not (args.data / "encoded-cutmix").exists():
+        raise UserError(f"{args.data}: no encoded-cutmix in it: python -m toy makes it")
+
+    # Threads that wait for each other would lose more than they gain.
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    photos = Encoded(args.data / "encoded")
+    composites = Encoded(args.data / "encoded-cutmix")
+    model = train(DiT(**PRESETS["toy"]), photos, composites, args.steps)
+
+    # Eight captions of originals, eight of composites.
+    picks = []
+    for data in (photos, composites):
+        picks += [(data, i * len(data) // 8) for i in range(8)]
+    cond = pad([data.text(i) for data, i in picks])
+    null = pad([photos.null] * 16)
+    noise = torch.randn(16, *photos.meta["latent_shape"])
+    x_0 = ddim(model, noise, cond, null, SAMPLE_STEPS, GUIDANCE)
+    vae = load_vae(photos.meta["vae"])
+    images = to_images(vae.decode(x_0 / vae.scaling_factor))
+    save_png(contact_sheet(images, [data.caption(i) for data, i in picks]), args.out)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    command_line(main)
