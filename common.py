@@ -252,7 +252,7 @@ def autocast(device, precision):
 # Whole files
 
 @contextlib.contextmanager
-def complete(path, durable=None):
+def complete(path):
     """Yield a temporary path to write to, and rename it when its bytes are on the disk.
 
     The temporary name is the same at the next attempt (and another for each rank), so that
@@ -360,7 +360,7 @@ def fingerprint(rows, weights=()):
 # An output that is made of files
 
 @contextlib.contextmanager
-def only_command(folder, file=None):
+def only_command(folder):
     """Keep a folder for this command (this rank of it). Raises UserError if another has it.
 
     The system frees it at the end, also after kill -9. It is a record lock, because a fork
@@ -870,10 +870,3 @@ def refuse_strange_tokenizer(name, tokenizer, config):
         hint = needs_sentencepiece(name) or "are its tokenizer's files missing?"
         raise UserError(f"{name}: a tokenizer of {len(tokenizer)} words for a model of "
                         f"{vocabulary}: {hint}")
-
-
-# Until every stage has moved.
-from legacy import (PEAK_FLOPS, StopRequest, append_jsonl, at_least, begin_or_resume, between,  # noqa: E402, F401
-                    changed_encoders, compile_blocks, encoders_of, end_workers, grid_left, is_last_rank,
-                    labelled_grid, load_ahead, on_any_rank, option, pad_text, padded_length, peak_flops,
-                    read_captions, report_lost_rank, report_skipped, signals_wait)

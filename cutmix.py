@@ -100,8 +100,6 @@ CUTS = {
     "1/16": Cut(scale=4, place=off_centre),
 }
 
-SETTINGS = tuple(CUTS)          # Until train.py and the toy have moved.
-
 # It takes half of Lanczos's time. The two differ by 36 to 45 dB (PSNR), which cannot be seen under
 # noise, and composites are shown to the model under noise only.
 RESAMPLE = Image.Resampling.HAMMING
