@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ROOT, photo, refused, run
+from conftest import ROOT, photo, run
 from PIL import Image
 
 import common

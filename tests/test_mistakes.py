@@ -1,6 +1,7 @@
 """A user's mistakes: each is one line that says what is wrong, exit code 2, and no traceback.
 
-A row is (stage, its options, words of the line). {bad} is a folder of files that are wrong, {tmp} an empty one.
+A row is (stage, its options, words of the line). {bad} is a folder of files that are wrong, {tmp}
+an empty one.
 """
 
 import pytest
