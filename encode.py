@@ -4,16 +4,16 @@
 
 Training reads every image many dozens of times, so the work of the two frozen encoders is
 done once, here. What is kept of an image is the mean and the standard deviation of its
-latents: training draws x_0 from them, anew each time. What is kept of a caption is the last
-hidden states of T5's encoder, at most 256 tokens, without padding. There are no flipped
+latents: training draws x_0 from them, anew each time. What is kept of a caption is the
+last hidden states of T5's encoder, at most 256 tokens, without padding. There are no flipped
 copies, because captions say left and right.
 
 The folder OUT gets 00000.safetensors, ... (shards of images in sorted order),
-null.safetensors (the empty prompt), skipped.jsonl (what was left out, and why) and at last
-meta.json. Under torchrun, processes and nodes share the work; a killed command goes on when
-it is started again. `--check encoded/train` looks for numbers that are not finite, and draws
-check.png (four images with their captions) and fig7.png (the paper's Fig. 7: how much noise
-hides a composite's seams).
+null.safetensors (the empty prompt), skipped.jsonl (what was left out, and why) and at
+last meta.json. Under torchrun, processes and nodes share the work; a killed command goes
+on when it is started again. `--check encoded/train` looks for numbers that are not finite,
+and draws check.png (four images with their captions) and fig7.png (the paper's Fig. 7: how
+much noise hides a composite's seams).
 """
 
 import functools
@@ -21,17 +21,15 @@ import inspect
 import itertools
 import json
 import math
-import os
 from bisect import bisect_right
-from collections import Counter
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (Options, UserError, ahead, command_line, contact_sheet, default_workers,
                     fetch, fingerprint, in_batches, keep_apart, list_images, load_image,
-                    local_device, make_together, number, pretrained, progress, read_json,
-                    read_jsonl, reading, reason_without, save_png, shorten, to_images,
-                    write_json, write_jsonl)
+                    local_device, make_together, number, pretrained, progress, read_jsonl,
+                    reading, reason_without, save_png, shorten, to_images, write_json,
+                    write_jsonl)
 
 import numpy as np
 import torch
@@ -41,7 +39,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from caption import read_captions
+from caption import match, read_captions
+from cutmix import CUTS
 
 # --------------------------------------------------------------------------------------
 # The autoencoder
@@ -116,7 +115,7 @@ def resnet_blocks(c_in, c_out, count, groups):
 
 
 class Level(nn.ModuleDict):
-    """The layers of one resolution, in order: lists that are named as in diffusers' files."""
+    """The layers of one resolution, in order: lists, named as in diffusers' files."""
 
     def forward(self, x):
         for layers in self.values():
@@ -126,7 +125,7 @@ class Level(nn.ModuleDict):
 
 
 def make_levels(widths, blocks, groups, step, steps_name):
-    """Return one Level for each width, all but the last with a `step` to the next resolution."""
+    """Return a Level for each width, all but the last with a `step` to the next resolution."""
     levels = nn.ModuleList()
     for i, width in enumerate(widths):
         before = widths[max(i - 1, 0)]
@@ -152,13 +151,12 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels (B, c_in, H, W) to moments (B, c_out, h, w); `widths`, finest level first."""
+    """Pixels (B, c_in, H, W) to moments (B, c_out, h, w); `widths`, finest first."""
 
     def __init__(self, c_in, c_out, widths, blocks, groups):
         super().__init__()
-        levels = make_levels(widths, blocks, groups, Downsample, "downsamplers")
         self.conv_in = nn.Conv2d(c_in, widths[0], 3, padding=1)
-        self.down_blocks = levels
+        self.down_blocks = make_levels(widths, blocks, groups, Downsample, "downsamplers")
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], c_out, 3, padding=1)
@@ -172,13 +170,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, c_in, h, w) to pixels (B, c_out, H, W); `widths`, coarsest level first."""
+    """Latents (B, c_in, h, w) to pixels (B, c_out, H, W); `widths`, coarsest first."""
 
     def __init__(self, c_in, c_out, widths, blocks, groups):
         super().__init__()
-        levels = make_levels(widths, blocks, groups, Upsample, "upsamplers")
         self.conv_in = nn.Conv2d(c_in, widths[0], 3, padding=1)
-        self.up_blocks = levels
+        self.up_blocks = make_levels(widths, blocks, groups, Upsample, "upsamplers")
         self.mid_block = MidBlock(widths[0], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], c_out, 3, padding=1)
@@ -263,13 +260,14 @@ def load_vae(path_or_repo, device="cpu"):
     with reading(path_or_repo, "an AutoencoderKL of diffusers"):
         vae = AutoencoderKL(**vae_arguments(json.loads(config.read_text())))
         vae.load_state_dict(translate_vae(load_file(weights)))
-        if not all(tensor.isfinite().all() for tensor in vae.state_dict().values()):
-            raise ValueError("some weights are not finite")
+        numbers = [*vae.state_dict().values(), torch.tensor(vae.scaling_factor)]
+        if not all(tensor.isfinite().all() for tensor in numbers):
+            raise ValueError("some numbers are not finite")
     return vae.eval().requires_grad_(False).to(device)
 
 
 def vae_arguments(config):
-    """Return AutoencoderKL's arguments. Raises ValueError if the config is another network's."""
+    """Return AutoencoderKL's arguments. Raises ValueError for another network's config."""
     arguments = inspect.signature(AutoencoderKL).parameters.keys()
     for key, value in config.items():
         # An unknown option that is off (0 as well, which equals False) does no harm.
@@ -279,10 +277,6 @@ def vae_arguments(config):
             known = all(entry == VAE_CHOICES[key] for entry in entries)
         if not known:
             raise ValueError(f"{key} = {shorten(value)} is another network than this one")
-
-    # NaN is neither.
-    if not 0 < config.get("scaling_factor", 1) < math.inf:
-        raise ValueError("its scaling_factor is not a positive number")
     return {key: value for key, value in config.items() if key in arguments}
 
 
@@ -336,7 +330,7 @@ E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def restore_text(text, scale=1.0):
-    """Return tokens (n, D) bfloat16 from float8, times a scale (n, 1) that older shards have."""
+    """Return tokens (n, D) bfloat16 from float8, times the scale (n, 1) of older shards."""
     # In a quarter of the time of `(text.float() * scale).bfloat16()`.
     as_bytes = text.view(torch.uint8).int().flatten()                # (n * D,)
     values = E4M3.index_select(0, as_bytes).view(text.shape)         # (n, D)
@@ -370,6 +364,11 @@ VERSION = 2
 NULL = "null.safetensors"
 REMEDY = "delete it and run its encode.py command again"
 
+# What two data sets of one training run must have in common, of their meta.json.
+SAME_ENCODERS = ("latent_shape", "text_dim", "scaling_factor", "autoencoder", "T5")
+# What else training and sampling need to know.
+NEEDED = {"shards", "vae", "text_encoder", "list_of_images_and_captions", *SAME_ENCODERS}
+
 
 def shard_name(k):
     """Return the name of the file of shard k."""
@@ -391,12 +390,13 @@ class Encoded:
         path = self.folder / "meta.json"
         if not path.is_file():
             raise UserError(f"{folder}: not an encoded data set, or not a whole one (no meta.json)")
-        self.meta = read_json(path, "the description of an encoded data set")
-        if self.meta.get("version") != VERSION:
-            raise UserError(f"{path}: not of version {VERSION}: encode again")
+        with reading(path, "the description of an encoded data set"):
+            self.meta = json.loads(path.read_text())
+            if self.meta["version"] != VERSION or not NEEDED <= self.meta.keys():
+                raise ValueError("incomplete, or of another version: encode again")
+            self.paths = [self.folder / shard_name(k) for k in range(self.meta["shards"])]
         null, _ = open_shard(self.folder / NULL, self.meta)
         self.null = null["text"].bfloat16()
-        self.paths = [self.folder / shard_name(k) for k in range(self.meta["shards"])]
         self.shards = [open_shard(path, self.meta)[0] for path in self.paths]
         # Indexing a numpy array takes a tenth of the time of indexing a tensor.
         self.offsets = [shard["offset"].numpy() for shard in self.shards]
@@ -418,11 +418,11 @@ class Encoded:
         return shard["mean"][j].float(), shard["std"][j].float()
 
     def text(self, i):
-        """Return the caption's tokens, (L_i, D) bfloat16: in bfloat16 files, a view into them."""
+        """Return the caption's tokens (L_i, D), a view into the file if that is bfloat16."""
         k, j = self.locate(i)
         shard = self.shards[k]
-        start = self.offsets[k][j]
-        end = self.offsets[k][j + 1]
+        start, end = self.offsets[k][j:j + 2]
+
         if shard["text"].dtype == torch.bfloat16:
             return shard["text"][start:end]
         scale = shard["scale"][start:end] if "scale" in shard else 1.0
@@ -446,21 +446,17 @@ def open_shard(path, settings):
     caption's tokens begin. settings: those of the data set, or its meta.json. Raises
     UserError if the shard is missing, cut, of another data set or in another's place.
     """
-    with reading(path, f"a whole shard: {REMEDY}"):
+    with reading(path, f"a shard of this data set: {REMEDY}"):
         # The file is closed: two data sets of 800 would exceed the usual 1,024 open files.
         with safe_open(path, "pt") as file:
             # Not a dict, although it has keys.
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-        # Older shards do not say all of this, and null.safetensors nothing.
-        samples = {"shard": path.name, "settings": {}, "files": [], "captions": [],
-                   "unknown": [], "skipped": []}
-        samples |= json.loads(metadata.get("samples", "{}"))
-
-    same_set = samples["settings"].items() <= settings.items()
-    if not same_set or samples["shard"] != path.name:
-        raise UserError(f"{path}: of other images, captions or encoders, or in another's "
-                        f"place: {REMEDY}")
+        # Shards made before do not say their name, and null.safetensors says nothing.
+        samples = json.loads(metadata.get("samples", "{}"))
+        same_set = samples.get("settings", {}).items() <= settings.items()
+        if not same_set or samples.get("shard", path.name) != path.name:
+            raise ValueError("of other images, captions, encoders, or in another's place")
     return tensors, samples
 
 
@@ -478,7 +474,7 @@ def refuse_other_encoders(original, augmented):
 
     The precision in which T5 ran is not compared: rounding is not another encoder.
     """
-    for key in ("latent_shape", "text_dim", "scaling_factor", "autoencoder", "T5"):
+    for key in SAME_ENCODERS:
         a = original.meta.get(key)
         b = augmented.meta.get(key)
         if a != b:
@@ -489,51 +485,18 @@ def refuse_other_encoders(original, augmented):
 # --------------------------------------------------------------------------------------
 # Making one
 
-def pair_up(files, captions):
-    """Return [(file, caption)] in the files' order, and rows of skipped.jsonl.
-
-    files: all images. captions: {file: caption}. A caption that names a file without its
-    folder (the paper's .tsv) goes to the only image of that name.
-    """
-    pairs = []
-    skipped = []
-    used = set()
-    images_called = Counter(os.path.basename(file) for file in files)
-    for file in files:
-        name = os.path.basename(file)
-        key = file if file in captions or images_called[name] > 1 else name
-        if key in captions:
-            used.add(key)
-            pairs.append((file, captions[key]))
-        else:
-            skipped.append({"file": file, "reason": "no caption"})
-
-    for file in captions:
-        if file not in used:
-            several = images_called[file] > 1
-            why = "images of this name in several folders" if several else "no such image"
-            skipped.append({"file": file, "reason": f"caption, but {why}"})
-    return pairs, skipped
-
-
 def composites_in(images):
-    """Return {file: CutMix setting} of a folder of composites, and a list of the settings.
-
-    The list is ["all"] where cutmix.py used all it has. Other images: {}, None. Raises UserError.
-    """
+    """Return {file: CutMix setting}, empty for images without cutmix.jsonl. Raises UserError."""
     manifest = Path(images) / "cutmix.jsonl"
     if not manifest.is_file():
-        return {}, None
+        return {}
     with reading(manifest, "a list of composites"):
-        settings = {row["file"]: str(row["setting"]) for row in read_jsonl(manifest)}
-    begun_with = manifest.parent / "parts" / "settings.json"
-    if begun_with.is_file() and read_json(begun_with, "settings").get("setting") == "all":
-        return settings, ["all"]
-    return settings, sorted(set(settings.values()))
+        return {row["file"]: str(row["setting"]) for row in read_jsonl(manifest)}
 
 
 def encode_captions(tokenizer, t5, captions, args):
-    """Return the tensors that keep the tokens of a shard's captions, by name.
+    """Return the tensors that keep the tokens of a shard's captions, by name, and a list of
+    the captions that hold tokens which T5 does not know.
 
     Captions are encoded in batches of about the same length, so that little is padded, and
     equal ones once ("An image of tench" comes 1,300 times). The batches depend on nothing
@@ -542,23 +505,27 @@ def encode_captions(tokenizer, t5, captions, args):
     dtype = TEXT_DTYPES[args.text_dtype]
     different = sorted(set(captions), key=lambda caption: (len(caption), caption))
     tokens = {}
+    unknown = []
     for batch in in_batches(different, args.batch_size):
         text, mask = encode_text(tokenizer, t5, batch, args.max_tokens)
         unpadded = text[mask].to(dtype).cpu()                        # (sum of L_i, D)
         lengths = mask.sum(1).tolist()
         tokens.update(zip(batch, unpadded.split(lengths)))
+        for caption, ids in zip(batch, tokenizer(batch).input_ids):
+            if tokenizer.unk_token_id in ids:
+                unknown.append(caption)
 
     # No tokens stand before the first caption, so that the offsets begin with 0.
     texts = [torch.empty(0, t5.config.d_model, dtype=dtype)]
     texts += [tokens[caption] for caption in captions]               # (L_i, D) each
     # Where each caption's tokens begin, and where the last ones end.
     offset = torch.tensor([len(text) for text in texts]).cumsum(0)
-    return {"text": torch.cat(texts), "offset": offset}
+    return {"text": torch.cat(texts), "offset": offset}, unknown
 
 
 def load_images(folder, size, pairs):
-    """Return pixels (n, size, size, 3) uint8 of the images that can be read, the (file, caption)
-    pairs of these, and rows of skipped.jsonl for the others.
+    """Return pixels (n, size, size, 3) uint8 of the images that can be read, the pairs
+    (file, caption) of these, and rows of skipped.jsonl for the others.
     """
     pixels = []
     readable = []
@@ -576,8 +543,6 @@ def load_images(folder, size, pairs):
 def make_shards(args, settings, vae, tokenizer, t5, parts):
     """Yield the bytes of shards, parts: [(name, [(file, caption), ...]), ...]."""
     device = vae.quant_conv.weight.device
-    channels = vae.config["latent_channels"]
-    side = args.size // vae.downscale
 
     # Threads decode whole batches: while one is encoded, there is time for all of the next.
     batches = []
@@ -587,7 +552,7 @@ def make_shards(args, settings, vae, tokenizer, t5, parts):
     loaded = progress(ahead(load, batches, args.workers), len(batches), "batch", "encode")
 
     for name, pairs in parts:
-        mean = torch.empty(len(pairs), channels, side, side, dtype=torch.float16)
+        mean = torch.empty(len(pairs), *settings["latent_shape"], dtype=torch.float16)
         std = torch.empty_like(mean)
         kept = []
         skipped = []
@@ -601,16 +566,17 @@ def make_shards(args, settings, vae, tokenizer, t5, parts):
             kept += readable
             skipped += broken
 
-        # The empty prompt is a shard of no images.
         captions = [""] if name == NULL else [caption for _, caption in kept]
-        tensors = {"mean": mean[:len(kept)], "std": std[:len(kept)],
-                   **encode_captions(tokenizer, t5, captions, args)}
-
-        # A tokenizer takes no empty list.
-        tokens = tokenizer(captions or [""]).input_ids
-        unknown = [j for j, ids in enumerate(tokens) if tokenizer.unk_token_id in ids]
-        samples = {"shard": name, "settings": settings, "files": [file for file, _ in kept],
-                   "captions": captions, "unknown": unknown, "skipped": skipped}
+        text, unknown = encode_captions(tokenizer, t5, captions, args)
+        tensors = {"mean": mean[:len(kept)], "std": std[:len(kept)], **text}
+        samples = {
+            "shard": name,
+            "settings": settings,
+            "files": [file for file, _ in kept],
+            "captions": captions,
+            "unknown": unknown,
+            "skipped": skipped,
+        }
 
         # One entry of metadata: safetensors writes several in random order, and a shard that
         # is made again must have the same bytes.
@@ -622,7 +588,7 @@ def make_data_set(args, pairs, skipped):
 
     skipped: rows of skipped.jsonl. Raises UserError.
     """
-    composites, cutmix = composites_in(args.images)
+    composites = composites_in(args.images)
     # On CUDA T5 runs in bfloat16. The autoencoder does not, because its means would be 1.0 to
     # 1.2% off (in TF32, CUDA's way to multiply float32, 0.2 to 0.5%).
     device = local_device()
@@ -631,6 +597,10 @@ def make_data_set(args, pairs, skipped):
     tokenizer, t5 = load_text_encoder(args.text_encoder, device, precision)
     if args.size % vae.downscale:
         raise UserError(f"--size {args.size}: this autoencoder takes multiples of {vae.downscale}")
+    side = args.size // vae.downscale
+
+    # The paper's short captions are "An image of <class-name>".
+    all_aio = all(caption.startswith("An image of ") for _, caption in pairs)
 
     # Everything that changes a byte of the shards. The same encoders may have another path.
     settings = {
@@ -642,76 +612,70 @@ def make_data_set(args, pairs, skipped):
         "precision_of_T5": str(t5.dtype),
         "autoencoder": fingerprint([vae.config], vae.state_dict().items()),
         "T5": fingerprint_of_t5(tokenizer, t5),
+        "latent_shape": [vae.config["latent_channels"], side, side],
+        "text_dim": t5.config.d_model,
+        "scaling_factor": vae.scaling_factor,
+        "captions": "aio" if all_aio else "long",
         "list_of_images_and_captions": fingerprint(pairs),
     }
+    # The empty prompt is a shard of no images.
     units = {NULL: (NULL, [])}
     for k, part in enumerate(in_batches(pairs, args.shard_images)):
         units[shard_name(k)] = (shard_name(k), part)
 
     make = functools.partial(make_shards, args, settings, vae, tokenizer, t5)
     if make_together(args.out, settings, units, make, is_whole):
-        side = args.size // vae.downscale
-        # The paper's short captions are "An image of <class-name>".
-        all_aio = all(caption.startswith("An image of ") for _, caption in pairs)
-        describe(args.out, list(units), skipped, composites, {
-            **settings,
-            "vae": args.vae,
-            "text_encoder": args.text_encoder,
-            "latent_shape": [vae.config["latent_channels"], side, side],
-            "text_dim": t5.config.d_model,
-            "scaling_factor": vae.scaling_factor,
-            "captions": "aio" if all_aio else "long",
-            "cutmix": cutmix,
-        })
+        describe(args, settings, list(units)[1:], skipped, composites)
 
 
-def describe(out, names, skipped, composites, meta):
+def describe(args, settings, shards, skipped, composites):
     """Write skipped.jsonl and then, as the sign of the end, meta.json.
 
-    names: the data set's files. skipped: rows of what is in none. composites: {file: CutMix
-    setting}. meta: what the files do not say. Raises UserError if no image could be read.
+    shards: their names. skipped: rows of what is in none. composites: {file: CutMix setting}.
+    Raises UserError if no image could be read.
     """
+    counts = []
     files = []
     unknown = []
     broken = []
-    for name in names:
-        _, samples = open_shard(out / name, meta)
+    for name in shards:
+        _, samples = open_shard(args.out / name, settings)
+        counts.append(len(samples["files"]))
         files += samples["files"]
-        pairs = list(zip(samples["files"], samples["captions"]))
-        unknown += [pairs[j] for j in samples["unknown"]]
+        unknown += samples["unknown"]
         broken += samples["skipped"]
+
     if not files:
         # The same command is to try again, once the images are repaired.
-        for name in names:
-            (out / name).unlink(missing_ok=True)
-        raise UserError(f"{out}: none of {len(broken)} images can be read; the first: "
+        for name in (NULL, *shards):
+            (args.out / name).unlink(missing_ok=True)
+        raise UserError(f"{args.out}: none of {len(broken)} images can be read; the first: "
                         f"{broken[0]['file']}: {broken[0]['reason']}")
 
     skipped += broken
-    write_jsonl(out / "skipped.jsonl", skipped)
-    write_json(out / "meta.json", {
-        **meta,
-        "shards": len(names) - 1,
+    write_jsonl(args.out / "skipped.jsonl", skipped)
+    # A composite of each setting, by number, for Fig. 7.
+    examples = {composites[file]: i for i, file in enumerate(files) if file in composites}
+    write_json(args.out / "meta.json", {
+        **settings,
+        "vae": args.vae,
+        "text_encoder": args.text_encoder,
+        "shards": len(shards),
+        "counts": counts,
         "count": len(files),
-        # A composite of each setting, by number, for Fig. 7.
-        "examples": {composites[file]: i for i, file in enumerate(files)
-                     if file in composites},
+        "cutmix": ["all"] if examples.keys() == CUTS.keys() else sorted(examples) or None,
+        "examples": examples,
     })
 
     if unknown:
-        file, caption = unknown[0]
         print(f"{len(unknown)} captions hold tokens that this text encoder does not know, "
-              f"the first that of {file!r}: {shorten(caption)!r}")
-    print(f"{out}: {len(files)} pictures in {len(names) - 1} shards, {len(skipped)} skipped "
+              f"such as {shorten(unknown[0])!r}")
+    print(f"{args.out}: {len(files)} pictures in {len(shards)} shards, {len(skipped)} skipped "
           f"(see skipped.jsonl)")
 
 
 # --------------------------------------------------------------------------------------
 # Checking one
-
-# The paper's choice: composites are used where t > tau.
-TAU = 0.4
-
 
 def check(folder):
     """Look at all numbers of a data set, and draw check.png and fig7.png. Raises UserError."""
@@ -720,15 +684,15 @@ def check(folder):
         numbers = [*data.moments(i), data.text(i)]
         if not all(tensor.isfinite().all() for tensor in numbers):
             k, _ = data.locate(i)
-            file, _ = data.sample(i)
-            raise UserError(f"{data.paths[k]}: numbers of {file} are not finite: {REMEDY}")
+            raise UserError(f"{data.paths[k]}: numbers of {data.sample(i)[0]} are not finite: "
+                            f"{REMEDY}")
 
     vae = load_vae(data.meta["vae"])
     four = np.linspace(0, len(data) - 1, min(len(data), 4)).astype(int).tolist()
     pictures = [decoded(vae, data.moments(i)[0]) for i in four]
     texts = [": ".join(data.sample(i)) for i in four]
-    lines = 2 + max(len(text) for text in texts) // 36
-    sheet = contact_sheet(pictures, texts, columns=4, lines=lines)
+    # Room for a caption of some 700 characters.
+    sheet = contact_sheet(pictures, texts, columns=4, lines=20)
     save_png(sheet, data.folder / "check.png")
 
     # Photos have no settings, and data sets made before do not say where they are.
@@ -760,7 +724,7 @@ def draw_noise(data, vae, examples):
             t = step / 10
             x_t = math.sqrt(1 - t) * x_0 + math.sqrt(t) * eps        # eq. 1
             pictures.append(decoded(vae, x_t / scaling_factor))
-            titles.append(f"{title}, t = {t:g}" + " > tau" * (t > TAU))
+            titles.append(f"{title}, t = {t:g}")
     return contact_sheet(pictures, titles, columns=11, lines=1)
 
 
@@ -791,19 +755,13 @@ def main(argv=None):
     keep_apart(args.out, args.images, *args.captions, args.vae, args.text_encoder)
 
     captions = {}
-    without_words = {}
     for path in args.captions:
-        read, left_out = read_captions(path)
-        captions |= read
-        without_words |= {row["file"]: row["reason"] for row in left_out}
-    pairs, skipped = pair_up(list_images(args.images), captions)
-    if not pairs:
+        captions |= read_captions(path)[0]
+    matched, skipped = match(list_images(args.images), captions)
+    if not matched:
         raise UserError(f"no image of {args.images} has a caption: they are called like "
-                        f"{skipped[0]['file']}, and in the captions {skipped[-1]['file']} "
-                        f"({skipped[-1]['reason']})")
-    for row in skipped:
-        row["reason"] = without_words.get(row["file"], row["reason"])
-    make_data_set(args, pairs, skipped)
+                        f"{skipped[0]['file']}, and in the captions {skipped[-1]['file']}")
+    make_data_set(args, list(matched.items()), skipped)
 
 
 if __name__ == "__main__":
