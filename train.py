@@ -514,13 +514,13 @@ class Run:
 
         Raises UserError if it is damaged, or of a run with other settings.
         """
-        with reading(self.path, "a training state of this network"):
+        with reading(self.path, "a training state that this train.py goes on from"):
             state = torch.load(self.path, map_location=self.device, weights_only=True)
+            self.done = state["done"]
             # A run that is prolonged stays on the schedule that it was begun with.
             if self.args.schedule_steps is None:
                 self.args.schedule_steps = state["settings"]["schedule_steps"]
             refuse_other_settings(self.path, state["settings"], self.settings())
-            self.done = state["done"]
             self.outcomes = state["outcomes"]
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])

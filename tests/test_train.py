@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import signal
 import subprocess
@@ -30,12 +29,8 @@ TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 
 @pytest.fixture
 def words(toy_paper, tmp_path):
     """Return a function: the options of a small run on the toy's data, into a folder of `tmp_path`."""
-    toy = toy_paper[0]
-
-    def options(out, *more):
-        return ["--data", str(toy / "encoded"), "--augmented", str(toy / "encoded-cutmix"), *SMALL,
-                "--out", str(tmp_path / out), *map(str, more)]
-    return options
+    data = ["--data", toy_paper[0] / "encoded", "--augmented", toy_paper[0] / "encoded-cutmix"]
+    return lambda out, *more: [str(word) for word in (*data, *SMALL, "--out", tmp_path / out, *more)]
 
 
 @pytest.fixture
@@ -121,32 +116,24 @@ def test_only_the_chosen_picture_is_read(batch, monkeypatch):
     assert min(composites) > 0.4
 
 
-def test_x_0_is_drawn_anew_from_the_stored_mean_and_std_and_scaled(batch):
-    z = []
-    pictures = set()
+def test_x_0_is_drawn_anew_and_a_tenth_of_the_captions_become_the_null_prompt(batch):
+    z, pictures, lengths = [], [], []
     for step in range(200):
         read = batch(step, "--p", 0)
-        x_0 = train.draw_inputs(read, 0.5, torch.device("cpu"))["x_0"]
-        z.append((x_0 / 0.5 - read["mean"]) / read["std"])
-        pictures |= set(read["mean"].flatten(1).sum(1).tolist())
-        # Every picture once in every epoch, which is six steps.
-        if step == 5:
-            assert len(pictures) == 36
+        inputs = train.draw_inputs(read, 0.5, torch.device("cpu"))
+        z.append((inputs["x_0"] / 0.5 - read["mean"]) / read["std"])
+        pictures += read["mean"].flatten(1).sum(1).tolist()
+        lengths += zip(read["coherence"].tolist(), read["lengths"].tolist())
+    # Every picture once in every epoch, which is six steps.
+    assert len(set(pictures[:36])) == len(set(pictures)) == 36
     z = torch.cat(z)
     assert abs(z.mean().item()) < 0.01
     assert z.std().item() == pytest.approx(1, abs=0.01)
     assert len(set(z.flatten(1).sum(1).tolist())) == 1200
-
-
-def test_a_tenth_of_the_captions_become_the_null_prompt_without_coherence(batch):
-    dropped, kept = [], []
-    for step in range(200):
-        read = batch(step)
-        for coherence, length in zip(read["coherence"].tolist(), read["lengths"].tolist()):
-            (kept if coherence else dropped).append(length)
+    dropped = [length for coherence, length in lengths if not coherence]
     assert len(dropped) / 1200 == pytest.approx(0.1, abs=0.035)
     assert set(dropped) == {1}
-    assert min(kept) > 1
+    assert min(length for coherence, length in lengths if coherence) > 1
 
 
 def test_a_batch_is_a_function_of_seed_and_step_and_ranks_share_it(batch):
@@ -223,48 +210,36 @@ def test_the_learning_rate_warms_up_and_falls_along_a_share_of_the_cosine():
     assert lr(500_000) == lr(600_000) == pytest.approx(0.5e-3 * (1 + math.cos(0.7 * math.pi)))
 
 
-def test_a_run_makes_the_steps_that_torchs_own_loop_makes(words, tmp_path, monkeypatch):
-    """Clipping, AdamW, the learning rate and the average, written once more with torch's functions."""
-    steps = []
-    real = train.add_gradient
-
-    def remember(network, inputs, args):
-        loss = real(network, inputs, args)
-        steps.append([w.grad.clone() for w in network.parameters()])
-        return loss
-
-    monkeypatch.setattr(train, "add_gradient", remember)
-    more = ["--optimizer", "adamw", "--weight-decay", 0, "--clip", 0.1, "--ema", 0.2, "--steps", 4]
-    train.main(words("out", *more))
-    args = train.arguments(words("out", *more))
-    model, _ = train.make_network(args, encode.Encoded(args.data).meta)
-    average = next(model.parameters()).detach().clone()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
-    for step, gradients in enumerate(steps):
-        for w, g in zip(model.parameters(), gradients):
-            w.grad = g
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.param_groups[0]["lr"] = train.lr_at(step + 1, 1e-3, 2, 8, 0.7)
-        optimizer.step()
-        decay = min(0.2, (1 + step) / (10 + step))
-        average = decay * average + (1 - decay) * next(model.parameters()).detach()
-    state = torch.load(tmp_path / "out/state.pt", weights_only=True)
-    for name, w in model.named_parameters():
-        assert torch.allclose(state["model"][name], w, rtol=1e-4, atol=1e-6)
-    first = next(name for name, _ in model.named_parameters())
-    assert torch.allclose(state["ema"][first], average, rtol=1e-4, atol=1e-6)
+def test_gradients_are_clipped_and_the_average_follows_its_formula():
+    args = train.arguments(["--data", "x", "--out", "y", "--clip", "0.5", "--ema", "0.2", "--lr", "0.1",
+                            "--warmup", "0", "--schedule-steps", "9"])
+    layer = torch.nn.Linear(3, 3)
+    averages = {w: w.detach().clone() for w in layer.parameters()}
+    expected = averages[layer.weight].double()
+    optimizer = train.make_optimizer(layer, args)
+    m = 0
+    for step in range(1, 5):
+        for w in averages:
+            w.grad = torch.randn_like(w)
+        norm = torch.nn.utils.get_total_norm([w.grad for w in averages])
+        m = 0.9 * m + 0.1 * layer.weight.grad * 0.5 / norm
+        train.update(optimizer, averages, norm, step, args)
+        assert torch.allclose(optimizer.state[layer.weight]["m"], m, rtol=1e-4, atol=1e-7)
+        assert optimizer.param_groups[0]["lr"] == train.lr_at(step, 0.1, 0, 9, 0.7)
+        decay = min(0.2, step / (9 + step))
+        expected = decay * expected + (1 - decay) * layer.weight.detach().double()
+    assert torch.allclose(averages[layer.weight].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------
 # What a run learns and leaves behind
 
-@pytest.mark.parametrize("name", ["dit", "cad"])
-def test_each_model_learns(words, tmp_path, monkeypatch, name):
-    # CAD as deep as the real one: as the release starts it, it stays at a loss of 1 for 200 steps.
+def test_cad_as_deep_as_the_real_one_learns_from_the_start(words, tmp_path, monkeypatch):
+    # As the release starts it, it stays at a loss of 1 for 200 steps.
     deep = {**model_cad.PRESETS["toy"], "depth": 4, "layers": 4}
     monkeypatch.setitem(model_cad.PRESETS, "toy", deep)
-    train.main(words(name, "--model", name, "--steps", 40, "--log-every", 10))
-    assert losses(tmp_path / name)[-1] < 0.7
+    train.main(words("cad", "--model", "cad", "--steps", 32, "--log-every", 8))
+    assert losses(tmp_path / "cad")[-1] < 0.7
 
 
 def test_a_run_leaves_a_checkpoint_lasting_copies_a_grid_and_a_page_to_look_at(words, toy_paper, tmp_path):
@@ -272,12 +247,12 @@ def test_a_run_leaves_a_checkpoint_lasting_copies_a_grid_and_a_page_to_look_at(w
     train.main(words("out", "--steps", 5, "--keep-every", 2, "--sample-every", 5, "--sample-steps", 2,
                      "--val", toy_paper[0] / "encoded", "--val-every", 3))
     for step in (2, 4):
-        kept = out / f"step-{step:07d}"
-        assert json.loads((kept / "config.json").read_text())["training"]["steps"] == step
-        assert (kept / "model.safetensors").exists()
+        config = json.loads((out / f"step-{step:07d}/config.json").read_text())
+        assert config["training"]["steps"] == step
+        assert (out / f"step-{step:07d}/model.safetensors").exists()
     training = json.loads((out / "config.json").read_text())["training"]
-    assert (training["TA"], training["p"], training["tau"]) == (True, 0.5, 0.4)
-    assert (training["images"], training["composites"], training["IA"]) == (36, 36, "all")
+    expected = {"TA": True, "IA": "all", "p": 0.5, "tau": 0.4, "images": 36, "composites": 36}
+    assert expected.items() <= training.items()
     assert "36 of CutMix" in (out / "README.md").read_text()
     page = (out / "progress.html").read_text()
     assert page.count("<svg") == 3
@@ -344,8 +319,8 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(words, tmp_path):
     more = ["--model", "cad", "--schedule-steps", 16]
     train.main(words("whole", *more, "--steps", 16))
     log = tmp_path / "killed/log.jsonl"
-    killed = subprocess.Popen([sys.executable, "train.py", *words("killed", *more, "--steps", 10 ** 6)], cwd=ROOT,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "train.py", *words("killed", *more, "--steps", 10 ** 6)]
+    killed = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     # Step 6: a state was saved at 4, and none yet at 8.
     while not log.exists() or log.read_text().count("\n") < 3:
         time.sleep(0.02)
@@ -387,21 +362,19 @@ def test_a_signal_ends_the_step_saves_and_exits_with_its_number(words, tmp_path,
     assert end.value.code == 128 + number
     assert f"stopped by {name}, saved after step 3; the same command goes on" in capsys.readouterr().out
     assert signal.getsignal(number) == before
-    train.main(words("stopped", "--steps", 6))
-    assert "steps 3 to 6" in capsys.readouterr().out
     if name == "SIGTERM":
+        train.main(words("stopped", "--steps", 6))
         train.main(words("whole", "--steps", 6))
         same_end(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_a_signal_that_is_ignored_as_nohup_does_stays_so(words, tmp_path, monkeypatch):
+def test_a_signal_that_is_ignored_as_nohup_does_stays_so(words, monkeypatch):
     at_call(monkeypatch, "add_gradient", [2], lambda loss: signal.raise_signal(signal.SIGHUP) or loss)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         train.main(words("out", "--steps", 4))
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert (tmp_path / "out/state.pt").exists()
 
 
 @pytest.mark.parametrize("name", ["make_network", "add_gradient"])
@@ -419,14 +392,11 @@ def test_two_ranks_give_the_losses_of_one_and_go_on_with_their_own_bits(words, t
             check=True)
 
     two_ranks("whole", 4)
-    two_ranks("parts", 3)
+    two_ranks("parts", 2)
     two_ranks("parts", 4)
+    same_end(tmp_path / "whole", tmp_path / "parts")
     train.main(words("one", "--schedule-steps", 40, "--steps", 4))
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
-    rows = [read_jsonl(tmp_path / out / "log.jsonl")[-1] for out in ("whole", "parts")]
-    assert rows[0]["step"] == rows[1]["step"] == 4
-    same = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "parts")]
-    assert same[0] == same[1]
 
 
 def test_ranks_that_find_different_states_are_refused(words, tmp_path):
@@ -448,8 +418,7 @@ def test_a_rank_that_is_refused_ends_the_others_and_leaves_the_log_as_it_was(tmp
     log = tmp_path / "out/log.jsonl"
     log.write_text('{"step": 2, "loss": 0.5}\n')
     # Only rank 0 draws grids, and needs the autoencoder.
-    done = run(*TWO_RANKS, "train.py", "--data", encoded, *SMALL, "--out", tmp_path / "out", "--steps", 4,
-               "--sample-every", 2)
+    done = run(*TWO_RANKS, "train.py", "--data", encoded, *SMALL, "--out", log.parent, "--sample-every", 2)
     assert f"train.py: {tmp_path / 'nothing'}" in done.stderr
     assert "train.py: another rank has ended" in done.stderr
     assert log.read_text() == '{"step": 2, "loss": 0.5}\n'
@@ -487,14 +456,16 @@ def test_ten_bad_steps_in_a_row_end_the_run_and_a_lower_rate_goes_on(words, tmp_
     assert rows[-1]["lr"] == train.lr_at(6, 1e-4, 2, 40, 0.7)
 
 
-@pytest.mark.parametrize("more", [[], ["--save-every", 1], ["--optimizer", "adamw", "--lr", 1e30, "--save-every", 1]])
-def test_a_rate_far_too_high_never_replaces_a_good_state(words, tmp_path, more):
-    optimizer = more[:2] if "--optimizer" in more else []
-    begun = words("out", *optimizer, "--schedule-steps", 40, "--steps", 4)
-    train.main(begun)
+@pytest.mark.parametrize("optimizer, lr", [("lamb", 1e6), ("adamw", 1e30)])
+def test_weights_that_one_step_spoilt_never_replace_a_good_state(words, tmp_path, optimizer, lr):
+    begun = words("out", "--optimizer", optimizer, "--schedule-steps", 40)
+    train.main([*begun, "--steps", "4"])
     good = (tmp_path / "out/state.pt").read_bytes()
-    assert "lower --lr" in refused("train.py", *words("out", "--steps", 40, "--lr", 1e6, *more))
-    assert (tmp_path / "out/state.pt").read_bytes() == good
+    # A state is due after each step, whose loss is that of the weights before it.
+    for every in ("1", "4"):
+        line = refused("train.py", *begun, "--steps", 40, "--lr", lr, "--save-every", every)
+        assert "lower --lr" in line
+        assert (tmp_path / "out/state.pt").read_bytes() == good
 
 
 def test_a_full_disk_leaves_the_last_state_whole_and_is_told_in_one_line(words, tmp_path):
