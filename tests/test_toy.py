@@ -119,8 +119,8 @@ def test_the_page_chooses_composites_only_at_high_noise_and_drops_captions(toy_p
 
 def test_the_page_learns_as_train_py_does(toy_paper, tmp_path):
     photos, composites = data_of(toy_paper)
-    words = recipe.train_command("dit", tmp_path / "dit", photos.folder, composites.folder, recipe.P,
-                                 recipe.TAU, 30, 0, "--sample-every 0 --log-every 10")
+    words = recipe.train_command("dit", tmp_path / "dit", recipe.P, recipe.TAU, 30, 0, photos.folder,
+                                 composites.folder, "--sample-every 0 --log-every 10")
     train.main(shlex.split(words)[1:])
     theirs = read_jsonl(tmp_path / "dit/log.jsonl")[-1]["loss"]
     model = DiT(**PRESETS["toy"])

@@ -8,7 +8,7 @@ object: the README has a table of how many pass.
 """
 
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -416,25 +416,23 @@ def is_bitten(image, objects):
     nearest, share = unmix(image)
     colored = share > 0.5
     answer = None
-    for small in objects:
-        x0, y0, x1, y1 = small.patch.box
-        around = as_slices((max(0, x0 - AROUND), max(0, y0 - AROUND), x1 + AROUND, y1 + AROUND))
-        for number, color in enumerate(COLORS):
-            large = Patch(color, colored & (nearest == number) & ~small.patch.mask)
-            if large.area < max(LARGE_AREA, small.patch.area):
-                continue
-            large.in_front = [small.patch.box]
-            _, _, place = guesses(large)[-1]
-            if place is None:
-                continue
+    for small, number in product(objects, range(len(COLORS))):
+        large = Patch("", colored & (nearest == number) & ~small.patch.mask)
+        if large.area < max(LARGE_AREA, small.patch.area):
+            continue
+        large.in_front = [small.patch.box]
+        _, _, place = guesses(large)[-1]
+        if place is None:
+            continue
 
-            # Where the large one should be, without its edge.
-            template, x, y = place
-            height, width = template.core.shape
-            should_be = np.zeros((SIZE, SIZE), bool)
-            should_be[as_slices((x, y, x + width, y + height))] = template.core
-            if should_be[as_slices(small.patch.box)].any():
-                # At a shared edge two colours make a grey that is a pixel or two wide: that is no gap.
-                gap = ndimage.binary_opening((should_be & ~colored)[around], NEIGHBOURS)
-                answer = bool(answer or largest_area(gap) >= SEAM)
+        # Where the large one should be, without its edge.
+        template, x, y = place
+        height, width = template.core.shape
+        should_be = np.zeros((SIZE, SIZE), bool)
+        should_be[as_slices((x, y, x + width, y + height))] = template.core
+        if should_be[as_slices(small.patch.box)].any():
+            near = ndimage.binary_dilation(small.patch.mask, NEIGHBOURS, AROUND)
+            # At a shared edge two colours make a grey that is a pixel or two wide: that is no gap.
+            gap = ndimage.binary_opening(should_be & near & ~colored, NEIGHBOURS)
+            answer = bool(answer or largest_area(gap) >= SEAM)
     return answer

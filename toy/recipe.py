@@ -39,10 +39,10 @@ def quoted(path):
     return shlex.quote(str(path))
 
 
-def train_command(model, out, data, composites, p, tau, steps, seed, more=""):
+def train_command(model, out, p, tau, steps, seed, data, composites=None, more=""):
     """Return train.py's command line, as a user types it, for one model of the toy.
 
-    composites: the encoded composites, or None for text augmentation alone. more: other options.
+    data, composites: encoded ones; without composites, text augmentation alone. more: other options.
     """
     augmented = f"--augmented {quoted(composites)} --p {p} --tau {tau} " if composites else ""
     return (f"train.py --model {model} {TRAINING} --data {quoted(data)} {augmented}--out {quoted(out)} "

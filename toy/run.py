@@ -51,8 +51,8 @@ def make_toy_paper(args):
     encode_world(out, "-cutmix", out / "t5")
 
     # Stage 4: Algorithm 1. Stages 5 and 6: samples and scores.
-    run(train_command("dit", out / "dit", out / "encoded", out / "encoded-cutmix", P, TAU, args.steps,
-                      args.seed))
+    run(train_command("dit", out / "dit", P, TAU, args.steps, args.seed, out / "encoded",
+                      out / "encoded-cutmix"))
     for command in judge_commands(out / "dit", out, out, args.seed):
         run(command)
 

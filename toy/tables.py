@@ -58,6 +58,15 @@ class Run(NamedTuple):
             parts.append("small")
         return "-".join([*parts, f"seed{seed}"])
 
+    def data(self):
+        """Return the folders of what it is trained on: encoded originals, and composites if any."""
+        # The small set is a world of its own.
+        world = "small/" if self.small else ""
+        folders = [f"{world}encoded-aio" if self.captions == "aio" else f"{world}encoded"]
+        if self.setting:
+            folders.append(f"{world}encoded{kind_of(self.setting)}")
+        return folders
+
 
 TABLE_2 = {
     "DiT-I AIO": Run(captions="aio"),
@@ -100,30 +109,18 @@ def make_data(args, runs):
     """Draw, mix, caption and encode what the runs are trained and measured on, each thing once."""
     out = args.out
     # The setting "all" is always made: the T5's words come from its captions, too.
-    draw_world(out, args.images, args.seed, sorted({run.setting for run in runs} - {""} | {"all"}))
+    settings = {run.setting for run in runs} - {""} | {"all"}
+    draw_world(out, args.images, args.seed, sorted(settings))
     make_prompts_and_encoder(out, args.prompts, args.seed)
     # Validation pictures are originals only: composites are for training.
     draw_world(out / "val", args.val, VALIDATION_SEED + args.seed, [])
-    if any(run.small for run in runs):
-        draw_world(out / "small", args.small, SMALL_SEED + args.seed)
+    draw_world(out / "small", args.small, SMALL_SEED + args.seed)
 
-    # Two data sets of the tables are always there: those of the page.
-    data = {(out, ""), (out, "-cutmix"), (out / "val", "")}
-    for run in runs:
-        data.update((world_of(out, run), kind) for kind in kinds_of(run))
-    for world, kind in sorted(data):
-        encode_world(world, kind, out / "t5")
-
-
-def world_of(out, run):
-    """Return the folder of a run's pictures. The small set is a world of its own, with the same names."""
-    return out / "small" if run.small else out
-
-
-def kinds_of(run):
-    """Return the kinds of data that a run is trained on (see `encode_world`): of originals, of composites."""
-    originals = "-aio" if run.captions == "aio" else ""
-    return [originals, kind_of(run.setting)] if run.setting else [originals]
+    # These two are for measuring, and for the page.
+    folders = {"val/encoded", "encoded-cutmix"}.union(*[run.data() for run in runs])
+    for folder in sorted(folders):
+        world, _, kind = folder.rpartition("encoded")
+        encode_world(out / world, kind, out / "t5")
 
 
 # --------------------------------------------------------------------------------------------
@@ -134,15 +131,13 @@ def commands_of(args, run, seed):
     out = args.out
     folder = out / "runs" / run.name(seed)
     checkpoint = folder / "checkpoint"
-    data = [world_of(out, run) / f"encoded{kind}" for kind in kinds_of(run)]
-    composites = data[1] if run.setting else None
     # Fig. 5 is about the course of training: it measures on the way.
-    more = ""
     every = math.ceil(args.steps / KEPT)
-    if run.small:
-        more = f"--val {quoted(out / 'val/encoded')} --val-every {every} --keep-every {every}"
+    val = quoted(out / "val/encoded")
+    more = f"--val {val} --val-every {every} --keep-every {every}" if run.small else ""
+    data = [out / name for name in run.data()]
     commands = [
-        train_command(run.model, checkpoint, data[0], composites, run.p, run.tau, args.steps, seed, more),
+        train_command(run.model, checkpoint, run.p, run.tau, args.steps, seed, *data, more=more),
         *judge_commands(checkpoint, out, folder, seed)]
 
     # Distances take many samples: measured are the models of Table 1, and one of each line of Fig. 5.
@@ -153,7 +148,7 @@ def commands_of(args, run, seed):
         for step in range(every, args.steps + 1, every):
             measured[f"distance-{step:07d}"] = checkpoint / f"step-{step:07d}"
     # The prompts are the captions of the validation pictures, of the kind that it was trained on.
-    prompts = out / "val" / f"captions{kinds_of(run)[0]}.jsonl"
+    prompts = out / ("val/captions-aio.jsonl" if run.captions == "aio" else "val/captions.jsonl")
     real = quoted(out / "val/images")
     for name, model in measured.items():
         samples = folder / name
@@ -228,9 +223,6 @@ def section(args, name, lines):
     parts = []
     if name == "fig5":
         parts += overfitting_charts(args, lines)
-    # These two vary a number, which can be an axis.
-    if name in ("5", "tau"):
-        parts.append(score_chart(out, lines))
     for kind in ("long", "short"):
         parts += [f"<h3>{kind} prompts</h3>", score_table(out, lines, f"scores-{kind}.jsonl")]
     return [*parts, "<h3>The same long prompts, drawn by all models</h3>", same_prompts(out, lines)]
@@ -277,17 +269,6 @@ def mean_and_spread(values):
     if len(values) < 2:
         return share_text(*values or [math.nan])
     return f"{statistics.mean(values):.2f} &plusmn; {statistics.stdev(values):.2f}"
-
-
-def score_chart(out, lines):
-    """Return curves over the number in the lines' labels, "tau = 0.4"."""
-    curves = {"overall": [], "two_object": [], "color_attr": [], "one background": [], "bitten": []}
-    for label, run in lines.items():
-        name, x = label.split(" = ")
-        columns = columns_of_seeds(results_of(out, run, "scores-long.jsonl").values())
-        for column in curves:
-            curves[column] += [(float(x), statistics.mean(columns[column]))] if columns.get(column) else []
-    return line_chart(curves, name, "long prompts: share of pictures")
 
 
 def same_prompts(out, lines):

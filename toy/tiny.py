@@ -2,8 +2,8 @@
 
     python -m toy.tiny
 
-Trains a small DiT-I (text_dim and sizes of the toy) on what `python -m toy` has encoded, which must
-have run before, and draws 16 captions. train.py and sample.py do the same for a lab.
+Trains a small DiT-I on what `python -m toy` has encoded, which must have run before, and draws the
+captions of 16 composites. train.py and sample.py do the same with all that a lab needs in addition.
 """
 
 import copy
@@ -80,7 +80,7 @@ def train(model, photos, composites, steps):
 
 
 @torch.no_grad()
-def ddim(model, x, cond, null, steps, w, clamp=1.2):
+def ddim(model, x, cond, null, steps=SAMPLE_STEPS, w=GUIDANCE, clamp=1.2):
     """Return x_0 (B, C, h, w) for noise x. cond, null: (text, mask) of captions and of empty prompts."""
     cond = model.condition(*cond)
     null = model.condition(*null)
@@ -93,8 +93,7 @@ def ddim(model, x, cond, null, steps, w, clamp=1.2):
         if g > 1e-9:
             eps_null, _ = model.denoise(x.float(), level, null)
             eps = eps + w * (eps - eps_null)
-        x_0 = (x - (1 - g).sqrt() * eps) / g.sqrt()
-        x_0 = x_0.clamp(-clamp, clamp)
+        x_0 = ((x - (1 - g).sqrt() * eps) / g.sqrt()).clamp(-clamp, clamp)
         eps = (x - g.sqrt() * x_0) / (1 - g).sqrt()
         x = g_next.sqrt() * x_0 + (1 - g_next).sqrt() * eps
     return x_0.float()
@@ -114,19 +113,16 @@ def main(argv=None):
     torch.manual_seed(0)
     photos = Encoded(args.data / "encoded")
     composites = Encoded(args.data / "encoded-cutmix")
-    model = train(DiT(**PRESETS["toy"]), photos, composites, args.steps)
+    ema = train(DiT(**PRESETS["toy"]), photos, composites, args.steps)
 
-    # Eight captions of originals, eight of composites.
-    picks = []
-    for data in (photos, composites):
-        picks += [(data, i * len(data) // 8) for i in range(8)]
-    cond = pad([data.text(i) for data, i in picks])
-    null = pad([photos.null] * 16)
-    noise = torch.randn(16, *photos.meta["latent_shape"])
-    x_0 = ddim(model, noise, cond, null, SAMPLE_STEPS, GUIDANCE)
-    vae = load_vae(photos.meta["vae"])
+    picks = [i * len(composites) // 16 for i in range(16)]
+    cond = pad([composites.text(i) for i in picks])
+    null = pad([composites.null] * 16)
+    noise = torch.randn(16, *composites.meta["latent_shape"])
+    x_0 = ddim(ema, noise, cond, null)
+    vae = load_vae(composites.meta["vae"])
     images = to_images(vae.decode(x_0 / vae.scaling_factor))
-    save_png(contact_sheet(images, [data.caption(i) for data, i in picks]), args.out)
+    save_png(contact_sheet(images, [composites.caption(i) for i in picks]), args.out)
     print(args.out)
 
 
