@@ -17,13 +17,7 @@ CAD_TINY = FIXTURES / "cad_tiny"
 TINY_DIT = dict(size=4, channels=3, patch=2, text_dim=10, depth=2, dim=32, heads=4)
 TINY_CAD = dict(size=4, channels=3, patch=2, text_dim=10, num_latents=5, dim=32, data_dim=16,
                 depth=2, layers=1, heads=4, read_write_heads=4)
-BOTH = pytest.mark.parametrize("name", ["dit", "cad"])
-
-
-def tiny(name, **changes):
-    """Return a small model, "dit" or "cad", with some arguments changed."""
-    network, sizes = (model_dit.DiT, TINY_DIT) if name == "dit" else (model_cad.CAD, TINY_CAD)
-    return network(**{**sizes, **changes})
+BOTH = pytest.mark.parametrize("network, sizes", [(model_dit.DiT, TINY_DIT), (model_cad.CAD, TINY_CAD)])
 
 
 def randomize(model):
@@ -32,11 +26,6 @@ def randomize(model):
         matrix = parameter.ndim > 1
         parameter.data = torch.randn(parameter.shape) / 5 if matrix else torch.rand(parameter.shape) / 2 + 0.5
     return model
-
-
-@pytest.fixture(params=["dit", "cad"])
-def model(request):
-    return randomize(tiny(request.param)).eval()
 
 
 def inputs(batch=2, length=6, size=4):
@@ -59,39 +48,33 @@ def assert_close(a, b, tolerance=1e-5):
 # --------------------------------------------------------------------------------------
 # The released CAD-I
 
-@pytest.mark.parametrize("name, coherence, with_state", [
-    ("coherent", 1.0, False), ("incoherent_with_state", 0.0, True)])
 @torch.no_grad()
-def test_the_released_cad_gives_the_released_numbers(name, coherence, with_state):
+def test_the_released_cad_gives_the_released_numbers():
     model = load_model(CAD_TINY)
     recorded = load_file(CAD_TINY / "io.safetensors")
-    state = recorded["state"] if with_state else None
-    context = model.condition(recorded["text"], recorded["mask"], torch.full((3,), coherence))
-    eps, latents = model.denoise(recorded["x"], recorded["gamma"], context, state)
-    assert_close(eps, recorded[f"eps_{name}"])
-    assert_close(latents, recorded[f"latents_{name}"])
-
-
-def test_ddim_with_guidance_and_carried_latents_gives_the_released_pictures():
-    recorded = load_file(CAD_TINY / "io.safetensors")
+    for name, coherence, state in [("coherent", 1.0, None),
+                                   ("incoherent_with_state", 0.0, recorded["state"])]:
+        context = model.condition(recorded["text"], recorded["mask"], torch.full((3,), coherence))
+        eps, latents = model.denoise(recorded["x"], recorded["gamma"], context, state)
+        assert_close(eps, recorded[f"eps_{name}"])
+        assert_close(latents, recorded[f"latents_{name}"])
+    # With guidance, and latents carried from step to step.
     null = recorded["null_text"][None], torch.ones(1, 1, dtype=torch.bool)
-    x_0 = ddim(load_model(CAD_TINY), recorded["x"], (recorded["text"], recorded["mask"]), null, steps=6,
-               guidance=3.0, clamp=1.2)
+    x_0 = ddim(model, recorded["x"], (recorded["text"], recorded["mask"]), null, 6, 3.0, 1.2)
     assert_close(x_0, recorded["ddim_6_steps_guidance_3_clamp_1_2"])
 
 
 def test_released_config_keys_of_another_network_are_refused_by_name_and_harmless_ones_are_not(tmp_path):
-    shutil.copytree(CAD_TINY, tmp_path / "cad")
+    shutil.copytree(CAD_TINY, tmp_path, dirs_exist_ok=True)
     config = json.loads((CAD_TINY / "config.json").read_text())
 
     def load(**changes):
-        (tmp_path / "cad/config.json").write_text(json.dumps({**config, **changes}))
-        return load_model(tmp_path / "cad")
+        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+        return load_model(tmp_path)
 
     load(num_cond_tokens=5, weight_init="orthogonal", _name="x", license="mit", unheard_of=0)
-    another_network = {"modulate_conditioning": True, "use_cond_rin_block": False, "time_scaling": 500.0,
-                       "noise_embedding_type": "fourier", "an_unheard_of_key": 3}
-    for key, value in another_network.items():
+    for key, value in [("modulate_conditioning", True), ("use_cond_rin_block", False), ("unheard_of", 3),
+                       ("noise_embedding_type", "fourier"), ("time_scaling", 500.0)]:
         with pytest.raises(UserError, match=f"config.json: not .*{key}"):
             load(**{key: value})
     with pytest.raises(UserError, match="model.safetensors: not the weights of the CAD"):
@@ -101,8 +84,10 @@ def test_released_config_keys_of_another_network_are_refused_by_name_and_harmles
 # --------------------------------------------------------------------------------------
 # Inputs, layers, initialisation
 
+@BOTH
 @torch.no_grad()
-def test_masked_tokens_change_nothing_and_real_ones_do_and_coherence_is_an_input_of_cad_alone(model):
+def test_masked_tokens_change_nothing_and_coherence_is_an_input_of_cad_alone(network, sizes):
+    model = randomize(network(**sizes))
     x, gamma, text, mask, coherence = inputs()
     before = predict(model, x, gamma, text, mask, coherence)
     other = torch.where(mask[..., None], text, torch.randn_like(text))
@@ -110,16 +95,16 @@ def test_masked_tokens_change_nothing_and_real_ones_do_and_coherence_is_an_input
     short = predict(model, x[:1], gamma[:1], text[:1, :4], mask[:1, :4], coherence[:1])
     assert_close(short, before[:1])
     incoherent = predict(model, x, gamma, text, mask, 0 * coherence)
-    assert torch.equal(before, incoherent) == isinstance(model, model_dit.DiT)
+    assert torch.equal(before, incoherent) == (network is model_dit.DiT)
     text[0, 0] += 1
     assert not torch.allclose(before[0], predict(model, x, gamma, text, mask, coherence)[0])
 
 
 @BOTH
-def test_patches_come_back_to_their_places(name):
+def test_patches_come_back_to_their_places(network, sizes):
     """With identities at both ends and no blocks, every latent returns to where it was."""
-    if name == "dit":
-        model = tiny("dit", depth=0, dim=12, heads=2)
+    if network is model_dit.DiT:
+        model = network(**{**sizes, "depth": 0, "dim": 12, "heads": 2})
         model.patch_embed.weight.data = torch.eye(12)
         model.out.weight.data = torch.eye(12)
         model.position.zero_()
@@ -127,12 +112,11 @@ def test_patches_come_back_to_their_places(name):
         model.time_embed[2].weight.data.zero_()
     else:
         # The convolution's inputs come as (C, p1, p2), the output's as (p1, p2, C).
-        model = tiny("cad", depth=0, data_dim=12)
+        model = network(**{**sizes, "depth": 0, "data_dim": 12})
         order = torch.arange(12).reshape(3, 2, 2).permute(1, 2, 0).flatten()
         model.patch_embed.weight.data = torch.eye(12)[order].reshape(12, 3, 2, 2)
-        model.data_norm = torch.nn.Identity()
+        model.data_norm = model.out[0] = torch.nn.Identity()
         model.position.data.zero_()
-        model.out = torch.nn.Sequential(torch.nn.Identity(), model.out[1])
         model.out[1].weight.data = torch.eye(12)
     x, *others = inputs()
     assert_close(predict(model, x, *others), x)
@@ -161,83 +145,66 @@ def test_dit_attention_is_softmax_of_normalised_queries_and_keys():
 @torch.no_grad()
 def test_dit_starts_by_predicting_no_noise_and_cad_ignores_its_previous_latents():
     x, gamma, text, mask, coherence = inputs()
-    assert not tiny("dit")(x, gamma, text, mask, coherence).any()
-    cad = tiny("cad")
+    assert not model_dit.DiT(**TINY_DIT)(x, gamma, text, mask, coherence).any()
+    cad = model_cad.CAD(**TINY_CAD)
     without = predict(cad, x, gamma, text, mask, coherence)
     assert torch.equal(without, predict(cad, x, gamma, text, mask, coherence, torch.randn(2, 5, 32)))
     # A layer scale of zero switches every branch of DiT off.
-    dit = tiny("dit", layer_scale=0.0)
+    dit = model_dit.DiT(**TINY_DIT, layer_scale=0.0)
     dit.out.weight.normal_()
     assert torch.equal(dit(x, gamma, text, mask, coherence), dit(x, gamma, text + 1, mask, coherence))
 
 
-def test_the_presets_have_the_papers_sizes():
-    bounds = {"L/2": (425, 445), "S/2": (30, 40), "L": (331.4, 331.6), "B": (100, 200)}
-    for name, (low, high) in bounds.items():
-        module = model_dit if "/" in name else model_cad
-        with torch.device("meta"):
-            network = module.DiT if module is model_dit else module.CAD
-            model = network(**module.PRESETS[name])
-        assert low < sum(parameter.numel() for parameter in model.parameters()) / 1e6 < high
+@pytest.mark.parametrize("network, sizes, low, high", [
+    (model_dit.DiT, model_dit.PRESETS["L/2"], 425, 445), (model_dit.DiT, model_dit.PRESETS["S/2"], 30, 40),
+    (model_cad.CAD, model_cad.PRESETS["L"], 331.4, 331.6), (model_cad.CAD, model_cad.PRESETS["B"], 100, 200)])
+def test_the_presets_have_the_papers_sizes(network, sizes, low, high):
+    with torch.device("meta"):
+        model = network(**sizes)
+    assert low < sum(parameter.numel() for parameter in model.parameters()) / 1e6 < high
 
 
-# --------------------------------------------------------------------------------------
-# CAD's self-conditioning
-
-def test_self_conditioning_is_two_passes_and_the_gradient_sees_the_second():
+def test_the_coin_decides_which_samples_of_cad_get_a_first_pass_and_the_gradient_sees_only_the_second():
     # At the start previous latents change nothing, and the prediction is 0.
-    model = randomize(tiny("cad"))
-    x, gamma, text, mask, coherence = inputs()
-    context = model.condition(text, mask, coherence)
-    for rate in (0.0, 1.0):
+    model = randomize(model_cad.CAD(**TINY_CAD))
+    x, gamma, *conditions = inputs(batch=4)
+    context = model.condition(*conditions)
+    without, state = model.denoise(x, gamma, context)
+    from_latents, _ = model.denoise(x, gamma, context, state.detach())
+    assert not torch.allclose(without, from_latents)
+
+    eps = model(x, gamma, *conditions, torch.tensor([0.0, 0.89, 0.9, 0.99]))
+    assert_close(eps[:2], from_latents[:2])
+    assert_close(eps[2:], without[2:])
+    expected = torch.cat([from_latents[:2], without[2:]])
+    weight = model.patch_embed.weight
+    assert_close(*[torch.autograd.grad(out.square().sum(), weight, retain_graph=True)[0]
+                   for out in (eps, expected)])
+    # Without a coin, the rate decides.
+    for rate, expected in [(0.0, without), (1.0, from_latents)]:
         model.self_conditioning = rate
-        with torch.no_grad():
-            state = model.denoise(x, gamma, context)[1] * rate
-        expected = model.denoise(x, gamma, context, state)[0]
-        eps = model(x, gamma, text, mask, coherence)
-        assert_close(eps, expected)
-        weight = model.patch_embed.weight
-        gradients = [torch.autograd.grad(out.square().sum(), weight, retain_graph=True)[0]
-                     for out in (eps, expected)]
-        assert_close(*gradients)
-
-
-@torch.no_grad()
-def test_the_coin_decides_for_each_sample_whether_it_starts_from_latents(model):
-    *batch, coin = [*inputs(batch=4), torch.tensor([0.0, 0.89, 0.9, 0.99])]
-    eps = model(*batch, coin)
-    # Each sample's prediction depends on itself alone.
-    for i in range(4):
-        assert_close(model(*[tensor[i:i + 1] for tensor in (*batch, coin)]), eps[i:i + 1])
-    if isinstance(model, model_cad.CAD):
-        x, gamma, *conditions = batch
-        context = model.condition(*conditions)
-        without, state = model.denoise(x, gamma, context)
-        from_latents, _ = model.denoise(x, gamma, context, state)
-        assert_close(eps[:2], from_latents[:2])
-        assert_close(eps[2:], without[2:])
-        assert not torch.allclose(without, from_latents)
+        assert_close(model(x, gamma, *conditions), expected)
 
 
 # --------------------------------------------------------------------------------------
 # Memory, sizes, compilation
 
 @BOTH
-def test_recomputed_activations_give_the_same_gradients_and_are_not_kept_for_the_backward_pass(name):
-    model = randomize(tiny(name, depth=8))
+def test_recomputed_activations_give_the_same_gradients_and_are_not_kept(network, sizes):
+    model = randomize(network(**{**sizes, "depth": 8}))
     batch = [*inputs(batch=8), torch.linspace(0, 1, 8)]
     gradients, kept = [], []
     for recompute in (False, True):
         model.checkpoint_activations = recompute
-        sizes = []
+        numbers = []
 
-        def keep(tensor, sizes=sizes):
-            sizes.append(tensor.numel())
+        def keep(tensor, numbers=numbers):
+            numbers.append(tensor.numel())
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(*batch).square().sum()
-        kept.append(sum(sizes))
+        kept.append(sum(numbers))
         gradients.append([loss, *torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)])
     assert kept[1] < 0.5 * kept[0]
     for plain, recomputed in zip(*gradients):
@@ -245,31 +212,26 @@ def test_recomputed_activations_give_the_same_gradients_and_are_not_kept_for_the
 
 
 @BOTH
-@torch.no_grad()
-def test_a_model_of_any_size_predicts_latents_of_that_size_and_others_are_refused(name):
+def test_a_model_of_any_size_predicts_latents_of_that_size_and_others_are_refused(network, sizes):
     for size in (2, 6, 16):
         batch = inputs(size=size)
-        assert tiny(name, size=size)(*batch).shape == batch[0].shape
-    with pytest.raises(ValueError, match="size 5 is not a multiple of patch 2"):
-        tiny(name, size=5)
-    with pytest.raises(ValueError, match="dim 32 must be a multiple of heads 5"):
-        tiny(name, heads=5)
+        assert network(**{**sizes, "size": size})(*batch).shape == batch[0].shape
+    for change, message in [({"size": 5}, "not a multiple of patch"), ({"heads": 5}, "a multiple of heads")]:
+        with pytest.raises(ValueError, match=message):
+            network(**{**sizes, **change})
 
 
 @torch.no_grad()
 def test_positions_of_cad_are_resized_like_a_picture_and_the_released_one_goes_on_at_twice_the_size():
     """A ramp over the grid stays a ramp: its values between the ends are known."""
     ramp = torch.arange(4).float().expand(4, 4)
-    small = tiny("cad", size=8).state_dict()
-    small["position"] = torch.stack([ramp.T, ramp], -1).repeat(1, 1, 8).reshape(16, 16)
-    resized = model_cad.resize_positions(small, size=16, patch=2)
-    tiny("cad", size=16).load_state_dict(resized)
-    grid = resized["position"].reshape(8, 8, 16)
+    small = {"position": torch.stack([ramp.T, ramp], -1).reshape(16, 2)}
+    resized = model_cad.resize_positions(small, size=16, patch=2)["position"].reshape(8, 8, 2)
     # The new places lie at -0.25, 0.25, 0.75, ... of the old ones. Inside, cubic interpolation of
     # a straight line is exact.
     expected = (torch.arange(8) / 2 - 0.25)[3:5]
-    assert_close(grid[3:5, :, 0], expected[:, None].expand(2, 8), 1e-4)
-    assert_close(grid[:, 3:5, 1], expected.expand(8, 2), 1e-4)
+    assert_close(resized[3:5, :, 0], expected[:, None].expand(2, 8), 1e-4)
+    assert_close(resized[:, 3:5, 1], expected.expand(8, 2), 1e-4)
     assert model_cad.resize_positions(small, size=8, patch=2)["position"] is small["position"]
     with pytest.raises(ValueError, match="size 15 is not a multiple of patch 2"):
         model_cad.resize_positions(small, size=15, patch=2)
@@ -280,8 +242,8 @@ def test_positions_of_cad_are_resized_like_a_picture_and_the_released_one_goes_o
 
 
 @BOTH
-def test_training_and_denoising_are_each_one_graph_for_torch_compile(name):
-    model = randomize(tiny(name, depth=1))
+def test_training_and_denoising_are_each_one_graph_for_torch_compile(network, sizes):
+    model = randomize(network(**{**sizes, "depth": 1}))
     model.checkpoint_activations = True
     batch = [*inputs(), torch.tensor([0.1, 0.95])]
     # `fullgraph` raises if Python would have to be returned to in between.
