@@ -587,19 +587,16 @@ def open_image(path, size):
 
 # Pillow remarks on odd files without saying which. Each thread remembers what it opens.
 being_opened = threading.local()
-show_warning = warnings.showwarning
+format_warning = warnings.formatwarning
 
 
-def name_the_image(message, category, filename, lineno, file=None, line=None):
-    """Print a warning in one line with the name of the image that is being opened."""
+def name_the_image(message, *where):
+    """Return a warning in one line with the name of the image that is being opened, if any."""
     path = getattr(being_opened, "path", None)
-    if path:
-        tqdm.write(f"{path}: {one_line(message)}", file=sys.stderr)
-    else:
-        show_warning(message, category, filename, lineno, file, line)
+    return f"{path}: {one_line(message)}\n" if path else format_warning(message, *where)
 
 
-warnings.showwarning = name_the_image
+warnings.formatwarning = name_the_image
 
 
 def reason_without(path, error):
