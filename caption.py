@@ -17,6 +17,7 @@ OUT was made. Each command has options of its own: `python caption.py llava --he
 
 import csv
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -27,14 +28,13 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (IMAGE_SUFFIXES, LFS_POINTER, Options, UserError, ahead, class_of,
-                    command_line, fetch, fingerprint, has_content, in_batches, is_lfs_pointer,
-                    join_rows, jsonl, keep_apart, list_images, local_device, make_together,
-                    number, open_image, pretrained, progress, read_json, read_jsonl, reading,
-                    reason_without, refuse_other_settings, resize_and_crop, shorten, write_json)
+from common import (IMAGE_SUFFIXES, Options, UserError, ahead, class_of, command_line, fetch,
+                    fingerprint, in_batches, is_lfs_pointer, join_rows, jsonl, keep_apart,
+                    list_images, load_image, local_device, make_together, number, pretrained,
+                    progress, read_json, read_jsonl, reading, reason_without,
+                    refuse_other_settings, shorten, write_json)
 
 import torch
 from PIL import Image
@@ -48,21 +48,15 @@ def aio(args):
     """Write the baseline's caption for every photo in a class folder. Raises UserError."""
     keep_apart(args.out, args.images, args.class_names)
     files = list_images(args.images)
-    # Without this check, such a photo would be captioned 'An image of ' and no more.
-    for file in files:
-        if not class_of(file):
-            raise UserError(f"{args.images}: {file} is in no class folder: of which class is it?")
     names = class_names(sorted({class_of(file) for file in files}), args.class_names)
     settings = {"command": "aio", "class_names": names, "list": fingerprint(files)}
-    if is_complete(args.out, settings):
-        return
 
-    def describe_batch(batch):
-        # No article, as the paper writes it.
-        return [{"file": file, "caption": f"An image of {names[class_of(file)]}"}
-                for file in batch]
+    def baseline(files):
+        for file in files:
+            # No article, as the paper writes it.
+            yield {"file": file, "caption": f"An image of {names[class_of(file)]}"}
 
-    write_together(args.out, settings, in_batches(files, 1000), 50, describe_batch)
+    write_together(args.out, settings, files, 50_000, baseline)
 
 
 def class_names(folders, table=None):
@@ -71,18 +65,17 @@ def class_names(folders, table=None):
     `table` is a file that says what folders mean, see read_class_table; without it they are
     named after their classes. Raises UserError for a folder whose meaning is not known.
     """
-    meanings = read_class_table(table) if table else {}
+    meanings = read_class_table(table) if table else dict(zip(folders, folders))
     names = {}
     for folder in folders:
-        if table and folder not in meanings:
-            raise UserError(f"{table}: has no class {folder!r}")
-        # 'An image of n01440764' would teach a model nothing.
-        if not table and re.fullmatch(r"n\d{8}", folder):
-            raise UserError(f"class folder {folder} is a WordNet id: say what it means with "
-                            f"--class-names LOC_synset_mapping.txt")
         # imagenet_class_index.json writes "great_white_shark", and so do many folders.
-        name = meanings.get(folder, folder)
-        names[folder] = name.replace("_", " ").strip()
+        name = meanings.get(folder, "").replace("_", " ").strip()
+        # 'An image of n01440764' would teach a model nothing, and 'An image of ' neither.
+        if re.fullmatch(r"(n\d{8})?", name):
+            raise UserError(f"photos in {folder or 'no class folder'}: of which class are they? "
+                            f"Neither the folder's name says it nor --class-names "
+                            f"{table or 'LOC_synset_mapping.txt, which is not given'}")
+        names[folder] = name
     return names
 
 
@@ -187,18 +180,9 @@ def view_features(model, views):
 
     They are (V, P * P, D), as transformers' LlavaNextModel.get_image_features has them.
     """
-    layers = model.config.vision_feature_layer
     hidden = model.model.vision_tower(views, output_hidden_states=True).hidden_states
-
-    # A configuration names one layer of the tower, or several to put side by side.
-    if isinstance(layers, int):
-        features = hidden[layers]
-    else:
-        features = torch.cat([hidden[k] for k in layers], dim=-1)
-
-    if model.config.vision_feature_select_strategy == "default":
-        # Without the class token.
-        features = features[:, 1:]
+    # Without the class token.
+    features = hidden[model.config.vision_feature_layer][:, 1:]
     return model.model.multi_modal_projector(features)
 
 
@@ -235,63 +219,48 @@ def embed_question(model, pixels, kept, prompt):
     return embeddings, mask
 
 
-class Picture(NamedTuple):
-    """A picture to caption: a photo, or a composite with its row of cutmix.jsonl."""
-    file: str
-    setting: str | None = None          # None: a photo
-    box: tuple | None = None
-    # What LLaVA is shown of it, or why it cannot be shown.
-    views: torch.Tensor | None = None   # (V, 3, H, W)
-    kept: list | None = None            # which ones these are, see kept_patches
-    reason: str | None = None
+def load_views(batch, folder, processor, side, prune):
+    """Return [(file, views, kept), ...] of a batch of pictures, and its skipped rows.
 
-
-def load_views(picture, folder, processor, side, prune):
-    """Return a Picture with its views.
-
-    LLaVA-NeXT cuts a picture into tiles, as many as its size and shape suggest. The five views
-    that the paper counts exist for 2 x 2 tiles only, so every picture is shown as a square of
-    `side` pixels, which has just these.
+    batch: (file, setting, box) of each, the last two None for a photo. views: (V, 3, H, W);
+    kept: which ones these are, see kept_patches. LLaVA-NeXT cuts a picture into tiles, as many
+    as its size and shape suggest. The five views that the paper counts exist for 2 x 2 tiles
+    only, so every picture is shown as a square of `side` pixels, which has just these.
     """
-    path = f"{folder}/{picture.file}"
-    try:
-        # Decoding may shrink a large JPEG; the resampling below still has pixels to average.
-        image = open_image(path, 2 * side)
-        # The box counts the pixels of the file, not of what was decoded.
-        with Image.open(path) as header:
-            file_side = min(header.size)
-    except OSError as error:
-        # One broken file must not end the whole run.
-        return picture._replace(reason=reason_without(path, error))
-    square = resize_and_crop(image, side)
-    views = processor(images=square, return_tensors="pt")["pixel_values"][0]
-    # Only a composite has a box, and composites are square.
-    kept = kept_patches(picture.setting, picture.box, file_side) if prune else ALL_VIEWS
-    # The other views never reach the model.
-    return picture._replace(views=views[kept], kept=kept)
+    shown = []
+    skipped = []
+    for file, setting, box in batch:
+        path = f"{folder}/{file}"
+        try:
+            square = load_image(path, side)
+            # The box counts the pixels of the file, not of what was decoded.
+            with Image.open(path) as header:
+                file_side = min(header.size)
+        except OSError as error:
+            # One broken file must not end the whole run.
+            skipped.append({"file": file, "reason": reason_without(path, error)})
+            continue
+        views = processor(images=square, return_tensors="pt")["pixel_values"][0]
+        kept = kept_patches(setting, box, file_side) if prune else ALL_VIEWS
+        # The other views never reach the model.
+        shown.append((file, views[kept], kept))
+    return shown, skipped
 
 
-def describe(batch, model, tokenizer, prompt, max_new_tokens):
-    """Return the rows of a batch of Pictures: "file" and "caption", or "reason"."""
-    # The model gets the pictures that could be read, which may be none.
-    shown = [picture for picture in batch if picture.reason is None]
-    captions = {}
-    if shown:
-        views = [picture.views for picture in shown]
-        kept = [picture.kept for picture in shown]
-        embeddings, mask = embed_question(model, views, kept, prompt)
-        answers = greedy_answers(model, tokenizer, mask, max_new_tokens,
-                                 inputs_embeds=embeddings)
-        for picture, answer in zip(shown, answers):
-            captions[picture.file] = whole_sentences(answer)
-
-    # Every picture gets a row: its caption, or the reason why there is none.
+def describe(shown, model, tokenizer, prompt, max_new_tokens):
+    """Return the rows of pictures, which are given as load_views returns them."""
+    # All pictures of a batch may be broken.
+    if not shown:
+        return []
+    files, views, kept = zip(*shown)
+    embeddings, mask = embed_question(model, views, kept, prompt)
+    answers = greedy_answers(model, tokenizer, mask, max_new_tokens,
+                             inputs_embeds=embeddings)
     rows = []
-    for picture in batch:
-        caption = captions.get(picture.file)
-        reason = picture.reason or "the model said nothing"
-        row = {"caption": caption} if caption else {"reason": reason}
-        rows.append({"file": picture.file, **row})
+    for file, answer in zip(files, answers):
+        caption = whole_sentences(answer)
+        row = {"caption": caption} if caption else {"reason": "the model said nothing"}
+        rows.append({"file": file, **row})
     return rows
 
 
@@ -303,19 +272,22 @@ def llava(args):
     settings = {"command": "llava", "model": args.model, "question": question,
                 "no_prune": args.no_prune, "batch_size": args.batch_size,
                 "max_new_tokens": args.max_new_tokens, "list": fingerprint(pictures)}
-    if is_complete(args.out, settings):
-        return
-    model, processor, side, prompt = load_llava(args.model, question)
 
-    def load(batch):
-        return [load_views(picture, folder, processor.image_processor, side, not args.no_prune)
-                for picture in batch]
+    def ask_llava(pictures):
+        model, processor, side, prompt = load_llava(args.model, question)
+        prune = not args.no_prune
+
+        def load(batch):
+            return load_views(batch, folder, processor.image_processor, side, prune)
+
+        batches = in_batches(pictures, args.batch_size)
+        for shown, skipped in ahead(load, batches, args.workers):
+            yield from skipped
+            yield from describe(shown, model, processor.tokenizer, prompt,
+                                args.max_new_tokens)
 
     # A caption can depend, in its last bits, on its batch: units are whole batches.
-    write_together(
-        args.out, settings, in_batches(pictures, args.batch_size), 8,
-        lambda batch: describe(batch, model, processor.tokenizer, prompt, args.max_new_tokens),
-        load, args.workers)
+    write_together(args.out, settings, pictures, 8 * args.batch_size, ask_llava)
 
 
 def load_llava(name, question):
@@ -328,9 +300,8 @@ def load_llava(name, question):
     # A view has the size of the vision tower's input. Without a grid of 2 x 2, a square would
     # be cut in another way, and views 1 to 4 would not be its quadrants.
     side = 2 * model.config.vision_config.image_size
-    for part in (model.config, processor.image_processor):
-        if [side, side] not in map(list, part.image_grid_pinpoints):
-            raise UserError(f"{name}: no 2 x 2 grid, {side} x {side}, in image_grid_pinpoints")
+    if [side, side] not in map(list, processor.image_processor.image_grid_pinpoints):
+        raise UserError(f"{name}: no 2 x 2 grid, {side} x {side}, in image_grid_pinpoints")
     with reading(name, "a model that can be asked about pictures"):
         prompt = prompt_tokens(processor, question)
         if model.config.image_token_id not in prompt:
@@ -339,7 +310,10 @@ def load_llava(name, question):
 
 
 def pictures_to_caption(args):
-    """Return the Pictures that the options ask for, and their folder. Raises UserError."""
+    """Return the pictures that the options ask for, and their folder. Raises UserError.
+
+    Of each: (file, setting, box), the last two None for a photo.
+    """
     if not (args.images or args.cutmix):
         raise UserError("needs --images, or --cutmix")
     folder = args.images
@@ -353,15 +327,15 @@ def pictures_to_caption(args):
                 x0, y0, x1, y1 = map(operator.index, row["box"])
                 if row["setting"] not in CUTS or not isinstance(row["file"], str):
                     raise ValueError(shorten(row))
-                pictures.append(Picture(row["file"], row["setting"], (x0, y0, x1, y1)))
+                pictures.append((row["file"], row["setting"], (x0, y0, x1, y1)))
     else:
-        pictures = [Picture(file) for file in list_images(folder)]
+        pictures = [(file, None, None) for file in list_images(folder)]
     # Captioning is the slow stage: what others have captioned need not be done again.
     captions = {}
     for path in args.captioned:
         captions.update(read_captions(path)[0])
-    captioned, _ = match([picture.file for picture in pictures], captions)
-    pictures = [picture for picture in pictures if picture.file not in captioned]
+    captioned, _ = match([file for file, _, _ in pictures], captions)
+    pictures = [picture for picture in pictures if picture[0] not in captioned]
     if args.captioned:
         print(f"{len(captioned)} pictures have captions, {len(pictures)} need one")
     if not pictures:
@@ -390,22 +364,21 @@ def extend(args):
     """Make short prompts long with a chat model. Raises UserError."""
     keep_apart(args.out, args.prompts)
     rows, skipped = read_prompts(args.prompts, args.limit, args.seed)
+    # Those without a prompt pass through, so that they are listed.
+    rows += skipped
     settings = {"command": "extend", "model": args.model, "attempts": args.attempts,
                 "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens,
-                "list": fingerprint(rows + skipped)}
-    if is_complete(args.out, settings):
-        return
-    model, tokenizer = load_chat_model("AutoModelForCausalLM", "AutoTokenizer", args.model)
-    # A model that cannot be asked is refused before its work begins.
-    with reading(args.model, "a model that can be asked"):
-        ask(model, tokenizer, [INSTRUCTION], 1)
+                "list": fingerprint(rows)}
 
-    batches = in_batches(rows, args.batch_size)
-    if skipped:
-        batches.append(skipped)
-    if write_together(
-            args.out, settings, batches, 2,
-            lambda batch: lengthen(batch, model, tokenizer, args.attempts, args.max_new_tokens)):
+    def make_long(rows):
+        model, tokenizer = load_chat_model("AutoModelForCausalLM", "AutoTokenizer", args.model)
+        # A model that cannot be asked is refused before its work begins.
+        with reading(args.model, "a model that can be asked"):
+            ask(model, tokenizer, [INSTRUCTION], 1)
+        for batch in in_batches(rows, args.batch_size):
+            yield from lengthen(batch, model, tokenizer, args.attempts, args.max_new_tokens)
+
+    if write_together(args.out, settings, rows, 2 * args.batch_size, make_long):
         # A user should see which prompts the model did not make longer.
         rows = read_jsonl(args.out)
         short = [row["prompt"] for row in rows if row["prompt"] == row["short_prompt"]]
@@ -418,27 +391,22 @@ def lengthen(batch, model, tokenizer, attempts, max_new_tokens):
     The short one is kept as "short_prompt". It also stays the prompt where the model loses some
     of its words again and again, `attempts` times.
     """
-    # Rows without a prompt are listed as they are.
-    if "reason" in batch[0]:
-        return batch
-    # A prompt that occurs twice in a batch is asked once.
-    short = list(dict.fromkeys(row["prompt"] for row in batch))
+    # What has no good answer yet, and what to say beside it when it is asked again. A prompt
+    # that a batch has twice is asked once.
+    notes = {row["prompt"]: "" for row in batch if "prompt" in row}
     long = {}
-    # What to say beside a prompt when it is asked again.
-    notes = dict.fromkeys(short, "")
-    # Each attempt asks only about prompts that have no good answer yet.
     for _ in range(attempts):
-        asked = [prompt for prompt in short if prompt not in long]
-        if not asked:
+        if not notes:
             break
-        questions = [f"{INSTRUCTION}\n\n{prompt}{notes[prompt]}" for prompt in asked]
+        questions = [f"{INSTRUCTION}\n\n{prompt}{note}" for prompt, note in notes.items()]
         answers = ask(model, tokenizer, questions, max_new_tokens)
-        for prompt, answer in zip(asked, answers):
+        for prompt, answer in zip(list(notes), answers):
             # Some models put the caption in quotation marks.
             caption = whole_sentences(answer).strip("\"'“”")
             lost = missing_words(prompt, caption)
             if caption and not lost:
                 long[prompt] = caption
+                del notes[prompt]
             else:
                 # Without a note a greedy model would repeat itself.
                 notes[prompt] = f"\n\nThe caption must say: {', '.join(lost)}"
@@ -446,8 +414,10 @@ def lengthen(batch, model, tokenizer, attempts, max_new_tokens):
     # What else a row holds is kept: GenEval's evaluation needs its metadata.
     rows = []
     for row in batch:
-        prompt = row["prompt"]
-        rows.append({**row, "prompt": long.get(prompt, prompt), "short_prompt": prompt})
+        if "prompt" in row:
+            prompt = row["prompt"]
+            row = {**row, "prompt": long.get(prompt, prompt), "short_prompt": prompt}
+        rows.append(row)
     return rows
 
 
@@ -492,8 +462,6 @@ def load_chat_model(kind, companion, name):
     """Return a model (of transformers' class `kind`), and its processor or tokenizer."""
     dtype = torch.bfloat16 if local_device().type == "cuda" else torch.float32
     model, processor = pretrained(name, kind, companion, dtype=dtype)
-    if not getattr(processor, "chat_template", None):
-        raise UserError(f"{name}: has no chat template, so it cannot be asked")
     # Batches are padded on the left, so that all answers begin at the same place. Any token will
     # do, because the padding is masked; some tokenizers, Llama's among them, have none for it.
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -534,11 +502,9 @@ def greedy_answers(model, tokenizer, mask, max_new_tokens, **inputs):
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
-    # None: what a model's own configuration says of sampling does not apply.
     tokens = model.generate(
         **inputs, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-        temperature=None, top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted(ends - {None}) or None)
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends - {None}) or None)
     if "input_ids" in inputs:
         # The answer comes behind the question; given embeddings, it comes alone.
         tokens = tokens[:, inputs["input_ids"].shape[1]:]
@@ -568,7 +534,7 @@ def read_captions(path):
 
     The captions that the paper's authors have published leave out an image's folder. A caption
     without a word is a skipped row, {"file", "reason"}. Formats: see read_rows. Raises UserError:
-    a row without file or caption, a file with two captions.
+    a row that lacks one of the two, a file with two captions.
     """
     captions = {}
     skipped = []
@@ -576,8 +542,6 @@ def read_captions(path):
         where = f"{path} row {k}"
         file = text_of(row, FILE_COLUMNS, where)
         caption = text_of(row, CAPTION_COLUMNS, where)
-        if not file:
-            raise UserError(f"{where}: a caption without a file")
         if not has_word(caption, where):
             skipped.append({"file": file, "reason": "no word in its caption"})
         elif captions.setdefault(file, caption) != caption:
@@ -630,23 +594,22 @@ def read_prompts(path, limit=None, seed=0):
     rows = {}
     skipped = []
     for key, row in found.items():
-        where = str(row.get("prompt_file", f"{path} {'image' if of_coco else 'row'} {key}"))
-        prompt = text_of(row, PROMPT_COLUMNS, where)
-        if has_word(prompt, where):
+        name = row.get("name", f"row {key}")
+        prompt = text_of(row, PROMPT_COLUMNS, f"{path} {name}")
+        if has_word(prompt, f"{path} {name}"):
             rows[key] = {**row, "prompt": prompt}
         else:
-            skipped.append({"file": Path(where).name, "reason": "no word in it"})
+            skipped.append({"file": f"{path.name} {name}", "reason": "no word in it"})
     if not rows:
         raise UserError(f"{path}: no prompts in it")
-    chosen = list(rows)
+    limit = min(limit or len(rows), len(rows))
+    # Not the first ones: files are sorted by class or task.
+    chosen = random.Random(seed).sample(list(rows), limit)
     if of_coco:
         # An image draws a lot that depends on `seed` and its id alone, and the lowest are taken:
         # a lower limit gives a part of what a higher one gives.
         lots = {key: hashlib.sha256(f"{seed} {key}".encode()).digest() for key in rows}
         chosen = sorted(rows, key=lots.get)[:limit]
-    elif limit and limit < len(rows):
-        # Not the first ones: files are sorted by class or task.
-        chosen = random.Random(seed).sample(chosen, limit)
     return [rows[key] for key in sorted(chosen)], skipped
 
 
@@ -663,8 +626,8 @@ def text_of(row, names, where):
 def has_word(text, where):
     """Tell whether a text has a letter or a digit. Raises UserError for half a character."""
     # JSON can write one, "\\ud83d", and no tokenizer takes it.
-    if text.encode(errors="ignore").decode() != text:
-        raise UserError(f"{where}: half a character in it, which UTF-8 cannot write")
+    with reading(where, "text that UTF-8 can write"):
+        text.encode()
     return re.search(r"\w", text) is not None
 
 
@@ -683,53 +646,53 @@ def read_rows(path):
                 for file in sorted(path.glob("[!.]*.txt"))]
     if suffix in (".jsonl", ".json"):
         return read_jsonl(path)
-    if suffix == ".parquet":
-        raise UserError(f"{path}: Parquet is not read here; save it as JSONL or CSV, for "
-                        'instance with load_dataset(...).to_json("captions.jsonl")')
-    lines = read_utf8(path).strip("\n").split("\n")
+    text = read_utf8(path).strip("\n")
     if suffix == ".csv":
-        return read_table(path, lines, ",", csv.QUOTE_MINIMAL)
-    return read_tsv(path, lines) if suffix == ".tsv" else read_text(path, lines)
+        return read_table(path, text, ",")
+    return read_tsv(path, text) if suffix == ".tsv" else read_text(path, text)
 
 
 def read_utf8(path):
     """Return the text of a file, without the mark (BOM) that some editors put before it."""
-    with reading(path, "text in UTF-8"):
+    with reading(path, "text in UTF-8 (JSONL, CSV, TSV or a prompt a line)"):
         text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    if is_lfs_pointer(path):
-        raise UserError(f"{path}: {LFS_POINTER}")
+        # `reading` says that it is one.
+        if is_lfs_pointer(path):
+            raise ValueError
     return text
 
 
-def read_text(path, lines):
+def read_text(path, text):
     """Return lines as rows with a "prompt"."""
     # What another program wrote: its columns and brackets must not become prompts.
+    lines = text.split("\n")
     is_json = re.match(r'[\[{]\s*(["{\[]|$)', lines[0])
-    cells = {cell.strip().lower() for cell in re.split("[,;]", lines[0])}
-    if is_json or not cells.isdisjoint(PROMPT_COLUMNS) or re.search("[\t\0]", lines[0]):
+    is_table = re.search(r"[\t\0]|(^|[,;])\s*(prompt|caption|text)\s*([,;]|$)", lines[0], re.I)
+    if is_json or is_table:
         raise UserError(f"{path}: begins like a table or JSON, not like text with a prompt a "
                         f"line: call it .csv, .tsv or .jsonl, or save it as one of them")
     return [{"prompt": line.strip()} for line in lines]
 
 
-def read_tsv(path, lines):
+def read_tsv(path, text):
     """Return the rows of a TSV: with named columns, or as the authors' captioner writes it."""
     # Theirs has no line of names: file, tab, caption.
+    lines = text.split("\n")
     if Path(lines[0].partition("\t")[0]).suffix.lower() in IMAGE_SUFFIXES:
         pairs = [line.partition("\t") for line in lines if line]
         return [{"file": file, "caption": caption.strip()} for file, _, caption in pairs]
     try:
-        return read_table(path, lines, "\t", csv.QUOTE_MINIMAL)
+        return read_table(path, text, "\t")
     except UserError:
         # Most TSVs do without quoting: a cell may begin with a word in quotation marks.
-        return read_table(path, lines, "\t", csv.QUOTE_NONE)
+        return read_table(path, text, "\t", csv.QUOTE_NONE)
 
 
-def read_table(path, lines, delimiter, quoting):
+def read_table(path, text, delimiter, quoting=csv.QUOTE_MINIMAL):
     """Return the rows of a table whose first line names the columns."""
     with reading(path, "a table of cells"):
-        rows = list(csv.DictReader((f"{line}\n" for line in lines), delimiter=delimiter,
-                                   quoting=quoting, strict=True, restval=""))
+        rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter, quoting=quoting,
+                                   strict=True, restval=""))
         for k, row in enumerate(rows, 1):
             # The key of cells that have no column.
             if None in row:
@@ -739,7 +702,7 @@ def read_table(path, lines, delimiter, quoting):
 
 def is_coco(path):
     """Tell whether a file is COCO's: one object with `annotations`, and not JSONL."""
-    if path.suffix != ".json" or not path.is_file():
+    if path.suffix != ".json":
         return False
     with open(path, "rb") as lines:
         first = lines.readline().rstrip()
@@ -747,19 +710,18 @@ def is_coco(path):
 
 
 def read_coco(path):
-    """Return COCO's captions as {id of an image: row}, in order of ids.
+    """Return COCO's captions as {id of an image: row}.
 
     A row is {"prompt", "name", "file"}; `name` is the file's, without suffix. The caption with
     the smallest id that has a word is the image's prompt. Raises UserError.
     """
     data = read_json(path, "COCO's captions")
-    by_id = operator.itemgetter("id")
     rows = {}
     with reading(path, "COCO's captions"):
-        for image in sorted(data["images"], key=by_id):
+        for image in data["images"]:
             file = image["file_name"]
             rows[image["id"]] = {"prompt": "", "name": Path(file).stem, "file": file}
-        for annotation in sorted(data["annotations"], key=by_id):
+        for annotation in sorted(data["annotations"], key=operator.itemgetter("id")):
             row = rows[annotation["image_id"]]
             if not re.search(r"\w", row["prompt"]):
                 row["prompt"] = annotation["caption"].strip()
@@ -769,52 +731,42 @@ def read_coco(path):
 # --------------------------------------------------------------------------------------
 # A file that ranks make together
 
-def write_together(out, settings, batches, unit, describe, load=None, workers=0):
-    """Make OUT, JSONL, of the rows of all batches; return whether it is complete.
+def write_together(out, settings, items, unit, rows_of):
+    """Make OUT, JSONL, with a row for each of `items`; return whether it is complete.
 
-    describe(batch) returns a batch's rows, those with a "reason" are skipped ones. load(batch), if
-    given, prepares a batch in threads, ahead. `unit` batches are a file in OUT.parts, from which
-    a killed command goes on. Raises UserError.
+    rows_of(items) yields their rows, of which those with a "reason" are skipped ones. It is
+    called, and loads its model, only if there are rows to make. `unit` rows are a file in
+    OUT.parts, from which a killed command goes on. Raises UserError.
     """
     parts = Path(f"{out}.parts")
-    units = {f"{k:05d}.jsonl": some for k, some in enumerate(in_batches(batches, unit))}
+    record = Path(f"{out}.settings")
+    units = {f"{k:05d}.jsonl": some for k, some in enumerate(in_batches(items, unit))}
 
     def make(missing):
         mine = list(itertools.chain.from_iterable(missing))
-        loaded = ahead(load, mine, workers) if load else mine
-        made = map(describe, progress(loaded, len(mine), "batches", out.stem))
+        rows = progress(rows_of(mine), len(mine), "rows", out.stem)
         for some in missing:
-            rows = itertools.chain.from_iterable(itertools.islice(made, len(some)))
-            yield jsonl(rows).encode()
-
-    # Two ranks that end together both join the units. What one of them then misses, the
-    # other has joined and removed: OUT is there.
-    def is_whole(path):
-        return has_content(path) or out.exists()
+            yield jsonl(itertools.islice(rows, len(some))).encode()
 
     try:
-        if not make_together(parts, settings, units, make, is_whole):
-            return False
-        # Before OUT, which is the sign that all is done.
-        write_json(f"{out}.settings", settings)
-        skipped = Path(str(out).removesuffix(".jsonl") + ".skipped.jsonl")
-        good, bad = join_rows(parts, units, out, skipped)
-        print(f"{good} rows in {out}, {bad} skipped (named in {skipped})")
+        if not out.exists():
+            if not make_together(parts, settings, units, make):
+                return False
+            # Before OUT, which is the sign that all is done.
+            write_json(record, settings)
+            skipped = Path(str(out).removesuffix(".jsonl") + ".skipped.jsonl")
+            good, bad = join_rows(parts, units, out, skipped)
+            print(f"{good} rows in {out}, {bad} skipped (named in {skipped})")
     except (UserError, FileNotFoundError):
+        # Two ranks that end together both join the units. What one of them then misses, the
+        # other has joined and removed: OUT is there.
         if not out.exists():
             raise
-    return is_complete(out, settings)
 
-
-def is_complete(out, settings):
-    """Tell whether OUT is there, and say so. Raises UserError if it is made in another way."""
-    if not out.exists():
-        return False
-    record = Path(f"{out}.settings")
     if not record.exists():
         raise UserError(f"{out}: not from this command (no {record.name}): choose another --out")
     refuse_other_settings(out, read_json(record, "the settings of captions"), settings)
-    shutil.rmtree(f"{out}.parts", ignore_errors=True)
+    shutil.rmtree(parts, ignore_errors=True)
     print(f"{out}: complete")
     return True
 

@@ -1,6 +1,7 @@
 """Stage 2: class names, LLaVA with pruned tokens (against transformers), longer prompts, files that
 ranks make together, and the one reader of captions and prompts."""
 
+import argparse
 import copy
 import itertools
 import json
@@ -16,52 +17,42 @@ import caption
 import common
 import cutmix
 
-WORDS = """a an the dog cat two red blue left of right image features is on table photo in
-and small large with seven clocks . , ! describe this USER : ASSISTANT""".split()
+WORDS = """<pad> <s> </s> <unk> <image> a an the dog cat two red blue left of right image features
+is on table photo in and small large with seven clocks . , ! describe this USER : ASSISTANT""".split()
+LLAMA = dict(vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+             bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
-def tokenizer(path):
+def tokenizer(path, content):
     """Save a tokenizer of whole words, which any test sentence fits into, and return it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", *WORDS]
-    vocabulary = {word: k for k, word in enumerate(words)}
+    vocabulary = {word: k for k, word in enumerate(WORDS)}
     tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokens.pre_tokenizer = pre_tokenizers.Whitespace()
     made = PreTrainedTokenizerFast(
         tokenizer_object=tokens, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
         unk_token="<unk>", extra_special_tokens={"image_token": "<image>"})
-    made.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{{ m['role'] }} : "
-        "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-        "{% for c in m['content'] %}{{ '<image> ' if c['type'] == 'image' else c['text'] }}"
-        "{% endfor %}{% endif %} {% endfor %}ASSISTANT :")
+    made.chat_template = "{{ bos_token }}USER : {{ messages[0]." + content + " }} ASSISTANT :"
     made.save_pretrained(path)
     return made
-
-
-def llama(vocabulary):
-    from transformers import LlamaConfig
-    return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory):
     """Make a random LLaVA-NeXT of 4 x 4 patches a view, as a folder."""
-    from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextProcessor
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextProcessor
     from transformers import LlavaNextForConditionalGeneration as LlavaNext
     from transformers.models.llava_next import image_processing_pil_llava_next as pil
     path = tmp_path_factory.mktemp("llava")
-    words = tokenizer(path)
+    words = tokenizer(path, "content[0].type.replace('image', '<image> ') + messages[0].content[1].text")
     grids = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
         image_size=28, patch_size=7, projection_dim=32)
     config = LlavaNextConfig(
-        vision_config=vision, text_config=llama(len(words)), image_token_index=4,
+        vision_config=vision, text_config=LlamaConfig(**LLAMA), image_token_index=4,
         image_grid_pinpoints=grids, image_seq_length=16)
     torch.manual_seed(0)
     model = LlavaNext(config)
@@ -72,8 +63,7 @@ def tiny_llava(tmp_path_factory):
                 weights.mul_(6)
     model.save_pretrained(path)
     images = pil.LlavaNextImageProcessorPil(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28},
-        image_grid_pinpoints=grids)
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=grids)
     LlavaNextProcessor(
         images, words, patch_size=7, vision_feature_select_strategy="default",
         image_token="<image>", num_additional_image_tokens=1,
@@ -84,10 +74,11 @@ def tiny_llava(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_llm(tmp_path_factory):
     """Make a random chat model, as a folder."""
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
     path = tmp_path_factory.mktemp("llm")
     torch.manual_seed(0)
-    LlamaForCausalLM(llama(len(tokenizer(path)))).save_pretrained(path)
+    tokenizer(path, "content")
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(path)
     return path
 
 
@@ -131,28 +122,18 @@ def test_class_names_come_from_folders_or_from_either_table(tmp_path):
         table.write_text(content, encoding="utf-8")
         names = caption.class_names(["n01440764", "n02099601"], table)
         assert names == {"n01440764": "tench", "n02099601": "golden retriever"}
-        assert "n00000000" in refusal(caption.class_names, ["n00000000"], table)
-    assert "WordNet id" in refusal(caption.class_names, ["n01440764"])
+        assert "photos in train" in refusal(caption.class_names, ["train"], table)
+    assert "photos in n01440764" in refusal(caption.class_names, ["n01440764"])
+    for content in ("[1]", '{"0": ["n01440764", 5]}', "n01440764", "n01440764 tench\nn02099601 5 dog\n"):
+        table.write_text(content)
+        assert "table: not lines 'n01440764" in refusal(caption.class_names, [], table)
 
 
-@pytest.mark.parametrize("content", [
-    b"[1]", b'{"0": 5}', b'{"0": ["n01440764"]}', b'{"0": ["n01440764", 5]}', b"n01440764",
-    b"n01440764 5 tench\n", b"n01440764 tench\nn02099601 249 retriever\n", b"n01440764 'tench'"])
-def test_a_file_that_is_no_table_of_classes_is_refused(tmp_path, content):
-    (tmp_path / "table").write_bytes(content)
-    assert "table: not lines 'n01440764" in refusal(caption.class_names, [], tmp_path / "table")
-
-
-def test_aio_captions_every_file_with_its_class_and_no_article(pictures, tmp_path, capsys):
-    words = ["aio", "--images", pictures / "photos", "--out", tmp_path / "aio.jsonl"]
-    do(*words)
+def test_aio_captions_every_file_with_its_class_and_no_article(pictures, tmp_path):
+    do("aio", "--images", pictures / "photos", "--out", tmp_path / "aio.jsonl")
     rows = common.read_jsonl(tmp_path / "aio.jsonl")
     assert [row["file"] for row in rows] == common.list_images(pictures / "photos")
-    for row in rows:
-        assert row["caption"] == "An image of " + row["file"].split("/")[0]
-    do(*words)
-    assert capsys.readouterr().out.count("complete") == 2
-    assert "begun with other settings" in refusal(do, *words, "--images", pictures / "cutmix")
+    assert all(row["caption"] == f"An image of {row['file'].split('/')[0]}" for row in rows)
 
 
 # --------------------------------------------------------------------------------------
@@ -178,32 +159,31 @@ def test_kept_patches_are_the_quadrants_with_most_of_the_second_photo():
 def test_the_box_of_a_composite_is_in_pixels_of_its_file_even_if_less_is_decoded(tmp_path):
     # A JPEG as large as this is decoded at half its size: its views have 64 pixels.
     Image.new("RGB", (512, 512), "red").save(tmp_path / "large.jpg")
-    composite = caption.Picture("large.jpg", "1/4", (256, 256, 512, 512))
+    composite = ("large.jpg", "1/4", (256, 256, 512, 512))
 
     def processor(images, return_tensors):
         return {"pixel_values": torch.zeros(1, 5, 3, 2, 2)}
 
-    assert caption.load_views(composite, tmp_path, processor, 64, prune=True).kept == [0, 4]
+    ((_, _, kept),), _ = caption.load_views([composite], tmp_path, processor, 64, prune=True)
+    assert kept == [0, 4]
 
 
 class Llava:
-    """The tiny LLaVA, and the views that its own processor makes of some pictures."""
+    """The tiny LLaVA, some pictures, and the views that its own processor makes of them."""
 
     def __init__(self, folder, pictures):
         self.model, self.processor, side, self.prompt = caption.load_llava(folder, "describe this image")
-        self.text = self.processor.tokenizer.decode(self.prompt)
         files = [file for file in common.list_images(pictures / "photos") if "4.png" not in file]
         self.images = [common.load_image(pictures / "photos" / file, side) for file in files]
-
-    def views(self, image):
-        return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+        self.views = [self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+                      for image in self.images]
 
     def embed(self, pixels, kept):
         return caption.embed_question(self.model, pixels, kept, self.prompt)
 
-    def answers(self, pixels, kept, longest=20):
+    def answers(self, pixels, kept):
         embeddings, mask = self.embed(pixels, kept)
-        return caption.greedy_answers(self.model, self.processor.tokenizer, mask, longest,
+        return caption.greedy_answers(self.model, self.processor.tokenizer, mask, 20,
                                       inputs_embeds=embeddings)
 
 
@@ -213,24 +193,23 @@ def llava(tiny_llava, pictures):
 
 
 def test_without_pruning_it_is_transformers_own_path_to_the_last_bit(llava):
+    text = llava.processor.tokenizer.decode(llava.prompt)
     answers = set()
-    for image in llava.images[:5]:
-        inputs = llava.processor(images=image, text=llava.text, add_special_tokens=False,
-                                 return_tensors="pt")
+    for image, views in zip(llava.images[:5], llava.views):
+        inputs = llava.processor(images=image, text=text, add_special_tokens=False, return_tensors="pt")
         seen = []
 
         def watch(module, args, kwargs, seen=seen):
             seen.append(kwargs["inputs_embeds"])
 
         hook = llava.model.model.language_model.register_forward_pre_hook(watch, with_kwargs=True)
-        own = llava.model.generate(**inputs, do_sample=False, max_new_tokens=25)
+        own = llava.model.generate(**inputs, do_sample=False, max_new_tokens=20)
         hook.remove()
         own = own[0, inputs["input_ids"].shape[1]:]
 
-        pixels = [llava.views(image)]
-        embeddings, mask = llava.embed(pixels, [caption.ALL_VIEWS])
+        embeddings, mask = llava.embed([views], [caption.ALL_VIEWS])
         assert torch.equal(embeddings, seen[0]) and mask.all()
-        ours = llava.answers(pixels, [caption.ALL_VIEWS], 25)[0]
+        ours = llava.answers([views], [caption.ALL_VIEWS])[0]
         assert ours == llava.processor.tokenizer.decode(own, skip_special_tokens=True)
         answers.add(ours)
     assert len(answers) > 1, "the answers should depend on the pictures"
@@ -253,7 +232,7 @@ def test_pruned_embeddings_are_the_kept_subset_in_order(llava, kept):
     passed = []
     hook = llava.model.model.vision_tower.register_forward_pre_hook(
         lambda module, args: passed.append(len(args[0])))
-    views = llava.views(llava.images[0])
+    views = llava.views[0]
     full, _ = llava.embed([views], [caption.ALL_VIEWS])
     pruned, mask = llava.embed([views[kept]], [kept])
     hook.remove()
@@ -272,37 +251,33 @@ def test_the_numbers_of_tokens_are_the_papers():
 
 def test_a_batch_padded_on_the_left_says_what_each_picture_says_alone(llava):
     kept = [[0], [0, 2, 4], [0, 1, 2, 3, 4]]
-    pixels = [llava.views(image)[numbers] for image, numbers in zip(llava.images, kept)]
+    pixels = [views[numbers] for views, numbers in zip(llava.views, kept)]
     alone = [llava.answers([pixels[k]], [kept[k]])[0] for k in range(3)]
     assert llava.answers(pixels, kept) == alone
 
 
 def test_an_answer_ends_at_the_models_end_token_and_at_the_tokenizers(llava, monkeypatch):
-    # A picture of which it says several words.
-    said = [len(set(llava.answers([llava.views(image)], [caption.ALL_VIEWS])[0].split()))
-            for image in llava.images]
-    image = llava.images[np.argmax(said)]
-    embeddings, mask = llava.embed([llava.views(image)], [caption.ALL_VIEWS])
-    words = copy.deepcopy(llava.processor.tokenizer)
+    llava = copy.copy(llava)
+    llava.processor = copy.deepcopy(llava.processor)
 
-    def answer():
-        return caption.greedy_answers(llava.model, words, mask, 20, inputs_embeds=embeddings)[0].split()
+    def answer(views):
+        return llava.answers([views], [caption.ALL_VIEWS])[0].split()
 
-    whole = answer()
-    second = next(k for k, word in enumerate(whole) if word != whole[0])
-    assert len(whole) > second + 1, said
-    words.eos_token = whole[second]
-    assert answer() == whole[:second + 1]
-    ends = [words.convert_tokens_to_ids(whole[0]), 2]
-    monkeypatch.setattr(llava.model.generation_config, "eos_token_id", ends)
-    assert answer() == whole[:1]
+    views = max(llava.views, key=lambda views: len(answer(views)))
+    words = answer(views)
+    assert len(words) > 1
+    llava.processor.tokenizer.eos_token = words[0]
+    assert answer(views) == words[:1]
+    llava.processor.tokenizer.eos_token = "</s>"
+    assert answer(views) == words
+    monkeypatch.setattr(llava.model.generation_config, "eos_token_id", [WORDS.index(words[0]), 2])
+    assert answer(views) == words[:1]
 
 
 def test_answers_end_with_a_whole_sentence_on_one_line():
     text = ' A dog.\nIt is 3.5 m "tall." An'
     assert caption.whole_sentences(text) == 'A dog. It is 3.5 m "tall."'
     assert caption.whole_sentences("A dog without end") == "A dog without end"
-    assert caption.whole_sentences(" \n") == ""
 
 
 # --------------------------------------------------------------------------------------
@@ -328,8 +303,10 @@ def test_composites_are_shown_the_views_of_their_setting(tiny_llava, pictures, t
     embed_question = caption.embed_question
 
     def watch(model, pixels, kept, prompt):
-        for views, numbers in zip(pixels, kept):
-            seen.append((len(views), numbers, prompt))
+        assert [len(views) for views in pixels] == [len(numbers) for numbers in kept]
+        # The question is the composites' own: <s> user : <image> ... ASSISTANT :
+        assert len(prompt) == 6 + len(re.findall(r"\w+|[.,]", caption.PROMPT_CUTMIX))
+        seen.extend(kept)
         return embed_question(model, pixels, kept, prompt)
 
     monkeypatch.setattr(caption, "embed_question", watch)
@@ -338,41 +315,17 @@ def test_composites_are_shown_the_views_of_their_setting(tiny_llava, pictures, t
     assert {row["setting"] for row in rows} == {"1/2", "1/4", "1/9", "1/16"}
     options = ["llava", "--cutmix", manifest, "--model", tiny_llava, "--max-new-tokens", 2]
     do(*options, "--out", tmp_path / "c.jsonl")
-    expected = [caption.kept_patches(row["setting"], row["box"], 64) for row in rows]
-    assert [kept for _, kept, _ in seen] == expected
-    assert all(views == len(kept) for views, kept, _ in seen)
-    # The question is the composites' own: <s> user : <image> ... ASSISTANT :
-    words = re.findall(r"\w+|[.,]", caption.PROMPT_CUTMIX)
-    assert all(len(prompt) == 6 + len(words) for _, _, prompt in seen)
-
+    assert seen == [caption.kept_patches(row["setting"], row["box"], 64) for row in rows]
     seen.clear()
     do(*options, "--out", tmp_path / "d.jsonl", "--no-prune")
-    assert [kept for _, kept, _ in seen] == [[0, 1, 2, 3, 4]] * len(rows)
+    assert seen == [[0, 1, 2, 3, 4]] * len(rows)
 
 
-def test_pictures_that_have_a_caption_are_left_out(tiny_llava, pictures, tmp_path, capsys):
-    """A caption names its picture with the folder or, as the authors' do, without."""
-    photos = shutil.copytree(pictures / "photos", tmp_path / "photos")
-    shutil.copy(photos / "class1/7.png", photos / "class0/7.png")
-    authors = tmp_path / "authors.csv"
-    authors.write_text("image_path,caption\n0.png,A dog.\n11.png,A cat.\n7.png,A bird.\n")
-    ours = tmp_path / "ours.jsonl"
-    common.write_jsonl(ours, [{"file": "class0/2.png", "caption": "A dog."},
-                              {"file": "class0/6.png", "caption": " "},
-                              {"file": "class0/1.png", "caption": "No such picture."}])
-    do("llava", "--images", photos, "--captioned", authors, ours, "--model", tiny_llava,
-       "--max-new-tokens", 2, "--out", tmp_path / "rest.jsonl")
-    assert "3 pictures have captions, 11 need one" in capsys.readouterr().out
-    rows = common.read_jsonl(tmp_path / "rest.jsonl") + common.read_jsonl(tmp_path / "rest.skipped.jsonl")
-    # 7.png is the name of two.
-    captioned = {"class0/0.png", "class1/11.png", "class0/2.png"}
-    assert {row["file"] for row in rows} == set(common.list_images(photos)) - captioned
-
-
-def test_captions_without_folders_go_to_the_only_file_of_that_name():
+def test_captions_find_their_files_and_only_the_other_pictures_need_one(pictures, tmp_path, capsys):
     files = ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/3.jpg", "b/4.jpg"]
     captions = {"2.jpg": "two", "1.jpg": "which?", "b/3.jpg": "three", "9.jpg": "none"}
     matched, skipped = caption.match(files, captions)
+    # Without its folder, as in the authors' files, a name must be the only one.
     assert list(matched.items()) == [("a/2.jpg", "two"), ("b/3.jpg", "three")]
     assert [(row["file"], row["reason"]) for row in skipped] == [
         ("a/1.jpg", "no caption"), ("b/1.jpg", "no caption"), ("b/4.jpg", "no caption"),
@@ -380,15 +333,20 @@ def test_captions_without_folders_go_to_the_only_file_of_that_name():
         ("9.jpg", "caption, but no such image")]
     assert caption.match(["1.jpg", "a/1.jpg"], {"1.jpg": "flat"})[0] == {"1.jpg": "flat"}
 
-
-ROW = {"file": "0.jpg", "setting": "1/4", "box": [0, 0, 8, 8]}
+    (tmp_path / "some.csv").write_text("image_path,caption\n0.png,A dog.\n")
+    (tmp_path / "more.tsv").write_text("class1/11.png\tA cat.\nclass0/2.png\t \n")
+    missing, _ = caption.pictures_to_caption(argparse.Namespace(
+        images=pictures / "photos", cutmix=None, captioned=[tmp_path / "some.csv", tmp_path / "more.tsv"]))
+    captioned = {"class0/0.png", "class1/11.png"}
+    assert {file for file, _, _ in missing} == set(common.list_images(pictures / "photos")) - captioned
+    assert "2 pictures have captions, 11 need one" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", [
-    {"box": [0, 0, float("nan"), 8]}, {"box": ["a", 0, 8, 8]}, {"box": [0, 0, 8]}, {"box": "0088"},
-    {"box": 3}, {"setting": "1/5"}, {"setting": None}, {"setting": ["1/4"]}, {"file": 3}, {"file": None}])
+    {"box": [0, 0, float("nan"), 8]}, {"box": "0088"}, {"box": [0, 0, 8]}, {"setting": "1/5"}, {"file": 3}])
 def test_a_row_that_cutmix_did_not_write_is_refused_by_its_number(tmp_path, change):
-    common.write_jsonl(tmp_path / "cutmix.jsonl", [ROW, {**ROW, **change}])
+    row = {"file": "0.jpg", "setting": "1/4", "box": [0, 0, 8, 8]}
+    common.write_jsonl(tmp_path / "cutmix.jsonl", [row, {**row, **change}])
     words = ["llava", "--cutmix", tmp_path / "cutmix.jsonl", "--out", tmp_path / "out.jsonl"]
     assert "cutmix.jsonl row 2: not a composite of cutmix.py" in refusal(do, *words)
 
@@ -402,10 +360,8 @@ def test_lost_words_are_found():
     assert caption.missing_words("a photo of a red bench left of blue knives", kept) == []
     prompt = "a photo of three green benches right of a dog"
     assert caption.missing_words(prompt, kept) == ["three", "green", "right", "dog"]
-    plurals = {"berry": "berries", "bus": "buses", "glass": "glasses", "giraffe": "giraffes",
-               "mouse": "mouse", "tie": "ties", "horse": "horses", "skis": "skis", "vase": "vases",
-               "sandwich": "sandwiches", "knife": "knives", "leaf": "leaves"}
-    for one, many in plurals.items():
+    for one, many in {"berry": "berries", "bus": "buses", "mouse": "mouse", "vase": "vases",
+                      "sandwich": "sandwiches", "knife": "knives", "leaf": "leaves"}.items():
         assert caption.missing_words(f"a photo of {one}", f"There are {many}.") == []
 
 
@@ -442,8 +398,7 @@ def test_prompts_become_long_stay_whole_or_stay_short(tiny_llm, tmp_path, monkey
     assert rows[3] == {**rows[0], "tag": "again"}
     # After the trial of the model.
     assert [len(questions) for questions in asked[1:]] == [3, 2, 1, 1]
-    said = capsys.readouterr().out
-    assert "1 of 4 prompts were kept short" in said and "a photo of a blue cat" in said
+    assert "1 of 4 prompts were kept short\n  a photo of a blue cat" in capsys.readouterr().out
     skipped, = common.read_jsonl(tmp_path / "long.skipped.jsonl")
     assert skipped == {"file": "evaluation_metadata.jsonl row 2", "reason": "no word in it"}
 
@@ -459,15 +414,15 @@ def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_made(
 
     for command, model, name, change, words in [
             (photos, tiny_llava, "model.safetensors", lambda content: content[:5000], "does not load"),
-            (photos, tiny_llava, "chat_template.jinja", lambda _: b"", "no chat template"),
             (photos, tiny_llava, "chat_template.jinja", lambda _: b"text", "no <image> in its chat"),
-            (photos, tiny_llava, "config.json", other_grid, "no 2 x 2 grid"),
             (photos, tiny_llava, "processor_config.json", other_grid, "no 2 x 2 grid"),
             (photos, tiny_llm, "config.json", bytes, "not LLaVA-NeXT, but llama"),
-            (prompts, tiny_llm, "chat_template.jinja", lambda _: b"{{ raise_exception('no') }}", "asked"),
-            (prompts, tiny_llm, "model.safetensors", lambda content: content[:5000], "does not load")]:
-        model = shutil.copytree(model, tmp_path / "model", dirs_exist_ok=True)
-        (model / name).write_bytes(change((model / name).read_bytes()))
+            (prompts, tiny_llm, "chat_template.jinja", None, "not a model that can be asked")]:
+        model = shutil.copytree(model, tmp_path / "model")
+        content = (model / name).read_bytes()
+        (model / name).unlink()
+        if change:
+            (model / name).write_bytes(change(content))
         assert words in refusal(do, *command, "--out", tmp_path / "out.jsonl", "--model", model)
         shutil.rmtree(model)
     assert not list(tmp_path.glob("out*"))
@@ -479,52 +434,50 @@ def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_made(
 ITEMS = [f"f{k}" for k in range(23)]
 
 
-def describe(batch):
-    """Return the rows of a batch, in which some pictures are broken; captions depend on the batch."""
-    rows = []
-    for item in batch:
-        good = {"file": item, "caption": f"{item} of {batch[0]} ä\u2028"}
-        rows.append({"file": item, "reason": "broken"} if int(item[1:]) % 5 == 3 else good)
-    return rows
+def rows_of(items):
+    """Yield a row for each item, of which some are broken; captions depend on the batch of 4."""
+    for batch in common.in_batches(items, 4):
+        for item in batch:
+            good = {"file": item, "caption": f"{item} of {batch[0]} ä\u2028"}
+            yield {"file": item, "reason": "broken"} if int(item[1:]) % 5 == 3 else good
 
 
-def write(folder, rank=0, world=1, describe=describe, model="a model"):
+def write(folder, rank=0, world=1, rows_of=rows_of, model="a model"):
     """Write ITEMS as one of several ranks; return whether all is there, and all files."""
-    settings = {"model": model}
-    out = folder / "c.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANK", str(rank))
         patch.setenv("WORLD_SIZE", str(world))
-        done = caption.is_complete(out, settings) or caption.write_together(
-            out, settings, common.in_batches(ITEMS, 4), 2, describe)
+        done = caption.write_together(folder / "c.jsonl", {"model": model}, ITEMS, 8, rows_of)
     return done, {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-def test_batches_that_are_whole_are_not_asked_again_whoever_made_them(tmp_path):
-    (tmp_path / "one").mkdir()
-    (tmp_path / "many").mkdir()
-    _, expected = write(tmp_path / "one")
+def test_rows_that_are_whole_are_not_made_again_whoever_made_them(tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    _, expected = write(one)
     assert sorted(expected) == ["c.jsonl", "c.jsonl.settings", "c.skipped.jsonl"]
     files = [json.loads(line)["file"] for line in expected["c.jsonl"].splitlines()]
     assert files == [item for item in ITEMS if int(item[1:]) % 5 != 3]
+    made = []
 
-    asked = []
-
-    def killed(batch):
-        asked.append(batch)
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        return describe(batch)
+    def killed(items):
+        for row in rows_of(items):
+            if row["file"] == "f10":
+                raise KeyboardInterrupt
+            made.append(row["file"])
+            yield row
 
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "many", describe=killed)
+        write(many, rows_of=killed)
     # Of three units the first is there; of two ranks the second has but one to make.
-    done, files = write(tmp_path / "many", 1, 2, killed)
-    assert not done and not files and asked[3:] == common.in_batches(ITEMS, 4)[2:4]
-    assert "begun with other settings (model a model" in refusal(write, tmp_path / "many", 0, 2, None, "b")
-    assert write(tmp_path / "many", 2, 3) == (True, expected)
-    assert write(tmp_path / "many", 0, 5, describe=None) == (True, expected)
-    assert not (tmp_path / "many/c.jsonl.parts").exists()
+    assert made == ITEMS[:10] and (many / "c.jsonl.parts/00000.jsonl").exists()
+    assert "begun with other settings (model a model" in refusal(write, many, 0, 2, None, "b")
+    done, files = write(many, 1, 2)
+    assert not done and not files
+    assert write(many, 2, 3) == (True, expected)
+    # No row is asked for, and another command's file is left alone.
+    assert write(many, 0, 5, rows_of=None) == (True, expected)
+    assert "c.jsonl: begun with other settings" in refusal(write, many, 0, 1, None, "another")
+    assert not (many / "c.jsonl.parts").exists()
 
 
 def test_of_two_ranks_that_end_together_the_second_finds_its_work_done(tmp_path, monkeypatch):
@@ -540,45 +493,29 @@ def test_of_two_ranks_that_end_together_the_second_finds_its_work_done(tmp_path,
     assert write(tmp_path)[0] and not (tmp_path / "c.jsonl.parts").exists()
 
 
-def test_what_another_command_made_is_left_alone(tmp_path):
-    _, files = write(tmp_path)
-    assert "c.jsonl: begun with other settings" in refusal(write, tmp_path, 0, 1, None, "another")
-    (tmp_path / "c.jsonl.settings").unlink()
-    assert "not from this command" in refusal(write, tmp_path)
-    assert (tmp_path / "c.jsonl").read_bytes() == files["c.jsonl"]
-
-
-def test_where_nothing_has_a_caption_nothing_counts_as_made(tmp_path):
-    message = refusal(write, tmp_path, 0, 1, lambda batch: [{"file": f, "reason": "bad"} for f in batch])
-    assert "nothing could be made of 23 files; the first: f0: bad" in message
-    assert not (tmp_path / "c.jsonl").exists() and write(tmp_path)[0]
-
-
 # --------------------------------------------------------------------------------------
 # Captions and prompts
 
-@pytest.mark.parametrize("name, content", [
-    ("a.jsonl", '\ufeff{"file": "ä.jpg", "caption": "x\u2028y\x85\\nz"}\n{"file": "b.jpg", "text": " "}\n'),
-    ("a.jsonl", '{"image_path": "ä.jpg", "Caption": "x\u2028y\x85\\nz"}\n{"file": "b.jpg", "text": ""}\n'),
-    ("a.CSV", '\ufeff,Image_Path,caption\r\n0,ä.jpg,"x\u2028y\x85\nz"\r\n1,b.jpg\r\n'),
-    ("a.tsv", 'Filename\tText\nä.jpg\t"x\u2028y\x85\nz"\nb.jpg\t...\n')])
-def test_captions_are_read_as_people_have_them(tmp_path, name, content):
+TEXT = "x\u2028y\x85\nz"
+
+
+@pytest.mark.parametrize("name, content, captions, skipped", [
+    ("a.jsonl", '\ufeff{"file": "ä.jpg", "caption": "x\u2028y\x85\\nz"}\n{"file": "b", "text": " "}\n',
+     {"ä.jpg": TEXT}, ["b"]),
+    ("a.CSV", f'\ufeff,Image_Path,caption\r\n0,ä.jpg,"{TEXT}"\r\n1,b\r\n', {"ä.jpg": TEXT}, ["b"]),
+    ("a.tsv", f'Filename\tText\nä.jpg\t"{TEXT}"\nb\t...\n', {"ä.jpg": TEXT}, ["b"]),
+    # The authors' has no line of names.
+    ("a.tsv", '1.JPEG\t"A dog" sits.\n2.JPEG\tA cat\twith a tab.\n3',
+     {"1.JPEG": '"A dog" sits.', "2.JPEG": "A cat\twith a tab."}, ["3"])])
+def test_captions_are_read_as_people_have_them(tmp_path, name, content, captions, skipped):
     (tmp_path / name).write_bytes(content.encode())
-    skipped = [{"file": "b.jpg", "reason": "no word in its caption"}]
-    assert caption.read_captions(tmp_path / name) == ({"ä.jpg": "x\u2028y\x85\nz"}, skipped)
-
-
-def test_the_authors_tsv_has_no_line_of_names(tmp_path):
-    (tmp_path / "a.tsv").write_text('1.JPEG\t"A dog" sits.\n2.JPEG\tA cat\twith a tab.\n3')
-    captions, skipped = caption.read_captions(tmp_path / "a.tsv")
-    assert captions == {"1.JPEG": '"A dog" sits.', "2.JPEG": "A cat\twith a tab."}
-    assert [row["file"] for row in skipped] == ["3"]
+    rows = [{"file": file, "reason": "no word in its caption"} for file in skipped]
+    assert caption.read_captions(tmp_path / name) == (captions, rows)
 
 
 @pytest.mark.parametrize("name, content, prompts, skipped", [
     ("p.txt", "\ufeffa\u2028b\x85c\x0cd\r\n...\r\n[V] dog\r\n\r\n", ["a\u2028b\x85c\x0cd", "[V] dog"], [2]),
-    ("p.jsonl", '{"caption": "a\u2028b"}\n{"prompt": ""}\n', ["a\u2028b"], [2]),
-    ("p.json", '{"prompt": "a"}\n{"prompt": "b"}\n', ["a", "b"], []),
+    ("p.json", '{"caption": "a\u2028b"}\n{"prompt": ""}\n', ["a\u2028b"], [2]),
     # As PartiPrompts has it, and as pandas writes it.
     ("p.tsv", 'Prompt\tNote\n"G I G" in paint\tx\na "red" tag\t\n', ['"G I G" in paint', 'a "red" tag'], []),
     ("p.tsv", 'Prompt\tNote\n"""G I G"" in paint"\tx\n', ['"G I G" in paint'], []),
@@ -595,29 +532,29 @@ def test_a_folder_of_texts_gives_each_prompt_its_name(tmp_path):
         (tmp_path / f"{name}.txt").write_bytes(content.encode())
     rows, skipped = caption.read_prompts(tmp_path)
     assert rows == [{"prompt": "a star", "name": "0", "prompt_file": f"{tmp_path}/0.txt"}]
-    assert skipped == [{"file": "1.txt", "reason": "no word in it"}]
+    assert skipped == [{"file": f"{tmp_path.name} 1", "reason": "no word in it"}]
 
 
-def coco(numbers, texts):
+def coco(count, texts):
     """Return COCO's captions, some for each image, with the last id first."""
-    images = [{"id": k, "file_name": f"{k}.jpg"} for k in reversed(numbers)]
+    images = [{"id": k, "file_name": f"{k}.jpg"} for k in reversed(range(count))]
     annotations = [{"id": 100 * i + k, "image_id": k, "caption": texts[i].format(k)}
-                   for k, i in itertools.product(numbers, reversed(range(len(texts))))]
+                   for k, i in itertools.product(range(count), reversed(range(len(texts))))]
     return {"images": images, "annotations": annotations}
 
 
 def test_cocos_prompts_are_each_images_first_caption_with_a_word(tmp_path):
-    content = coco(range(2), ["- ", "eins {} ä ", "zwei"])
+    content = coco(2, ["- ", "eins {} ä ", "zwei"])
     content["images"].append({"id": 2, "file_name": "2.jpg"})
     for indent in (None, 1):
         (tmp_path / "coco.json").write_text(json.dumps(content, indent=indent))
         rows, skipped = caption.read_prompts(tmp_path / "coco.json")
         assert rows == [{"prompt": f"eins {k} ä", "name": f"{k}", "file": f"{k}.jpg"} for k in range(2)]
-        assert skipped == [{"file": "coco.json image 2", "reason": "no word in it"}]
+        assert skipped == [{"file": "coco.json 2", "reason": "no word in it"}]
 
 
 def test_a_limit_chooses_by_seed_what_it_always_chose(tmp_path):
-    (tmp_path / "coco.json").write_text(json.dumps(coco(range(50), ["caption {}"])))
+    (tmp_path / "coco.json").write_text(json.dumps(coco(50, ["caption {}"])))
     (tmp_path / "p.txt").write_text("".join(f"caption {k}\n" for k in range(50)))
     # What commit cf74f17 chose.
     for name, seed, expected in [
@@ -625,62 +562,35 @@ def test_a_limit_chooses_by_seed_what_it_always_chose(tmp_path):
             ("p.txt", 0, [2, 16, 24, 26, 48]), ("p.txt", 1, [4, 8, 16, 36, 48])]:
         rows, _ = caption.read_prompts(tmp_path / name, 5, seed)
         assert [row["prompt"] for row in rows] == [f"caption {k}" for k in expected]
-    # A lower limit takes a part of COCO's images; one above their number takes all.
+        assert len(caption.read_prompts(tmp_path / name, 99)[0]) == 50
+    # A lower limit takes a part of COCO's images.
     rows, _ = caption.read_prompts(tmp_path / "coco.json", 3)
     assert {row["name"] for row in rows} < {"6", "14", "34", "38", "44"}
-    assert len(caption.read_prompts(tmp_path / "coco.json", 99)[0]) == 50
-
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\n"
-
-
-@pytest.mark.parametrize("name, content, words", [
-    ("a.tsv", b"1.jpg\tA dog.\n1.jpg\tA cat.\n", "row 2: 1.jpg had another caption"),
-    ("a.tsv", b"1.jpg A dog.\n2.jpg A cat.\n", "row 1: needs a text called file or image_path"),
-    ("a.tsv", b"1.jpg\t\xff\n", "not text in UTF-8"),
-    ("a.tsv", POINTER, "git-lfs pointer"),
-    ("a.jsonl", POINTER, "git-lfs pointer"),
-    ("a.jsonl", b'{"file": "a"}\n', "row 1: needs a text called caption or text, and has file"),
-    ("a.jsonl", b'{"file": "a", "caption": 3}\n', "a text called caption or text, and has file, caption"),
-    ("a.jsonl", b'{"image": {}, "caption": "x"}\n', "row 1: needs a text called file or image_path"),
-    ("a.jsonl", b'{"image_path": "", "caption": "x"}\n', "row 1: a caption without a file"),
-    ("a.jsonl", b'{"file": "a", "caption": "x \\ud83d"}\n', "row 1: half a character"),
-    ("a.jsonl", b'{"file": "a", "caption": ""}\n', "no captions in it"),
-    ("a.csv", b"photo,caption\n1.jpg,A dog.\n", "and has photo, caption"),
-    ("a.csv", b"file,caption\n1.jpg,A dog, a cat\n", "row 1 has more cells"),
-    ("a.csv", b"file;caption\n1.jpg;x\n", "and has file;caption"),
-    ("a.csv", b"file,caption\n1.jpg,\xff\n", "not text in UTF-8"),
-    ("a.csv", b"file,caption\n1.jpg," + 200_000 * b"x", "not a table of cells (Error: field larger"),
-    ("a.parquet", b"PAR1", "Parquet is not read here")])
-def test_captions_that_are_not_understood_are_refused(tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    message = refusal(caption.read_captions, tmp_path / name)
-    assert name in message and words in message
 
 
 IMAGE = b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": ['
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("p.tsv", b"a star\tred\na ring\tblue\n", "called prompt or caption or text, and has a star, red"),
-    ("p.txt", b"a star\tred\n", "begins like a table"),
-    ("p.dat", b"Prompt,Category\na star,x\n", "begins like a table"),
-    ("p.ndjson", b'{"prompt": "a"}\n', "begins like a table or JSON"),
-    ("p.txt", b'[\n "a star"]\n', "begins like a table or JSON"),
-    ("p.xlsx", b"PK\3\4\0\0\n", "begins like a table"),
-    ("p.npz", b"PK\3\4\xff\n", "not text in UTF-8"),
-    ("p.txt", POINTER, "git-lfs pointer"),
-    ("p.txt", b"\n - \n", "no prompts in it"),
-    ("p.jsonl", b'{"prompt": null}\n', "row 1: needs a text called prompt or"),
-    ("p.jsonl", b'{"prompt": "x"}\n{"prompt": "\\ud800"}\n', "row 2: half a character"),
-    ("p.jsonl", b"[" * 100_000 + b"\n", "line 1: not JSON"),
-    ("p.json", b"[" * 100_000, "not COCO's captions (RecursionError"),
-    ("p.json", b'{"images": [3], "annotations": []}', "not COCO's captions"),
-    ("p.json", IMAGE, "not COCO's captions"),
-    ("p.json", IMAGE + b"]}", "no prompts in it"),
-    ("p.json", IMAGE + b'{"id": 1, "image_id": 7, "caption": "x"}]}', "not COCO's captions (no 7)"),
-    ("p.json", IMAGE + b'{"id": 1, "image_id": 1, "caption": 3}]}', "not COCO's captions")])
-def test_prompts_that_are_not_understood_are_refused(tmp_path, name, content, words):
+@pytest.mark.parametrize("read, name, content, words", [
+    ("captions", "a.tsv", b"1.jpg\tA dog.\n1.jpg\tA cat.\n", "row 2: 1.jpg had another caption"),
+    ("captions", "a.tsv", b"1.jpg A dog.\n2.jpg A cat.\n", "row 1: needs a text called file or image_path"),
+    ("captions", "a.csv", b"1.jpg\t\xff\n", "text in UTF-8"),
+    ("captions", "a.jsonl", b'{"file": "a", "caption": 3}\n', "caption or text, and has file, caption"),
+    ("captions", "a.jsonl", b'{"file": "a", "caption": "x \\ud83d"}\n', "row 1: not text that UTF-8"),
+    ("captions", "a.jsonl", b'{"file": "a", "caption": ""}\n', "no captions in it"),
+    ("captions", "a.csv", b"file,caption\n1.jpg,A dog, a cat\n", "row 1 has more cells"),
+    ("captions", "a.csv", b"file,caption\n1.jpg," + 200_000 * b"x", "not a table of cells (Error: field"),
+    ("prompts", "p.tsv", b"a star\tred\na ring\tblue\n", "prompt or caption or text, and has a star, red"),
+    ("prompts", "p.txt", b"a star\tred\n", "begins like a table"),
+    ("prompts", "p.dat", b"Category, Prompt\nx,a star\n", "begins like a table"),
+    ("prompts", "p.ndjson", b'{"prompt": "a"}\n', "begins like a table or JSON"),
+    ("prompts", "p.txt", b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+    ("prompts", "p.txt", b"\n - \n", "no prompts in it"),
+    ("prompts", "p.jsonl", b'{"prompt": "x"}\n{"prompt": "\\ud800"}\n', "row 2: not text that UTF-8"),
+    ("prompts", "p.json", IMAGE, "not COCO's captions"),
+    ("prompts", "p.json", IMAGE + b'{"id": 1, "image_id": 7, "caption": "x"}]}', "COCO's captions (no 7)"),
+    ("prompts", "p.json", IMAGE + b'{"id": 1, "image_id": 1, "caption": 3}]}', "not COCO's captions")])
+def test_a_file_that_is_not_understood_is_refused(tmp_path, read, name, content, words):
     (tmp_path / name).write_bytes(content)
-    message = refusal(caption.read_prompts, tmp_path / name)
+    message = refusal(getattr(caption, f"read_{read}"), tmp_path / name)
     assert name in message and words in message
