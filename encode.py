@@ -422,7 +422,6 @@ class Encoded:
         k, j = self.locate(i)
         shard = self.shards[k]
         start, end = self.offsets[k][j:j + 2]
-
         if shard["text"].dtype == torch.bfloat16:
             return shard["text"][start:end]
         scale = shard["scale"][start:end] if "scale" in shard else 1.0
@@ -569,14 +568,9 @@ def make_shards(args, settings, vae, tokenizer, t5, parts):
         captions = [""] if name == NULL else [caption for _, caption in kept]
         text, unknown = encode_captions(tokenizer, t5, captions, args)
         tensors = {"mean": mean[:len(kept)], "std": std[:len(kept)], **text}
-        samples = {
-            "shard": name,
-            "settings": settings,
-            "files": [file for file, _ in kept],
-            "captions": captions,
-            "unknown": unknown,
-            "skipped": skipped,
-        }
+        files = [file for file, _ in kept]
+        samples = {"shard": name, "settings": settings, "files": files,
+                   "captions": captions, "unknown": unknown, "skipped": skipped}
 
         # One entry of metadata: safetensors writes several in random order, and a shard that
         # is made again must have the same bytes.
@@ -683,17 +677,15 @@ def check(folder):
     for i in progress(range(len(data)), len(data), "img", "check"):
         numbers = [*data.moments(i), data.text(i)]
         if not all(tensor.isfinite().all() for tensor in numbers):
-            k, _ = data.locate(i)
-            raise UserError(f"{data.paths[k]}: numbers of {data.sample(i)[0]} are not finite: "
-                            f"{REMEDY}")
+            path = data.paths[data.locate(i)[0]]
+            raise UserError(f"{path}: {data.sample(i)[0]} holds numbers that are not finite: {REMEDY}")
 
     vae = load_vae(data.meta["vae"])
     four = np.linspace(0, len(data) - 1, min(len(data), 4)).astype(int).tolist()
     pictures = [decoded(vae, data.moments(i)[0]) for i in four]
     texts = [": ".join(data.sample(i)) for i in four]
     # Room for a caption of some 700 characters.
-    sheet = contact_sheet(pictures, texts, columns=4, lines=20)
-    save_png(sheet, data.folder / "check.png")
+    save_png(contact_sheet(pictures, texts, columns=4, lines=20), data.folder / "check.png")
 
     # Photos have no settings, and data sets made before do not say where they are.
     examples = data.meta.get("examples") or {f"image {i}": i for i in four}
