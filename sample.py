@@ -29,13 +29,13 @@ from typing import NamedTuple, Protocol
 
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (Options, UserError, autocast, command_line, complete, contact_sheet, fetch,
-                    fingerprint, in_batches, local_device, make_together, number, open_image,
-                    rank_and_world, read_json, reading, refuse_other_settings, save_png, sha256,
-                    to_images, write_json, write_jsonl)
+                    fingerprint, in_batches, keep_apart, local_device, make_together, number,
+                    open_image, rank_and_world, read_json, reading, save_png, sha256, to_images,
+                    write_json, write_jsonl)
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import model_cad
@@ -58,13 +58,9 @@ class TextToImageModel(Protocol):
 
     config: the arguments that build the network again, a dict that JSON can store.
     Among them are `channels`, `size` (height and width of the latents) and `text_dim`.
-    blocks: the layers that are alike; on a GPU, torch.compile translates them.
-    checkpoint_activations: what `train.py --checkpoint-activations` sets.
+    blocks: a ModuleList of the layers that are alike; on a GPU, torch.compile translates them.
+    checkpoint_activations: a bool, which `train.py --checkpoint-activations` sets.
     """
-
-    config: dict
-    blocks: torch.nn.ModuleList
-    checkpoint_activations: bool
 
     def condition(self, text, mask, coherence):
         """Return the context, all that depends on the caption alone, for `denoise`.
@@ -103,20 +99,20 @@ MODELS = {
 }
 
 
-def check_model_family(name, family):
+def check_models(models):
     """Raise TypeError if an entry of MODELS does not keep the contract above."""
-    for method in ("condition", "denoise", "forward"):
-        # Every torch module inherits a `forward` that only raises.
-        inherited = getattr(torch.nn.Module, method, None)
-        if getattr(family.network, method, inherited) is inherited:
-            raise TypeError(f"MODELS[{name!r}]: {family.network.__name__} has no `{method}`")
-    if family.default_preset not in family.presets:
-        raise TypeError(f"MODELS[{name!r}]: the default preset {family.default_preset!r} "
-                        f"is not among {', '.join(family.presets)}")
+    # Every torch module inherits a `forward` that only raises.
+    missing = torch.nn.Module.forward
+    for name, (network, presets, default) in models.items():
+        for method in ("condition", "denoise", "forward"):
+            if getattr(network, method, missing) is missing:
+                raise TypeError(f"MODELS[{name!r}]: {network.__name__} has no `{method}`")
+        if default not in presets:
+            raise TypeError(f"MODELS[{name!r}]: the default preset {default!r} is not among "
+                            f"{', '.join(presets)}")
 
 
-for _name, _family in MODELS.items():
-    check_model_family(_name, _family)
+check_models(MODELS)
 
 
 # --------------------------------------------------------------------------------------
@@ -170,12 +166,17 @@ class GuidedModel:
         # A caption has coherence 1, whatever guidance leads away from has 0.
         B = len(noise)
         ones = torch.ones(B, device=noise.device)
-        text, mask = repeat(cond, B)                            # (B, L, D), (B, L)
+        text = cond[0].expand(B, -1, -1)                        # (B, L, D)
+        mask = cond[1].expand(B, -1)                            # (B, L)
         self.context = model.condition(text, mask, ones)
         # What a context holds is the model's own affair, so it cannot be cut in half: the
         # first step needs the captions' alone, the later ones both.
         if guidance:
-            text, mask = join(cond, null, B)                    # (2 B, L, D), (2 B, L)
+            # The null prompts behind the captions, all padded to the length of the longest.
+            texts = [*text, *null[0].expand(B, -1, -1)]
+            masks = [*mask, *null[1].expand(B, -1)]
+            text = pad_sequence(texts, batch_first=True)        # (2 B, L, D)
+            mask = pad_sequence(masks, batch_first=True)        # (2 B, L)
             coherence = torch.cat([ones, 0 * ones])             # (2 B,)
             self.guided_context = model.condition(text, mask, coherence)
 
@@ -214,35 +215,17 @@ class GuidedModel:
         return eps.double()
 
 
-def repeat(texts, batch):
-    """Return texts (1 or B, L, D), mask (1 or B, L) with B rows."""
-    text, mask = texts
-    return text.expand(batch, -1, -1), mask.expand(batch, -1)
-
-
-def join(cond, null, batch):
-    """Return captions and null prompts as one batch: text (2 B, L, D), mask (2 B, L).
-
-    They are padded to the same length.
-    """
-    pairs = [repeat(cond, batch), repeat(null, batch)]
-    longest = max(mask.shape[1] for _, mask in pairs)
-    texts = [F.pad(text, (0, 0, 0, longest - text.shape[1])) for text, _ in pairs]
-    masks = [F.pad(mask, (0, longest - mask.shape[1])) for _, mask in pairs]
-    return torch.cat(texts), torch.cat(masks)                   # (2 B, L, D), (2 B, L)
-
-
 @torch.no_grad()
 def ddim(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
-         spacing="linear", on_step=None):
+         spacing=None, on_step=None):
     """Return x_0 (B, C, H, W) for noise (B, C, H, W) by DDIM (Song et al. 2021), eta = 0.
 
     cond, null: (text, mask) of the captions and of the null prompt, each with 1 or B
     rows. steps: at least 1. guidance: w of eps = eps_cond + w (eps_cond - eps_null); 0
-    is none. clamp: bound of |x_0| at every step; 0 or None is none. spacing: see `times`.
-    on_step(step, x, x_0) is called after every step.
+    is none. clamp: bound of |x_0| at every step; 0 or None is none. spacing: see `times`;
+    without, linear. on_step(step, x, x_0) is called after every step.
     """
-    t = times(steps, spacing)
+    t = times(steps, spacing or "linear")
     predict = GuidedModel(model, cond, null, noise, guidance, clamp)
     # In float64, because the first step divides by sqrt(gamma) = 3e-5. The network keeps
     # its own precision.
@@ -259,7 +242,7 @@ def ddim(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
 
 @torch.no_grad()
 def dpm_solver(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
-               spacing="cosine", on_step=None):
+               spacing=None, on_step=None):
     """Return x_0 (B, C, H, W) by DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2).
 
     The arguments are those of `ddim`, and so is the cost: one evaluation a step. DDIM
@@ -272,7 +255,7 @@ def dpm_solver(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
     step of the linear one are too long in lambda. With guidance both fall in proportion:
     the first step has none, and that alone is an error of the size of one step.
     """
-    t = times(steps, spacing)
+    t = times(steps, spacing or "cosine")
     alpha = gamma(t).sqrt()
     sigma = (1 - gamma(t)).sqrt()
     # Infinite at t = 0.
@@ -283,11 +266,10 @@ def dpm_solver(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
     for i in range(steps):
         x_0, _ = predict(x, t[i], first=(i == 0))
         h = lam[i + 1] - lam[i]
+        D = x_0
         # The first step knows no earlier estimate, and the last one is so long in lambda
         # that the line would lead nowhere. Both are steps of DDIM.
-        if i == 0 or i == steps - 1:
-            D = x_0
-        else:
+        if 0 < i < steps - 1:
             # The line, half a step ahead.
             r = (lam[i] - lam[i - 1]) / h
             D = x_0 + (x_0 - x_0_before) / (2 * r)
@@ -299,17 +281,11 @@ def dpm_solver(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
 
 
 SOLVERS = {"ddim": ddim, "dpm++": dpm_solver}
-# The spacing that each of them takes by itself.
-SPACING_OF = {"ddim": "linear", "dpm++": "cosine"}
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
 # --------------------------------------------------------------------------------------
 # A checkpoint becomes a pipeline
-
-# A larger size, depth, ... in a config.json is a mistake. Blocks by the million would take hours.
-LARGEST_SIZE = 10_000
-
 
 def load_model(path_or_repo, device="cpu"):
     """Return the model of a checkpoint folder or hub repository, in eval mode.
@@ -336,25 +312,19 @@ def load_model(path_or_repo, device="cpu"):
         else:
             kind = config["model"]
             sizes = config["args"]
-        refuse_strange_values(config, sizes)
+        # What no checkpoint of ours would say. Blocks by the million would take hours.
+        if not 0 < config.get("scaling_factor", 1) < math.inf:
+            raise ValueError("its scaling_factor is not a positive number")
+        if not isinstance(config.get("training", {}), dict):
+            raise ValueError("training is no JSON object")
+        if max(sizes.values(), default=0) > 10_000:
+            raise ValueError("a size above 10,000")
         model = MODELS[kind].network(**sizes)
 
     with reading(weights_file, f"the weights of the {type(model).__name__} in its config.json"):
         model.load_state_dict(weights)
     model.checkpoint_config = config
     return model.eval().requires_grad_(False).to(device)
-
-
-def refuse_strange_values(config, sizes):
-    """Raise ValueError if a config.json says what no checkpoint of ours would."""
-    factor = config.get("scaling_factor", 1.0)
-    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
-        raise ValueError(f"scaling_factor is {factor!r}")
-    if not isinstance(config.get("training", {}), dict):
-        raise ValueError("training is no JSON object")
-    for name, size in sizes.items():
-        if isinstance(size, int) and size > LARGEST_SIZE:
-            raise ValueError(f"{name} is {size}")
 
 
 def save_checkpoint(folder, model, config):
@@ -396,15 +366,6 @@ pictures apply too: ImageNet's are for non-commercial research and education.
 """
 
 
-def encoder_names(config, vae=None, text_encoder=None):
-    """Return folders or hub names of a checkpoint's autoencoder and T5, as a pair.
-
-    In this order: what the caller names, what the checkpoint was trained with, the paper's.
-    """
-    return (str(vae or config.get("vae") or VAE),
-            str(text_encoder or config.get("text_encoder") or TEXT_ENCODER))
-
-
 class Pipeline(NamedTuple):
     """All networks that make an image from a prompt; `load_pipeline` loads them."""
 
@@ -423,11 +384,12 @@ def load_pipeline(path_or_repo, vae=None, text_encoder=None, device=None):
     """
     device = device or local_device()
     model = load_model(path_or_repo, device)
-    names = encoder_names(model.checkpoint_config, vae, text_encoder)
-    autoencoder = load_vae(names[0], device)
+    config = model.checkpoint_config
+    autoencoder = load_vae(str(vae or config.get("vae") or VAE), device)
     # Not float16, in which T5's activations overflow.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tokenizer, t5 = load_text_encoder(names[1], device, dtype)
+    t5_name = str(text_encoder or config.get("text_encoder") or TEXT_ENCODER)
+    tokenizer, t5 = load_text_encoder(t5_name, device, dtype)
     pipeline = Pipeline(model, autoencoder, tokenizer, t5)
     check_encoders(path_or_repo, pipeline, vae, text_encoder)
     return pipeline
@@ -458,14 +420,10 @@ def check_encoders(path_or_repo, pipeline, vae=None, text_encoder=None):
                 ("--text-encoder", text_encoder, "T5", t5.config.d_model,
                  model.config["text_dim"])]
     for option, named, key, size, wanted in encoders:
-        remedy = f"give {option} the one it was trained with"
-        if size != wanted:
-            raise UserError(f"{path_or_repo}: its encoder has {wanted} channels, and not "
-                            f"{size}: {remedy}")
-        if key in changed and not named:
-            before = model.checkpoint_config["training"][key]
-            raise UserError(f"{path_or_repo}: its encoder has changed ({key} {before}, now "
-                            f"{found[key]}): {remedy}")
+        if size != wanted or (key in changed and not named):
+            raise UserError(f"{path_or_repo}: its encoder has changed ({wanted} channels, "
+                            f"{key} {changed.get(key)}; now {size}, {found[key]}): "
+                            f"give {option} the one it was trained with")
 
 
 def encoders_of(meta):
@@ -474,14 +432,11 @@ def encoders_of(meta):
 
 
 def changed_encoders(checkpoint, found):
-    """Return the keys of fingerprints `found` that the config of a checkpoint contradicts."""
+    """Return {key: the checkpoint's} of fingerprints `found` that its config contradicts."""
     # Old checkpoints, and those from elsewhere, have no fingerprints.
     training = checkpoint.get("training") or {}
-    changed = []
-    for key, value in found.items():
-        if value and training.get(key) and training[key] != value:
-            changed.append(key)
-    return changed
+    return {key: training[key] for key, value in found.items()
+            if value and training.get(key) not in (None, value)}
 
 
 def compile_blocks(model, dynamic=None):
@@ -527,20 +482,18 @@ def generate(pipeline, prompts, seeds=None, steps=250, guidance=8.0, clamp=1.2,
         >>> images = generate(pipeline, ["a large red circle on dark ground"], guidance=1.5)
         >>> images[0].save("circle.png")
     """
-    # A text is a list of letters to Python, and would give an image for each.
-    if isinstance(prompts, str) or isinstance(negative_prompts, str):
-        raise TypeError("prompts, negative_prompts: give lists of texts, not one text")
     count = len(prompts)
     seeds = range(count) if seeds is None else seeds
-    if not count or len(seeds) != count or len(negative_prompts) not in (1, count):
-        raise UserError(f"{count} prompts, {len(seeds)} seeds, {len(negative_prompts)} "
-                        f"negative prompts: these numbers do not fit each other")
-    valid = (solver in SOLVERS and precision in PRECISIONS and steps >= 1 and max_tokens >= 1
+    # A text is a list of letters to Python, and would give an image for each.
+    valid = (not isinstance(prompts, str) and count == len(seeds) > 0
+             and len(negative_prompts) in (1, count) and solver in SOLVERS
+             and precision in PRECISIONS and steps >= 1 and max_tokens >= 1
              and guidance >= 0 and (clamp or 0) >= 0)
     if not valid:
-        raise UserError(f"solver must be one of {', '.join(SOLVERS)}, precision one of "
-                        f"{', '.join(PRECISIONS)}, steps and max_tokens at least 1, guidance and "
-                        f"clamp at least 0")
+        raise UserError(f"needs a list of prompts, a seed for each, one negative prompt or one "
+                        f"for each, solver in {', '.join(SOLVERS)}, precision in "
+                        f"{', '.join(PRECISIONS)}, steps and max_tokens >= 1, guidance and "
+                        f"clamp >= 0")
 
     model, vae, tokenizer, t5 = pipeline
     cond = encode_text(tokenizer, t5, prompts, max_tokens)      # (B, L, D), (B, L)
@@ -548,7 +501,7 @@ def generate(pipeline, prompts, seeds=None, steps=250, guidance=8.0, clamp=1.2,
     noise = starting_noise(model, seeds).to(t5.device)          # (B, C, h, w)
     with autocast(noise.device, precision):
         x_0 = SOLVERS[solver](model, noise, cond, null, steps, guidance, clamp,
-                              spacing or SPACING_OF[solver], on_step)      # (B, C, h, w)
+                              spacing, on_step)                 # (B, C, h, w)
     # The model's latents are the autoencoder's times a factor.
     return to_images(vae.decode(x_0 / vae.scaling_factor))
 
@@ -556,12 +509,9 @@ def generate(pipeline, prompts, seeds=None, steps=250, guidance=8.0, clamp=1.2,
 def starting_noise(model, seeds):
     """Return noise (B, C, h, w) of the model's size, each image's from its own seed."""
     shape = (model.config["channels"], model.config["size"], model.config["size"])
-    noise = []
-    for seed in seeds:
-        # On the CPU: the numbers are the same whatever device they go to.
-        generator = torch.Generator().manual_seed(seed)
-        noise.append(torch.randn(shape, generator=generator))
-    return torch.stack(noise)
+    # On the CPU: the numbers are the same whatever device they go to.
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def random_letters(seed):
@@ -587,16 +537,16 @@ FORMATS = {
 }
 
 
-def list_samples(rows, per_prompt, layout, first_seed):
-    """Return {file: its line of samples.jsonl} for `per_prompt` images of each prompt.
+def list_samples(args, rows):
+    """Return {file: its line of samples.jsonl} for the images of all prompts, dicts in `rows`.
 
-    rows: the prompts, as dicts. layout: a key of FORMATS. Image i has the seed first_seed + i.
     Raises UserError.
     """
-    pattern = FORMATS[layout]
+    per_prompt = args.images_per_prompt
+    pattern = FORMATS[args.format]
     # COCO's images, and prompts that caption.py extended from them, have both.
     of_coco = all("name" in row and "file" in row for row in rows)
-    if of_coco and layout == "flat":
+    if of_coco and args.format == "flat":
         pattern = "{name}.png" if per_prompt == 1 else "{name}_{k}.png"
 
     samples = {}
@@ -609,14 +559,14 @@ def list_samples(rows, per_prompt, layout, first_seed):
             if file in samples:
                 raise UserError(f"prompt {p + 1}: its images would replace those of another "
                                 f"prompt of the same name ({file})")
-            own = {"file": file, "prompt": row["prompt"], "seed": first_seed + i}
+            own = {"file": file, "prompt": row["prompt"], "seed": args.seed + i}
             # In a row of COCO's, "file" is the photo's.
-            samples[file] = own | {key: row[key] for key in row if key not in own}
+            samples[file] = own | row | own
     return samples
 
 
 def name_of(row, p):
-    """Return what the files of prompt p are called. Raises UserError for what is no file name."""
+    """Return the name of prompt p's files. Raises UserError for what cannot be one."""
     name = row.get("name", f"{p:05d}")
     # Names come from outside: "../../x" must not lead out of the folder. The sheet of all
     # samples is called "sheet".
@@ -635,12 +585,8 @@ def png_is_whole(path):
     return False
 
 
-def make_images(args, rows, samples, missing):
+def make_images(args, pipeline, missing):
     """Yield the PNG files of the `missing` samples as bytes, made in batches of --batch-size."""
-    pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
-    bind_encoders(Path(args.out), samples, fingerprints(pipeline))
-    if rank_and_world()[0] == 0:
-        report_unknown_words(pipeline.tokenizer, [row["prompt"] for row in rows])
     # Compiling takes a while: not for a few images.
     worth_compiling = len(missing) >= 4 * args.batch_size
     if local_device().type == "cuda" and not args.no_compile and worth_compiling:
@@ -664,45 +610,33 @@ def make_images(args, rows, samples, missing):
     bar.close()
 
 
-def bind_encoders(out, files, found):
-    """Raise UserError if a folder's images were made with other encoders; note these otherwise.
-
-    files: the images' names. found: `fingerprints`, which are known only when the encoders are
-    loaded; a command that finds all images there need not load them.
-    """
-    path = out / ".encoders.json"
-    if any(png_is_whole(out / file) for file in files):
-        refuse_other_settings(out, read_json(path, "the encoders of these samples"), found)
-    else:
-        write_json(path, found)
-
-
 def report_unknown_words(tokenizer, prompts):
-    """Say on stderr how many prompts hold words that the text encoder's tokenizer does not know."""
-    unknown = [prompt for prompt, tokens in zip(prompts, tokenizer(prompts).input_ids)
-               if tokenizer.unk_token_id in tokens]
+    """Say on stderr how many prompts hold words that the text encoder does not know."""
+    unknown = [prompt for prompt in prompts
+               if tokenizer.unk_token_id in tokenizer(prompt).input_ids]
     if unknown:
         print(f"{len(unknown)} of {len(prompts)} prompts hold words that the text encoder does "
               f"not know; the first: {unknown[0][:200]!r}", file=sys.stderr)
 
 
-def describe(out, rows, samples, per_prompt, layout):
+def describe(args, rows, samples):
     """Write what is about all samples: the benchmarks' files, the sheet, samples.jsonl."""
-    for p, files in enumerate(in_batches(list(samples), per_prompt)):
+    out = Path(args.out)
+    for p, files in enumerate(in_batches(list(samples), args.images_per_prompt)):
         # GenEval's tools look up in the metadata what a prompt asks for.
-        if layout == "geneval":
+        if args.format == "geneval":
             write_jsonl(out / f"{p:05d}/metadata.jsonl", [rows[p]])
         # DPG-Bench's tools cut a grid into its four images.
-        if layout == "dpg":
+        if args.format == "dpg":
             tiles = [open_image(out / file, 0) for file in files]
             grid = contact_sheet(tiles, columns=2, gap=0)
             save_png(grid, out / f"{name_of(rows[p], p)}.png")
 
     # DPG-Bench's tools take every picture of the folder for a grid: no sheet there.
-    if layout != "dpg":
-        shown = list(samples.values())[:64]
-        images = [open_image(out / sample["file"], 0) for sample in shown]
-        prompts = [sample["prompt"] for sample in shown]
+    if args.format != "dpg":
+        shown = list(samples)[:64]
+        images = [open_image(out / file, 0) for file in shown]
+        prompts = [samples[file]["prompt"] for file in shown]
         save_png(contact_sheet(images, prompts), out / "sheet.png")
     # evaluate.py takes the files of this list, and finds COCO's own images by their names.
     write_jsonl(out / "samples.jsonl", samples.values())
@@ -732,11 +666,11 @@ def arguments(argv):
     add("--limit", type=number(int, 1), help="at most so many of --prompts, chosen by --seed")
     add("--images-per-prompt", type=number(int, 1, 10_000), default=1,
         help="GenEval and DPG use 4")
-    add("--format", choices=list(FORMATS), default="flat", metavar="F",
+    add("--format", choices=FORMATS, default="flat",
         help="flat, geneval (its tools' folders) or dpg (one 2 x 2 grid a prompt)")
 
     # The sampler: DDIM with 250 steps is the paper's, guidance and clamp the release's.
-    add("--solver", choices=list(SOLVERS), default="ddim",
+    add("--solver", choices=SOLVERS, default="ddim",
         help="ddim, or dpm++: of second order without guidance")
     add("--steps", type=number(int, 1, 100_000), default=250, help="steps of the solver")
     add("--spacing", choices=SPACINGS,
@@ -773,8 +707,7 @@ def arguments(argv):
         parser.error("--format dpg makes 2 x 2 grids: give --images-per-prompt 4")
     if args.negative_prompt and args.random_negative_prompt:
         parser.error("--negative-prompt and --random-negative-prompt: give only one")
-    # What these two mean here belongs to the images.
-    args.spacing = args.spacing or SPACING_OF[args.solver]
+    # What it means here belongs to the images.
     if args.precision == "auto":
         args.precision = "bf16" if local_device().type == "cuda" else "fp32"
     return args
@@ -785,13 +718,10 @@ CHANGES_NO_IMAGE = ("checkpoint", "out", "prompt", "prompts", "limit", "batch_si
 
 
 def settings_of(args, rows, encoders):
-    """Return all that the images of a folder depend on, but for what `bind_encoders` adds.
-
-    rows: the prompts, as dicts. encoders: their names.
-    """
+    """Return all that a folder's images depend on, `encoders` being `fingerprints`."""
     options = vars(args)
     settings = {name: options[name] for name in options if name not in CHANGES_NO_IMAGE}
-    settings["vae"], settings["text_encoder"] = encoders
+    settings["encoders"] = encoders
     settings["weights"] = sha256(fetch(args.checkpoint, "model.safetensors"))
     settings["prompts"] = fingerprint([row["prompt"], row.get("name")] for row in rows)
     return settings
@@ -801,34 +731,41 @@ def main(argv=None):
     """Make the images that are not there yet, then the files that list them."""
     args = arguments(argv)
     out = Path(args.out)
-    config_file = fetch(args.checkpoint, "config.json")
-    config = read_json(config_file, "the config.json of a checkpoint")
-    encoders = encoder_names(config, args.vae, args.text_encoder)
-    # Images may go to a folder below the checkpoint's, but not among the files of an input, and
-    # their list not in the place of one.
-    taken = {out.resolve(), (out / "samples.jsonl").resolve()}
-    for given in (args.checkpoint, *encoders, args.prompts):
-        if given and Path(given).resolve() in taken:
-            raise UserError(f"--out {out}: {given} is an input of this command: choose another")
+    # A list of prompts may be called so, too.
+    keep_apart(out / "samples.jsonl", args.prompts, args.vae, args.text_encoder)
+    # Images may go to a folder below the checkpoint's, but not among its files.
+    if out.resolve() == Path(args.checkpoint).resolve():
+        raise UserError(f"--out {out}: is the checkpoint: choose another")
 
     rows = [{"prompt": prompt} for prompt in args.prompt or []]
     skipped = []
     if args.prompts:
         read, skipped = read_prompts(args.prompts, args.limit, args.seed)
         rows += read
-    for row in skipped[:1]:
-        print(f"{len(skipped)} prompts skipped ({out / 'skipped.jsonl'}), the first: "
-              f"{row['file']}: {row['reason']}", file=sys.stderr)
-    samples = list_samples(rows, args.images_per_prompt, args.format, args.seed)
+    samples = list_samples(args, rows)
 
-    make = partial(make_images, args, rows, samples)
-    if make_together(out, settings_of(args, rows, encoders), samples, make, png_is_whole):
+    pipeline = None
+    # Where all images are there, nothing is loaded: the encoders are those of the images.
+    if all(png_is_whole(out / file) for file in samples):
+        encoders = read_json(out / "settings.json", "these images' settings").get("encoders")
+    else:
+        pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
+        encoders = fingerprints(pipeline)
+        if rank_and_world()[0] == 0:
+            report_unknown_words(pipeline.tokenizer, [row["prompt"] for row in rows])
+
+    settings = settings_of(args, rows, encoders)
+    make = partial(make_images, args, pipeline)
+    if make_together(out, settings, samples, make, png_is_whole):
         if skipped:
             write_jsonl(out / "skipped.jsonl", skipped)
+            print(f"{len(skipped)} prompts skipped ({out / 'skipped.jsonl'}), the first: "
+                  f"{skipped[0]['file']}: {skipped[0]['reason']}", file=sys.stderr)
         # Where the images come from, for the tables of evaluate.py.
+        config = fetch(args.checkpoint, "config.json")
         with complete(out / "checkpoint.json") as path:
-            path.write_bytes(config_file.read_bytes())
-        describe(out, rows, samples, args.images_per_prompt, args.format)
+            path.write_bytes(config.read_bytes())
+        describe(args, rows, samples)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The samplers against exact solutions, and the command as people use it."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample
-from common import UserError, read_json, read_jsonl, write_jsonl
+from common import UserError, read_json, read_jsonl, write_json, write_jsonl
 
 # --------------------------------------------------------------------------------------
 # The samplers
@@ -109,13 +108,6 @@ def error(solver, steps, guidance=0, reference=None, **spacing):
     return float((x_0 - exact).abs().mean())
 
 
-def test_with_16_steps_and_its_own_spacing_dpm_solver_is_far_better_than_ddim():
-    own = error(sample.dpm_solver, 16)
-    assert own < 0.2 * error(sample.ddim, 16)
-    # Which is a matter of the spacing.
-    assert error(sample.dpm_solver, 16, spacing="linear") > 3 * own
-
-
 def test_the_solvers_converge_to_the_exact_flow_dpm_solver_with_order_two_and_ddim_with_order_one():
     def order(solver, **how):
         errors = [error(solver, steps, spacing="cosine", **how) for steps in (8, 64)]
@@ -127,6 +119,9 @@ def test_the_solvers_converge_to_the_exact_flow_dpm_solver_with_order_two_and_dd
     noise = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     end = sample.dpm_solver(Known(1.5), noise, CAPTION, NULL, 1024, 1.5, None)
     assert 0.9 < order(sample.dpm_solver, guidance=1.5, reference=end) < 1.4
+    # At few steps, too, and by itself: that is a matter of its own spacing.
+    assert error(sample.dpm_solver, 16) < 0.2 * error(sample.ddim, 16)
+    assert error(sample.dpm_solver, 16) < error(sample.dpm_solver, 16, spacing="linear") / 3
 
 
 def test_the_cosine_spacing_is_that_of_the_release():
@@ -138,9 +133,9 @@ def test_the_cosine_spacing_is_that_of_the_release():
 def test_a_model_that_is_half_added_is_refused_at_once():
     network = sample.MODELS["dit"].network
     with pytest.raises(TypeError, match="default preset 'M'"):
-        sample.check_model_family("new", sample.ModelFamily(network, {"S": {}}, "M"))
+        sample.check_models({"new": sample.ModelFamily(network, {"S": {}}, "M")})
     with pytest.raises(TypeError, match="Linear has no `condition`"):
-        sample.check_model_family("new", sample.ModelFamily(torch.nn.Linear, {"S": {}}, "S"))
+        sample.check_models({"new": sample.ModelFamily(torch.nn.Linear, {"S": {}}, "S")})
 
 
 # --------------------------------------------------------------------------------------
@@ -200,23 +195,18 @@ def test_an_image_depends_on_its_seed_and_prompt_and_not_on_its_batch(pipeline):
     assert same(long, sample.generate(pipeline, ["a large"], steps=2))
 
 
-@pytest.mark.parametrize("wrong, words", [
-    ({"prompts": []}, "0 prompts"), ({"seeds": [1, 2]}, "2 seeds"),
-    ({"negative_prompts": ["a", "b"]}, "2 negative prompts"), ({"steps": 0}, "at least 1"),
-    ({"guidance": float("nan")}, "at least 0"), ({"clamp": -1}, "at least 0"),
-    ({"solver": "euler"}, "one of ddim, dpm"), ({"precision": "fp16"}, "one of auto, fp32, bf16"),
-    ({"spacing": "quadratic"}, "one of linear, cosine")])
-def test_generate_refuses_what_means_nothing(pipeline, wrong, words):
-    with pytest.raises(UserError, match=words):
+@pytest.mark.parametrize("wrong", [
+    {"prompts": []}, {"prompts": "ring"}, {"seeds": [1, 2]}, {"negative_prompts": ["a", "b"]}, {"steps": 0},
+    {"guidance": float("nan")}, {"clamp": -1}, {"solver": "euler"}, {"precision": "fp16"}, {"spacing": "x"}])
+def test_generate_refuses_what_means_nothing(pipeline, wrong):
+    with pytest.raises(UserError, match="needs a list of prompts|one of linear, cosine"):
         sample.generate(pipeline, **{"prompts": ["ring"], "steps": 2, **wrong})
-    with pytest.raises(TypeError, match="lists"):
-        sample.generate(pipeline, "ring", steps=3)
 
 
 def test_random_negative_prompts_are_letters_that_depend_on_the_seed():
-    assert sample.random_letters(3) == sample.random_letters(3) != sample.random_letters(4)
-    for seed in range(20):
-        assert re.fullmatch("[a-z]{3,7}( [a-z]{3,7}){2,5}", sample.random_letters(seed))
+    # As the first version made them: other letters would be other images.
+    assert sample.random_letters(3) == "ojpqbav oesoo qdqwnt eyb"
+    assert sample.random_letters(4) == "ckebk utfnh vgya ufiqt"
 
 
 @pytest.mark.parametrize("key, option", [("vae_fingerprint", "--vae"), ("T5", "--text-encoder")])
@@ -235,19 +225,21 @@ def test_other_encoders_than_the_checkpoints_are_refused_unless_they_are_named(
         sample.main(words)
 
 
-def test_encoders_that_were_replaced_do_not_mix_into_a_folder(checkpoint, tmp_path):
-    out = tmp_path / "out"
+def test_encoders_that_were_replaced_do_not_mix_into_a_folder(checkpoint):
+    # Below the checkpoint's folder, which is allowed.
+    out = checkpoint / "step-0050000/val"
     words = options(checkpoint, out, "--prompt", "ring", "--prompt", "a star")
     sample.main(words)
-    found = read_json(out / ".encoders.json", "")
-    # As if the other image had been made with other weights below the same path.
-    (out / ".encoders.json").write_text(json.dumps({**found, "T5": "0123456789abcdef"}))
+    settings = read_json(out / "settings.json", "")
+    # As if both images had been made with other weights below the same path.
+    others = {**settings["encoders"], "T5": "0123456789abcdef"}
+    write_json(out / "settings.json", {**settings, "encoders": others})
     (out / "000000.png").unlink()
     assert "other settings (T5" in refused("sample.py", *words)
     # With no image left, it is a new output.
     (out / "000001.png").unlink()
     sample.main(words)
-    assert read_json(out / ".encoders.json", "") == found
+    assert read_json(out / "settings.json", "") == settings
 
 
 TINY = {"dim": 8, "heads": 2, "depth": 1, "text_dim": 8}
@@ -255,12 +247,11 @@ TINY = {"dim": 8, "heads": 2, "depth": 1, "text_dim": 8}
 
 @pytest.mark.parametrize("entries, words", [
     ({"model": "unet"}, "no 'unet'"), ({"model": ["dit"]}, "config.json"), ({"args": 5}, "config.json"),
-    ({"latents_dim": 0}, "unknown key 'model'"), ({"args": {**TINY, "depth": "four"}}, "config.json"),
-    ({"args": {**TINY, "heads": 0}}, "config.json"), ({"args": {**TINY, "size": -8}}, "config.json"),
+    ({"args": {**TINY, "depth": "four"}}, "config.json"), ({"args": {**TINY, "size": -8}}, "config.json"),
     ({"args": {**TINY, "colour": 1}}, "unexpected keyword argument 'colour'"),
-    ({"args": {**TINY, "depth": 10 ** 6}}, "depth is 1000000"), ({"training": [1]}, "training"),
-    ({"scaling_factor": float("nan")}, "scaling_factor is nan"),
-    ({"scaling_factor": "0.18"}, "scaling_factor is '0.18'"), ({"args": TINY}, "weights of the DiT")])
+    ({"args": {**TINY, "depth": 10 ** 6}}, "a size above 10,000"), ({"training": [1]}, "training"),
+    ({"scaling_factor": float("nan")}, "its scaling_factor is not a positive number"),
+    ({"scaling_factor": "0.18"}, "config.json"), ({"args": TINY}, "weights of the DiT")])
 def test_a_config_that_means_nothing_or_fits_no_weights_is_refused_in_one_line(
         checkpoint, tmp_path, entries, words):
     change(checkpoint, **entries)
@@ -273,14 +264,12 @@ def test_damaged_foreign_and_infinite_weights_are_refused_by_name(checkpoint, tm
     path = checkpoint / "model.safetensors"
     weights = load_file(path)
     line = refused("sample.py", *words, "--vae", FIXTURES / "vae_tiny")
-    assert "its encoder has 8 channels, and not 4" in line
+    assert "its encoder has changed (8 channels" in line and "now 4" in line
     weights["out.weight"][0] = torch.inf
     save_file(weights, path)
     assert "out.weight is not finite" in refused("sample.py", *words)
     path.write_bytes(b"")
     assert "model.safetensors: not the weights" in refused("sample.py", *words)
-    shutil.copy(FIXTURES / "cad_tiny/model.safetensors", path)
-    assert "Error(s) in loading state_dict for DiT" in refused("sample.py", *words)
     assert not (tmp_path / "out").exists()
 
 
@@ -306,29 +295,23 @@ def test_a_command_goes_on_after_a_kill_with_any_batch_size(toy_paper, tmp_path,
     sample.main(words)
     sample.main([*words, "--batch-size", "4", "--out", str(many)])
     assert same([Image.open(one / file) for file in FILES], [Image.open(many / file) for file in FILES])
-    rows = read_jsonl(one / "samples.jsonl")
     # The prompts' images with all that their rows held: no sheet, no grid.
     expected = [{"file": FILES[i], "seed": 7 + i, **row} for i, row in enumerate(read_jsonl(prompts))]
-    assert rows == expected == read_jsonl(many / "samples.jsonl")
+    assert read_jsonl(one / "samples.jsonl") == expected == read_jsonl(many / "samples.jsonl")
     config = (toy_paper[0] / "dit/config.json").read_bytes()
     assert (one / "checkpoint.json").read_bytes() == config
 
     before = {path.name: path.read_bytes() for path in one.iterdir()}
-    stamp = (one / FILES[0]).stat().st_mtime_ns
     # As a kill, a full disk and a crash of the machine leave them.
-    (one / "samples.jsonl").unlink()
     (one / FILES[1]).unlink()
     (one / FILES[2]).write_bytes(b"")
     (one / FILES[3]).write_bytes(before[FILES[3]][:-20])
     sample.main(words)
-    assert {path.name: path.read_bytes() for path in one.iterdir()} == before
-    assert (one / FILES[0]).stat().st_mtime_ns == stamp
-
     # A folder that is complete needs no networks to be described again.
-    (one / "sheet.png").unlink()
+    (one / "samples.jsonl").unlink()
     monkeypatch.setattr(sample, "load_pipeline", None)
     sample.main(words)
-    assert (one / "sheet.png").read_bytes() == before["sheet.png"]
+    assert {path.name: path.read_bytes() for path in one.iterdir()} == before
 
 
 def test_ranks_share_the_prompts_after_a_kill_too_and_the_last_one_finishes(
@@ -351,7 +334,7 @@ def test_ranks_share_the_prompts_after_a_kill_too_and_the_last_one_finishes(
     sample.main([*words, "--out", str(tmp_path / "one")])
     contents = [{path.name: path.read_bytes() for path in folder.iterdir()}
                 for folder in (tmp_path / "one", tmp_path / "two")]
-    assert len(contents[0]) == 20 + 5
+    assert len(contents[0]) == 20 + 4
     assert contents[0] == contents[1]
 
 
@@ -359,34 +342,17 @@ def test_whatever_changes_an_image_belongs_to_the_folder_and_foreign_images_are_
         toy_paper, tmp_path, prompts):
     begun = options(toy_paper[0] / "dit", tmp_path / "out", "--prompts", prompts)
     sample.main(begun)
-    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    image = tmp_path / "out" / FILES[0]
+    before = image.read_bytes()
     for change in ["--solver dpm++", "--spacing cosine", "--steps 4", "--guidance 3", "--clamp 0",
                    "--negative-prompt x", "--random-negative-prompt", "--max-tokens 9", "--seed 8",
                    "--precision bf16", "--prompt more", "--limit 2", "--images-per-prompt 2",
-                   f"--text-encoder {tmp_path}", f"--vae {tmp_path}"]:
+                   "--text-encoder elsewhere", "--vae elsewhere"]:
         assert "other settings" in refused("sample.py", *begun, *change.split()), change
-    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     # Nobody knows how these images were made: they are not adopted, and not replaced.
     (tmp_path / "out/settings.json").unlink()
-    for content in (before[tmp_path / "out" / FILES[0]], b"not a PNG"):
-        (tmp_path / "out" / FILES[0]).write_bytes(content)
-        assert "settings.json: No such file" in refused("sample.py", *begun)
-        assert (tmp_path / "out" / FILES[0]).read_bytes() == content
-
-
-def test_the_folder_of_an_input_is_no_place_for_images_but_one_below_a_checkpoint_is(
-        checkpoint, tmp_path):
-    folder = tmp_path / "prompts"
-    folder.mkdir()
-    (folder / "0.txt").write_text("ring")
-    for out in (checkpoint, folder, change(checkpoint)["text_encoder"]):
-        words = options(checkpoint, out, "--prompts", folder)
-        assert "is an input of this command" in refused("sample.py", *words)
-    (folder / "samples.jsonl").write_text('{"prompt": "ring"}\n')
-    words = options(checkpoint, folder, "--prompts", folder / "samples.jsonl")
-    assert "is an input of this command" in refused("sample.py", *words)
-    sample.main(options(checkpoint, checkpoint / "step-0050000/val", "--prompts", folder))
-    assert (checkpoint / "step-0050000/val" / FILES[0]).exists()
+    assert "settings.json: No such file" in refused("sample.py", *begun)
+    assert image.read_bytes() == before
 
 
 def test_skipped_prompts_and_words_that_the_text_encoder_does_not_know_are_told(
@@ -416,16 +382,12 @@ def test_geneval_folders_keep_the_metadata_of_their_prompts(toy_paper, tmp_path,
 def test_dpg_grids_have_the_names_of_their_prompts_and_no_other_picture_is_in_sight(toy_paper, tmp_path):
     folder = tmp_path / "dpg-prompts"
     folder.mkdir()
-    # macOS puts such files beside those of other file systems.
-    for name in ("12", "COCO_7", "._12"):
+    for name in ("12", "COCO_7"):
         (folder / f"{name}.txt").write_text("a red circle\n")
     out = tmp_path / "out"
-    words = options(toy_paper[0] / "dit", out, "--prompts", folder, *DPG)
-    sample.main(words)
+    sample.main(options(toy_paper[0] / "dit", out, "--prompts", folder, *DPG))
     assert {path.name for path in out.glob("*.png")} == {"12.png", "COCO_7.png"}
     assert Image.open(out / "12.png").size == (128, 128)
-    (folder / "sheet.txt").write_text("a red circle\n")
-    assert str(folder / "sheet.txt") in refused("sample.py", *words)
 
 
 def test_a_name_that_is_no_file_name_or_comes_twice_is_refused(tmp_path):
@@ -442,20 +404,18 @@ def test_a_name_that_is_no_file_name_or_comes_twice_is_refused(tmp_path):
 
 def test_cocos_captions_give_each_image_the_name_of_its_photo(toy_paper, tmp_path):
     path = tmp_path / "captions_val2014.json"
-    names = {i: f"COCO_val2014_{i:012d}" for i in (7, 3, 9)}
+    names = {i: f"COCO_val2014_{i:012d}" for i in (3, 7)}
     images = [{"id": i, "file_name": f"{name}.jpg"} for i, name in names.items()]
-    captions = [(7, "a red star"), (7, "ring"), (3, "une étoile à côté"), (9, "a star")]
-    annotations = [{"id": k, "image_id": i, "caption": text} for k, (i, text) in enumerate(captions)]
-    path.write_text(json.dumps({"images": images, "annotations": annotations}, indent=1))
-    out = tmp_path / "out"
-    sample.main(options(toy_paper[0] / "dit", out, "--prompts", path))
-    rows = read_jsonl(out / "samples.jsonl")
-    assert [row["file"] for row in rows] == [f"{names[i]}.png" for i in (3, 7, 9)]
-    assert [row["prompt"] for row in rows] == ["une étoile à côté", "a red star", "a star"]
-
-    # By these names evaluate.py finds the photos. Prompts that `caption.py extend` made keep them.
-    prompts, _ = sample.read_prompts(path)
-    write_jsonl(tmp_path / "long.jsonl", [{**row, "prompt": f"{row['prompt']} here"} for row in prompts])
-    sample.main(options(toy_paper[0] / "dit", tmp_path / "long", "--prompts", tmp_path / "long.jsonl"))
-    for folder in (out, tmp_path / "long"):
-        assert [row["name"] for row in read_jsonl(folder / "samples.jsonl")] == [names[i] for i in (3, 7, 9)]
+    annotations = [{"id": 0, "image_id": 7, "caption": "ring"},
+                   {"id": 1, "image_id": 3, "caption": "une étoile"}]
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    # Prompts that `caption.py extend` made keep the names, by which evaluate.py finds the photos.
+    extended = [{**row, "prompt": f"{row['prompt']} here"} for row in sample.read_prompts(path)[0]]
+    write_jsonl(tmp_path / "long.jsonl", extended)
+    for prompts, end in ((path, ""), (tmp_path / "long.jsonl", " here")):
+        out = tmp_path / f"of {prompts.name}"
+        sample.main(options(toy_paper[0] / "dit", out, "--prompts", prompts))
+        rows = read_jsonl(out / "samples.jsonl")
+        assert [row["file"] for row in rows] == [f"{names[i]}.png" for i in (3, 7)]
+        assert [row["name"] for row in rows] == [names[i] for i in (3, 7)]
+        assert [row["prompt"] for row in rows] == [f"une étoile{end}", f"ring{end}"]
