@@ -62,8 +62,8 @@ def aio(args):
 def class_names(folders, table=None):
     """Return the names of class folders as a dict: {folder: class name in words}.
 
-    `table` is a file that says what folders mean, see read_class_table; without it they are
-    named after their classes. Raises UserError for a folder whose meaning is not known.
+    table: a file that says what folders mean, see read_class_table; without it they are named
+    after their classes. Raises UserError for a folder whose meaning is not known.
     """
     meanings = read_class_table(table) if table else dict(zip(folders, folders))
     names = {}
@@ -223,9 +223,9 @@ def load_views(batch, folder, processor, side, prune):
     """Return [(file, views, kept), ...] of a batch of pictures, and its skipped rows.
 
     batch: (file, setting, box) of each, the last two None for a photo. views: (V, 3, H, W);
-    kept: which ones these are, see kept_patches. LLaVA-NeXT cuts a picture into tiles, as many
-    as its size and shape suggest. The five views that the paper counts exist for 2 x 2 tiles
-    only, so every picture is shown as a square of `side` pixels, which has just these.
+    kept: which ones these are. LLaVA-NeXT cuts a picture into tiles, as many as its size and
+    shape suggest. The five views that the paper counts exist for 2 x 2 tiles only, so every
+    picture is shown as a square of `side` pixels, which has just these.
     """
     shown = []
     skipped = []
@@ -248,20 +248,18 @@ def load_views(batch, folder, processor, side, prune):
 
 
 def describe(shown, model, tokenizer, prompt, max_new_tokens):
-    """Return the rows of pictures, which are given as load_views returns them."""
+    """Yield the rows of pictures, which are given as load_views returns them."""
     # All pictures of a batch may be broken.
     if not shown:
-        return []
+        return
     files, views, kept = zip(*shown)
     embeddings, mask = embed_question(model, views, kept, prompt)
     answers = greedy_answers(model, tokenizer, mask, max_new_tokens,
                              inputs_embeds=embeddings)
-    rows = []
     for file, answer in zip(files, answers):
         caption = whole_sentences(answer)
         row = {"caption": caption} if caption else {"reason": "the model said nothing"}
-        rows.append({"file": file, **row})
-    return rows
+        yield {"file": file, **row}
 
 
 def llava(args):
@@ -275,10 +273,10 @@ def llava(args):
 
     def ask_llava(pictures):
         model, processor, side, prompt = load_llava(args.model, question)
-        prune = not args.no_prune
 
         def load(batch):
-            return load_views(batch, folder, processor.image_processor, side, prune)
+            return load_views(batch, folder, processor.image_processor, side,
+                              not args.no_prune)
 
         batches = in_batches(pictures, args.batch_size)
         for shown, skipped in ahead(load, batches, args.workers):
@@ -310,10 +308,7 @@ def load_llava(name, question):
 
 
 def pictures_to_caption(args):
-    """Return the pictures that the options ask for, and their folder. Raises UserError.
-
-    Of each: (file, setting, box), the last two None for a photo.
-    """
+    """Return [(file, setting, box), ...] and the pictures' folder. Raises UserError."""
     if not (args.images or args.cutmix):
         raise UserError("needs --images, or --cutmix")
     folder = args.images
@@ -364,7 +359,7 @@ def extend(args):
     """Make short prompts long with a chat model. Raises UserError."""
     keep_apart(args.out, args.prompts)
     rows, skipped = read_prompts(args.prompts, args.limit, args.seed)
-    # Those without a prompt pass through, so that they are listed.
+    # The skipped ones pass through, so that they are listed.
     rows += skipped
     settings = {"command": "extend", "model": args.model, "attempts": args.attempts,
                 "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens,
@@ -386,13 +381,12 @@ def extend(args):
 
 
 def lengthen(batch, model, tokenizer, attempts, max_new_tokens):
-    """Return a batch of rows with long prompts.
+    """Yield a batch's rows with long prompts, and its skipped rows as they are.
 
     The short one is kept as "short_prompt". It also stays the prompt where the model loses some
     of its words again and again, `attempts` times.
     """
-    # What has no good answer yet, and what to say beside it when it is asked again. A prompt
-    # that a batch has twice is asked once.
+    # What has no good answer yet, and what to say beside it. Equal prompts are asked once.
     notes = {row["prompt"]: "" for row in batch if "prompt" in row}
     long = {}
     for _ in range(attempts):
@@ -412,13 +406,11 @@ def lengthen(batch, model, tokenizer, attempts, max_new_tokens):
                 notes[prompt] = f"\n\nThe caption must say: {', '.join(lost)}"
 
     # What else a row holds is kept: GenEval's evaluation needs its metadata.
-    rows = []
     for row in batch:
         if "prompt" in row:
             prompt = row["prompt"]
             row = {**row, "prompt": long.get(prompt, prompt), "short_prompt": prompt}
-        rows.append(row)
-    return rows
+        yield row
 
 
 def missing_words(prompt, caption):
@@ -446,7 +438,6 @@ def word_forms(word):
     """
     if word in NUMBERS:
         word = str(NUMBERS.index(word))
-
     # A form that is no word does little harm, as it is found in no other text either.
     forms = {word}
     for plural, singular in PLURALS:
@@ -501,7 +492,6 @@ def greedy_answers(model, tokenizer, mask, max_new_tokens, **inputs):
     # Some models' configurations lack the token that ends an answer in their own chat template.
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-
     tokens = model.generate(
         **inputs, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends - {None}) or None)
@@ -553,31 +543,29 @@ def read_captions(path):
 
 
 def match(files, captions):
-    """Return {file: caption} of those of all `files` that have one, in order, and skipped rows.
+    """Return {file: caption} of all `files` that have one, in order, and skipped rows.
 
-    captions: {file: caption}. One that names a file without its folder, as the authors' do, goes
-    to the only file of this name. Skipped rows, {"file", "reason"}, are about files without a
-    caption and then about captions without a file.
+    captions: {file: caption}. One that names a file without its folder, as the authors' do,
+    goes to the only file of this name. Skipped rows, {"file", "reason"}, are about files
+    without a caption and then about captions without a file.
     """
     matched = {}
     skipped = []
-    used = set()
+    unused = dict(captions)
     files_called = Counter(os.path.basename(file) for file in files)
     for file in files:
         # A bare name that several files share does not tell which of them is meant.
         name = os.path.basename(file)
         key = file if file in captions or files_called[name] > 1 else name
-        if key in captions:
-            used.add(key)
-            matched[file] = captions[key]
+        if key in unused:
+            matched[file] = unused.pop(key)
         else:
             skipped.append({"file": file, "reason": "no caption"})
 
-    for file in captions:
-        if file not in used:
-            several = files_called[file] > 1
-            why = "images of this name in several folders" if several else "no such image"
-            skipped.append({"file": file, "reason": f"caption, but {why}"})
+    for file in unused:
+        several = files_called[file] > 1
+        why = "images of this name in several folders" if several else "no such image"
+        skipped.append({"file": file, "reason": f"caption, but {why}"})
     return matched, skipped
 
 
@@ -649,7 +637,16 @@ def read_rows(path):
     text = read_utf8(path).strip("\n")
     if suffix == ".csv":
         return read_table(path, text, ",")
-    return read_tsv(path, text) if suffix == ".tsv" else read_text(path, text)
+    if suffix == ".tsv":
+        return read_tsv(path, text)
+    # What another program wrote: its columns and brackets must not become prompts.
+    lines = text.split("\n")
+    is_json = re.match(r'[\[{]\s*(["{\[]|$)', lines[0])
+    is_table = re.search(r"[\t\0]|(^|[,;])\s*(prompt|caption|text)\s*([,;]|$)", lines[0], re.I)
+    if is_json or is_table:
+        raise UserError(f"{path}: begins like a table or JSON, not like text with a prompt a "
+                        f"line: call it .csv, .tsv or .jsonl, or save it as one of them")
+    return [{"prompt": line.strip()} for line in lines]
 
 
 def read_utf8(path):
@@ -662,24 +659,12 @@ def read_utf8(path):
     return text
 
 
-def read_text(path, text):
-    """Return lines as rows with a "prompt"."""
-    # What another program wrote: its columns and brackets must not become prompts.
-    lines = text.split("\n")
-    is_json = re.match(r'[\[{]\s*(["{\[]|$)', lines[0])
-    is_table = re.search(r"[\t\0]|(^|[,;])\s*(prompt|caption|text)\s*([,;]|$)", lines[0], re.I)
-    if is_json or is_table:
-        raise UserError(f"{path}: begins like a table or JSON, not like text with a prompt a "
-                        f"line: call it .csv, .tsv or .jsonl, or save it as one of them")
-    return [{"prompt": line.strip()} for line in lines]
-
-
 def read_tsv(path, text):
     """Return the rows of a TSV: with named columns, or as the authors' captioner writes it."""
     # Theirs has no line of names: file, tab, caption.
-    lines = text.split("\n")
-    if Path(lines[0].partition("\t")[0]).suffix.lower() in IMAGE_SUFFIXES:
-        pairs = [line.partition("\t") for line in lines if line]
+    first_cell = re.match(r"[^\t\n]*", text)[0]
+    if Path(first_cell).suffix.lower() in IMAGE_SUFFIXES:
+        pairs = [line.partition("\t") for line in text.split("\n") if line]
         return [{"file": file, "caption": caption.strip()} for file, _, caption in pairs]
     try:
         return read_table(path, text, "\t")
@@ -734,9 +719,9 @@ def read_coco(path):
 def write_together(out, settings, items, unit, rows_of):
     """Make OUT, JSONL, with a row for each of `items`; return whether it is complete.
 
-    rows_of(items) yields their rows, of which those with a "reason" are skipped ones. It is
-    called, and loads its model, only if there are rows to make. `unit` rows are a file in
-    OUT.parts, from which a killed command goes on. Raises UserError.
+    rows_of(items) yields their rows; those with a "reason" are skipped ones. It is called, and
+    loads its model, only where rows are missing. `unit` rows are a file in OUT.parts, from
+    which a killed command goes on. Raises UserError.
     """
     parts = Path(f"{out}.parts")
     record = Path(f"{out}.settings")
