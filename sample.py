@@ -29,9 +29,9 @@ from typing import NamedTuple, Protocol
 
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (Options, UserError, autocast, command_line, complete, contact_sheet, fetch,
-                    fingerprint, in_batches, keep_apart, local_device, make_together, number,
-                    open_image, rank_and_world, read_json, reading, save_png, sha256, to_images,
-                    write_json, write_jsonl)
+                    fingerprint, in_batches, local_device, make_together, number, open_image,
+                    rank_and_world, read_json, reading, save_png, sha256, to_images, write_json,
+                    write_jsonl)
 
 import torch
 from safetensors.torch import load_file, save
@@ -58,7 +58,7 @@ class TextToImageModel(Protocol):
 
     config: the arguments that build the network again, a dict that JSON can store.
     Among them are `channels`, `size` (height and width of the latents) and `text_dim`.
-    blocks: a ModuleList of the layers that are alike; on a GPU, torch.compile translates them.
+    blocks: a ModuleList of the layers that are alike; torch.compile translates them.
     checkpoint_activations: a bool, which `train.py --checkpoint-activations` sets.
     """
 
@@ -108,8 +108,7 @@ def check_models(models):
             if getattr(network, method, missing) is missing:
                 raise TypeError(f"MODELS[{name!r}]: {network.__name__} has no `{method}`")
         if default not in presets:
-            raise TypeError(f"MODELS[{name!r}]: the default preset {default!r} is not among "
-                            f"{', '.join(presets)}")
+            raise TypeError(f"MODELS[{name!r}]: has no default preset {default!r}")
 
 
 check_models(MODELS)
@@ -490,10 +489,9 @@ def generate(pipeline, prompts, seeds=None, steps=250, guidance=8.0, clamp=1.2,
              and precision in PRECISIONS and steps >= 1 and max_tokens >= 1
              and guidance >= 0 and (clamp or 0) >= 0)
     if not valid:
-        raise UserError(f"needs a list of prompts, a seed for each, one negative prompt or one "
-                        f"for each, solver in {', '.join(SOLVERS)}, precision in "
-                        f"{', '.join(PRECISIONS)}, steps and max_tokens >= 1, guidance and "
-                        f"clamp >= 0")
+        raise UserError("needs a list of prompts, as many seeds, one negative prompt or as many, "
+                        "a known solver and precision, at least 1 for steps and max_tokens, "
+                        "at least 0 for guidance and clamp")
 
     model, vae, tokenizer, t5 = pipeline
     cond = encode_text(tokenizer, t5, prompts, max_tokens)      # (B, L, D), (B, L)
@@ -529,7 +527,7 @@ def random_letters(seed):
 # --------------------------------------------------------------------------------------
 # Prompts become files
 
-# The files of each --format, relative to --out: of prompt p's image k, which is image i of all.
+# The file in --out of prompt p's image k, which is image i of all, for each --format.
 FORMATS = {
     "flat": "{i:06d}.png",
     "geneval": "{p:05d}/samples/{k:04d}.png",           # as GenEval's tools expect them
@@ -538,10 +536,7 @@ FORMATS = {
 
 
 def list_samples(args, rows):
-    """Return {file: its line of samples.jsonl} for the images of all prompts, dicts in `rows`.
-
-    Raises UserError.
-    """
+    """Return {file: its line of samples.jsonl} for all prompts, dicts. Raises UserError."""
     per_prompt = args.images_per_prompt
     pattern = FORMATS[args.format]
     # COCO's images, and prompts that caption.py extended from them, have both.
@@ -555,7 +550,7 @@ def list_samples(args, rows):
         for k in range(per_prompt):
             i = len(samples)
             file = pattern.format(p=p, k=k, i=i, name=name)
-            # A second prompt of the same name would find the first one's images and keep them.
+            # A second prompt of that name would find the first one's images and keep them.
             if file in samples:
                 raise UserError(f"prompt {p + 1}: its images would replace those of another "
                                 f"prompt of the same name ({file})")
@@ -578,7 +573,7 @@ def name_of(row, p):
 
 
 def png_is_whole(path):
-    """Tell whether an image need not be made: a PNG file that was cut has no IEND at its end."""
+    """Tell whether a PNG file need not be made. One that was cut has no IEND at its end."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         file.seek(-12, os.SEEK_END)
         return b"IEND" in file.read()
@@ -586,7 +581,14 @@ def png_is_whole(path):
 
 
 def make_images(args, pipeline, missing):
-    """Yield the PNG files of the `missing` samples as bytes, made in batches of --batch-size."""
+    """Yield the `missing` samples' PNG files as bytes, made in batches of --batch-size."""
+    tokenizer = pipeline.tokenizer
+    unknown = [sample["prompt"] for sample in missing
+               if tokenizer.unk_token_id in tokenizer(sample["prompt"]).input_ids]
+    if unknown:
+        print(f"{len(unknown)} of {len(missing)} images are of words that the text encoder "
+              f"does not know; the first: {unknown[0][:200]!r}", file=sys.stderr)
+
     # Compiling takes a while: not for a few images.
     worth_compiling = len(missing) >= 4 * args.batch_size
     if local_device().type == "cuda" and not args.no_compile and worth_compiling:
@@ -600,23 +602,15 @@ def make_images(args, pipeline, missing):
         negative_prompts = [args.negative_prompt]
         if args.random_negative_prompt:
             negative_prompts = [random_letters(seed) for seed in seeds]
-        images = generate(pipeline, [sample["prompt"] for sample in batch], seeds, args.steps,
-                          args.guidance, args.clamp, args.solver, args.spacing, negative_prompts,
-                          args.max_tokens, args.precision, on_step=lambda *_: bar.update())
+        images = generate(pipeline, [sample["prompt"] for sample in batch], seeds,
+                          args.steps, args.guidance, args.clamp, args.solver, args.spacing,
+                          negative_prompts, args.max_tokens, args.precision,
+                          on_step=lambda *_: bar.update())
         for image in images:
             file = io.BytesIO()
             image.save(file, "PNG")
             yield file.getvalue()
     bar.close()
-
-
-def report_unknown_words(tokenizer, prompts):
-    """Say on stderr how many prompts hold words that the text encoder does not know."""
-    unknown = [prompt for prompt in prompts
-               if tokenizer.unk_token_id in tokenizer(prompt).input_ids]
-    if unknown:
-        print(f"{len(unknown)} of {len(prompts)} prompts hold words that the text encoder does "
-              f"not know; the first: {unknown[0][:200]!r}", file=sys.stderr)
 
 
 def describe(args, rows, samples):
@@ -629,8 +623,8 @@ def describe(args, rows, samples):
         # DPG-Bench's tools cut a grid into its four images.
         if args.format == "dpg":
             tiles = [open_image(out / file, 0) for file in files]
-            grid = contact_sheet(tiles, columns=2, gap=0)
-            save_png(grid, out / f"{name_of(rows[p], p)}.png")
+            name = name_of(rows[p], p)
+            save_png(contact_sheet(tiles, columns=2, gap=0), out / f"{name}.png")
 
     # DPG-Bench's tools take every picture of the folder for a grid: no sheet there.
     if args.format != "dpg":
@@ -687,14 +681,11 @@ def arguments(argv):
     add("--max-tokens", type=number(int, 1, 100_000), default=256,
         help="tokens of a prompt that are read (paper: 256, released CAD-I: 128)")
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="image i has seed + i")
-    add("--precision", choices=PRECISIONS, default="auto",
-        help="auto: bf16 on CUDA, else fp32")
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA, else fp32")
 
     # The rest changes no image, unless --vae or --text-encoder names other weights.
-    add("--vae",
-        help=f"folder or hub repository (default: the checkpoint's own, or {VAE})")
-    add("--text-encoder",
-        help=f"folder or hub repository (default: likewise, {TEXT_ENCODER})")
+    add("--vae", help=f"folder or hub repository (default: the checkpoint's own, or {VAE})")
+    add("--text-encoder", help=f"folder or hub repository (default: likewise, {TEXT_ENCODER})")
     add("--batch-size", type=number(int, 1), default=16, help="images at once")
     flag("--no-compile", help="CUDA: do not torch.compile the network")
     args = parser.parse_args(argv)
@@ -731,11 +722,11 @@ def main(argv=None):
     """Make the images that are not there yet, then the files that list them."""
     args = arguments(argv)
     out = Path(args.out)
-    # A list of prompts may be called so, too.
-    keep_apart(out / "samples.jsonl", args.prompts, args.vae, args.text_encoder)
-    # Images may go to a folder below the checkpoint's, but not among its files.
-    if out.resolve() == Path(args.checkpoint).resolve():
-        raise UserError(f"--out {out}: is the checkpoint: choose another")
+    # Below a checkpoint's folder is fine, among its files or in the place of a list is not.
+    taken = {out.resolve(), (out / "samples.jsonl").resolve()}
+    for given in (args.checkpoint, args.vae, args.text_encoder, args.prompts):
+        if given and Path(given).resolve() in taken:
+            raise UserError(f"--out {out}: {given} is an input of this command: choose another")
 
     rows = [{"prompt": prompt} for prompt in args.prompt or []]
     skipped = []
@@ -751,8 +742,6 @@ def main(argv=None):
     else:
         pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
         encoders = fingerprints(pipeline)
-        if rank_and_world()[0] == 0:
-            report_unknown_words(pipeline.tokenizer, [row["prompt"] for row in rows])
 
     settings = settings_of(args, rows, encoders)
     make = partial(make_images, args, pipeline)
@@ -762,9 +751,8 @@ def main(argv=None):
             print(f"{len(skipped)} prompts skipped ({out / 'skipped.jsonl'}), the first: "
                   f"{skipped[0]['file']}: {skipped[0]['reason']}", file=sys.stderr)
         # Where the images come from, for the tables of evaluate.py.
-        config = fetch(args.checkpoint, "config.json")
         with complete(out / "checkpoint.json") as path:
-            path.write_bytes(config.read_bytes())
+            path.write_bytes(fetch(args.checkpoint, "config.json").read_bytes())
         describe(args, rows, samples)
 
 

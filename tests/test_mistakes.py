@@ -86,7 +86,7 @@ MISTAKES = [
      "give only one"),
     ("sample.py", [*SAMPLE, "--prompt", "a", "--format", "dpg"], "--images-per-prompt 4"),
     ("sample.py", [*SAMPLE, "--prompt", "a", "--limit", 1], "--limit"),
-    ("sample.py", [*SAMPLE, "--prompt", "a", "--out", FIXTURES / "cad_tiny"], "is the checkpoint"),
+    ("sample.py", [*SAMPLE, "--prompt", "a", "--out", FIXTURES / "cad_tiny"], "is an input"),
     ("sample.py", [*SAMPLE, "--prompts", "{bad}/photos", "--out", "{bad}/photos"], "is an input"),
     ("sample.py", [*SAMPLE, "--prompts", "{tmp}/out/samples.jsonl"], "is an input"),
     ("sample.py", [*SAMPLE, "--prompt", "a", "--vae", "{tmp}/no"], "no such folder"),

