@@ -722,7 +722,7 @@ def main(argv=None):
     """Make the images that are not there yet, then the files that list them."""
     args = arguments(argv)
     out = Path(args.out)
-    # Below a checkpoint's folder is fine, among its files or in the place of a list is not.
+    # Images may go below a checkpoint's folder, but not among an input's files or in its place.
     taken = {out.resolve(), (out / "samples.jsonl").resolve()}
     for given in (args.checkpoint, args.vae, args.text_encoder, args.prompts):
         if given and Path(given).resolve() in taken:
