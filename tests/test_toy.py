@@ -117,7 +117,7 @@ def test_the_page_chooses_composites_only_at_high_noise_and_drops_captions(toy_p
     assert abs((mask.sum(1) == 1).float().mean() - tiny.DROP) < 0.03
 
 
-def test_the_page_learns_as_train_py_does(toy_paper, tmp_path):
+def test_the_page_learns_as_train_py_does_and_draws_a_grid(toy_paper, tmp_path):
     photos, composites = data_of(toy_paper)
     words = recipe.train_command("dit", tmp_path / "dit", recipe.P, recipe.TAU, 30, 0, photos.folder,
                                  composites.folder, "--sample-every 0 --log-every 10")
@@ -131,9 +131,6 @@ def test_the_page_learns_as_train_py_does(toy_paper, tmp_path):
         losses.append(float(tiny.loss_of(model, t, x_0, torch.randn_like(x_0), text, mask).detach()))
     # At the start it is 1.
     assert theirs < 0.5 and abs(np.mean(losses) - theirs) < 0.1
-
-
-def test_the_page_draws_a_grid(toy_paper, tmp_path):
     tiny.main(["--data", str(toy_paper[0]), "--steps", "1", "--out", str(tmp_path / "tiny.png")])
     assert Image.open(tmp_path / "tiny.png").width > 4 * 96
 
@@ -222,29 +219,18 @@ def test_the_detector_finds_every_object_of_originals_and_composites_also_half_h
     assert np.mean(right) >= 0.95
 
 
-def melted(one, two):
-    return Image.blend(world.draw(one), world.draw(two), 0.5), [one, two]
-
-
-def of_two_halves(one, two):
-    image = world.draw(one)
-    image.paste(world.draw(two).crop((32, 0, 64, 64)), (32, 0))
-    return image, [one, two]
-
-
-def drawn_twice(one, two):
-    thing = one["objects"][0]
-    again = {**thing, "x": thing["x"] + 0.4 * thing["radius"], "y": thing["y"] + 0.4 * thing["radius"]}
-    return world.draw({**one, "objects": [thing, again]}), [one]
-
-
-@pytest.mark.parametrize("fault", [melted, of_two_halves, drawn_twice])
-def test_the_detector_forgives_no_fault_of_a_large_object(fault):
+def test_the_detector_forgives_no_fault_of_a_large_object():
     right = []
-    for one, two in large_pairs(fault.__name__):
-        image, wanted = fault(one, two)
-        right.append(finds(image, *wanted))
-    assert np.mean(right) <= 0.1
+    for one, two in large_pairs("faults"):
+        a, b = world.draw(one), world.draw(two)
+        # Two that melted into one; one that is drawn twice, a bit apart; the halves of two.
+        right.append(finds(Image.blend(a, b, 0.5), one, two))
+        thing = one["objects"][0]
+        again = {**thing, "x": thing["x"] + 0.4 * thing["radius"], "y": thing["y"] + 0.4 * thing["radius"]}
+        right.append(finds(world.draw({**one, "objects": [thing, again]}), one))
+        a.paste(b.crop((32, 0, 64, 64)), (32, 0))
+        right.append(finds(a, one, two))
+    assert np.mean(right) <= 0.05
 
 
 @pytest.mark.parametrize("setting", list(cutmix.CUTS))

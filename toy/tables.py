@@ -164,7 +164,7 @@ def run_aside(command, log, running):
     running: the list of all processes, to which this one is added.
     """
     # One thread each: with more, the models would take the cores from each other.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(log, "a") as messages:
         print(f"\n$ python {command}", file=messages, flush=True)
         process = subprocess.Popen([sys.executable, *shlex.split(command)], env=environment,
@@ -272,8 +272,8 @@ def mean_and_spread(values):
 
 
 def same_prompts(out, lines):
-    """Return pictures of the first prompts of each task, a row for each line's first model."""
-    rows = []
+    """Return pictures of two prompts of each task, a row for each line's first model."""
+    rows = [[]]
     for label, run in lines.items():
         for path in list(results_of(out, run, "scores-long.jsonl").values())[:1]:
             verdicts = read_jsonl(path)
