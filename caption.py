@@ -247,7 +247,7 @@ def load_views(batch, folder, processor, side, prune):
     return shown, skipped
 
 
-def describe(shown, model, tokenizer, prompt, max_new_tokens):
+def caption_pictures(shown, model, tokenizer, prompt, max_new_tokens):
     """Yield the rows of pictures, which are given as load_views returns them."""
     # All pictures of a batch may be broken.
     if not shown:
@@ -281,8 +281,8 @@ def llava(args):
         batches = in_batches(pictures, args.batch_size)
         for shown, skipped in ahead(load, batches, args.workers):
             yield from skipped
-            yield from describe(shown, model, processor.tokenizer, prompt,
-                                args.max_new_tokens)
+            yield from caption_pictures(shown, model, processor.tokenizer, prompt,
+                                        args.max_new_tokens)
 
     # A caption can depend, in its last bits, on its batch: units are whole batches.
     write_together(args.out, settings, pictures, 8 * args.batch_size, ask_llava)

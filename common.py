@@ -39,7 +39,7 @@ class UserError(Exception):
 def command_line(main):
     """Run a stage's `main()`. A mistake becomes one line and exit code 2.
 
-    So does a failing file system, a GPU whose memory is too small, and a rank that is gone.
+    A failing file system, too little GPU memory and a lost rank end the same way.
     """
     try:
         main()
@@ -445,7 +445,7 @@ def make_together(out, settings, units, make, is_whole=has_content):
 
         # Of all files, not of the missing ones: ranks need not look at the same time.
         mine = [name for name in list(units)[rank::world] if name not in there]
-        # What ranks of another number of ranks were killed over.
+        # Left by a killed command that had another number of ranks.
         for path in out.rglob(".*.tmp"):
             if str(path.relative_to(out).with_name(path.name[1:].rsplit(".", 2)[0])) in mine:
                 path.unlink()

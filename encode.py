@@ -619,10 +619,10 @@ def make_data_set(args, pairs, skipped):
 
     make = functools.partial(make_shards, args, settings, vae, tokenizer, t5)
     if make_together(args.out, settings, units, make, is_whole):
-        describe(args, settings, list(units)[1:], skipped, composites)
+        write_meta(args, settings, list(units)[1:], skipped, composites)
 
 
-def describe(args, settings, shards, skipped, composites):
+def write_meta(args, settings, shards, skipped, composites):
     """Write skipped.jsonl and then, as the sign of the end, meta.json.
 
     shards: their names. skipped: rows of what is in none. composites: {file: CutMix setting}.

@@ -391,6 +391,8 @@ def load_pipeline(path_or_repo, vae=None, text_encoder=None, device=None):
     tokenizer, t5 = load_text_encoder(t5_name, device, dtype)
     pipeline = Pipeline(model, autoencoder, tokenizer, t5)
     check_encoders(path_or_repo, pipeline, vae, text_encoder)
+    # Training scaled the latents by it, whatever an autoencoder named here says.
+    autoencoder.scaling_factor = config.get("scaling_factor", autoencoder.scaling_factor)
     return pipeline
 
 
@@ -613,7 +615,7 @@ def make_images(args, pipeline, missing):
     bar.close()
 
 
-def describe(args, rows, samples):
+def write_lists(args, rows, samples):
     """Write what is about all samples: the benchmarks' files, the sheet, samples.jsonl."""
     out = Path(args.out)
     for p, files in enumerate(in_batches(list(samples), args.images_per_prompt)):
@@ -753,7 +755,7 @@ def main(argv=None):
         # Where the images come from, for the tables of evaluate.py.
         with complete(out / "checkpoint.json") as path:
             path.write_bytes(fetch(args.checkpoint, "config.json").read_bytes())
-        describe(args, rows, samples)
+        write_lists(args, rows, samples)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from toy.world import LEAST_IMAGES
 # --------------------------------------------------------------------------------------------
 # What each table compares
 
-class Run(NamedTuple):
+class Variant(NamedTuple):
     """One model, whatever its seed. The defaults are DiT-I with text augmentation alone (TA)."""
 
     model: str = "dit"
@@ -69,21 +69,21 @@ class Run(NamedTuple):
 
 
 TABLE_2 = {
-    "DiT-I AIO": Run(captions="aio"),
-    "DiT-I TA": Run(),
-    "DiT-I TA + IA": Run(setting="all"),
-    "CAD-I AIO": Run("cad", captions="aio"),
-    "CAD-I TA": Run("cad"),
-    "CAD-I TA + IA": Run("cad", setting="all"),
+    "DiT-I AIO": Variant(captions="aio"),
+    "DiT-I TA": Variant(),
+    "DiT-I TA + IA": Variant(setting="all"),
+    "CAD-I AIO": Variant("cad", captions="aio"),
+    "CAD-I TA": Variant("cad"),
+    "CAD-I TA + IA": Variant("cad", setting="all"),
 }
 # The lines of a table differ in one thing only, and tables share the models they have in common.
 TABLES = {
     "1": TABLE_2,
     "2": TABLE_2,
-    "4": {f"CM {setting}": Run(setting=setting) for setting in (*CUTS, "all")},
-    "5": {"p = 0": Run(), **{f"p = {p:g}": Run(setting="1/4", p=p) for p in (0.25, 0.5, 0.75, 1)}},
-    "tau": {f"tau = {tau:g}": Run(setting="all", tau=tau) for tau in (0, 0.2, 0.4, 0.6, 0.8)},
-    "fig5": {"TA": Run(small=True), "TA + IA": Run(setting="all", small=True)},
+    "4": {f"CM {setting}": Variant(setting=setting) for setting in (*CUTS, "all")},
+    "5": {"p = 0": Variant(), **{f"p = {p:g}": Variant(setting="1/4", p=p) for p in (0.25, 0.5, 0.75, 1)}},
+    "tau": {f"tau = {tau:g}": Variant(setting="all", tau=tau) for tau in (0, 0.2, 0.4, 0.6, 0.8)},
+    "fig5": {"TA": Variant(small=True), "TA + IA": Variant(setting="all", small=True)},
 }
 TITLES = {
     "1": "Table 1: distance to validation pictures",
@@ -346,7 +346,7 @@ def make_tables(args):
     running = []
 
     def make(model):
-        folder = args.out / "runs" / Run.name(*model)
+        folder = args.out / "runs" / Variant.name(*model)
         folder.mkdir(parents=True, exist_ok=True)
         for command in commands_of(args, *model):
             run_aside(command, folder / "commands.log", running)

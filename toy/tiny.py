@@ -85,6 +85,7 @@ def ddim(model, x, cond, null, steps=SAMPLE_STEPS, w=GUIDANCE, clamp=1.2):
     cond = model.condition(*cond)
     null = model.condition(*null)
     # In float64: the first step divides by almost nothing.
+    x = x.double()
     gamma = torch.linspace(0, 1, steps + 1, dtype=torch.float64).clamp(min=1e-9)
     for g, g_next in zip(gamma, gamma[1:]):
         level = g.float().expand(len(x))
