@@ -9,9 +9,10 @@ COMMANDS = ["tables", "play", "score"]
 words = sys.argv[1:]
 command = words.pop(0) if words and words[0] in COMMANDS else "run"
 
-# Before torch is imported. Threads that wait for each other keep their cores busy, so that beside
-# another busy process two of them make a tenth of the steps of one. The toy's networks lose little
-# by having one; the page may draw with large ones, and there the threads sleep while they wait.
+# Before torch is imported. Threads that wait for each other keep their cores busy, so
+# that beside another busy process two of them make a tenth of the steps of one. The toy's
+# networks lose little by having one; the page may draw with large ones, and there the
+# threads sleep while they wait.
 if "OMP_NUM_THREADS" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
     if command == "play":
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -1,7 +1,8 @@
 """The toy's data: a world is drawn, mixed, captioned and encoded by the real stages.
 
-A world is a folder with images/, captions.jsonl (long ones), captions-aio.jsonl, and for every
-setting of CutMix that was asked for cutmix*/, captions-cutmix*.jsonl and, encoded, encoded-cutmix*/.
+A world is a folder with images/, captions.jsonl (long ones), captions-aio.jsonl, and for
+every setting of CutMix that was asked for cutmix*/, captions-cutmix*.jsonl and, encoded,
+encoded-cutmix*/.
 """
 
 import importlib
@@ -91,7 +92,8 @@ def make_prompts_and_encoder(out, prompts, seed):
 def encode_world(world, kind, text_encoder):
     """Encode pictures of a world to encoded`kind`, with their captions in captions`kind`.jsonl.
 
-    kind: "" for originals, "-aio" for originals with AIO captions, "-cutmix", ... for composites.
+    kind: "" for originals, "-aio" for originals with AIO captions, "-cutmix", ... for
+    composites.
     """
     images = kind.removeprefix("-") if "cutmix" in kind else "images"
     # The pictures are so small that threads would cost more than they save.

@@ -1,10 +1,10 @@
 """The toy's detector: which objects are in a picture, found without a network.
 
-Colours first: every pixel is compared with the five colours, and pixels of one colour that touch
-form a patch. Then shapes: a patch is compared with every shape in every size, drawn clean. An object
-may be partly hidden behind a whole one, as in a composite: then a rectangle covers a part of it, and
-the rest must agree. Most distorted, melted or doubled shapes agree with nothing and count as no
-object: the README has a table of how many pass.
+Colours first: every pixel is compared with the five colours, and pixels of one colour
+that touch form a patch. Then shapes: a patch is compared with every shape in every size,
+drawn clean. An object may be partly hidden behind a whole one, as in a composite: then a
+rectangle covers a part of it, and the rest must agree. Most distorted, melted or doubled
+shapes agree with nothing and count as no object: the README has a table of how many pass.
 """
 
 from functools import lru_cache
@@ -17,8 +17,8 @@ from scipy import ndimage
 
 from toy.world import COLORS, SHAPES, SIZE, draw
 
-# The radii of the templates, in pixels: 4.4 to 28. They are closer together where they are
-# small, because half a pixel is a larger part of a small object.
+# The radii of the templates, in pixels: 4.4 to 28. They are closer together where they
+# are small, because half a pixel is a larger part of a small object.
 RADII = np.linspace(2.1, 5.3, 40) ** 2
 THRESHOLD = 0.72            # the score that makes a patch an object
 CLEAR = 0.62                # the score that does if the patch resembles no other shape:
@@ -32,9 +32,9 @@ SMALL = 300                 # pixels of a small object
 SMALLEST_PATCH = 12         # pixels
 NEIGHBOURS = np.ones((3, 3), bool)
 
-# The search for the best place of a template. A patch that is smaller, in relation to the template,
-# is more than something may hide, with a margin for sizes in between. One that is larger is better
-# explained by a larger template.
+# The search for the best place of a template. A patch that is smaller, in relation to the
+# template, is more than something may hide, with a margin for sizes in between. One that
+# is larger is better explained by a larger template.
 LEAST_AREA = 0.9 * (1 - MOST_HIDDEN)
 MOST_AREA = 1.3
 BEST_PLACES = 4             # the search goes on around so many of the places tried
@@ -57,8 +57,9 @@ DIRECTIONS = CHROMA / np.linalg.norm(CHROMA, axis=1, keepdims=True)
 def unmix(image):
     """Return each pixel's nearest colour (64, 64), a number, and its share of the pixel (64, 64).
 
-    At an edge a pixel is a mixture of an object's colour and a grey. Greys have no chroma, so the
-    share of the colour is how long the pixel's chroma is compared with that of the colour.
+    At an edge a pixel is a mixture of an object's colour and a grey. Greys have no
+    chroma, so the share of the colour is how long the pixel's chroma is compared with
+    that of the colour.
     """
     pixels = without_grey(image.convert("RGB"))                                     # (64, 64, 3)
     nearest = (pixels @ DIRECTIONS.T).argmax(2)
@@ -133,14 +134,15 @@ def agreement(template, patch, x, y):
 
         right / (right + wrong) - HIDDEN_WEIGHT hidden - WRONG_WEIGHT wrong / edge - doubt
 
-    right: pixels that are in both. wrong: pixels that are in one of them only. hidden: the share
-    of the template that the patch lacks because another object hides it; that is not wrong, but
-    what is seen in there is. edge: the length of the template's edge that is not hidden, in
-    pixels. doubt: THRESHOLD - CLEAR if a part is hidden, or if more than FORGIVEN pixels are
-    wrong away from the edge; otherwise 0.
+    right: pixels that are in both. wrong: pixels that are in one of them only. hidden:
+    the share of the template that the patch lacks because another object hides it; that
+    is not wrong, but what is seen in there is. edge: the length of the template's edge
+    that is not hidden, in pixels. doubt: THRESHOLD - CLEAR if a part is hidden, or if
+    more than FORGIVEN pixels are wrong away from the edge; otherwise 0.
 
-    Where nothing is hidden or in doubt, this is the intersection over union, less for wrong pixels.
-    It is 0 if most of the patch lies outside of the template, or if more than MOST_HIDDEN is hidden.
+    Where nothing is hidden or in doubt, this is the intersection over union, less for
+    wrong pixels. It is 0 if most of the patch lies outside of the template, or if more
+    than MOST_HIDDEN is hidden.
     """
     height, width = template.whole.shape
     here = as_slices((x, y, x + width, y + height))
@@ -151,8 +153,8 @@ def agreement(template, patch, x, y):
     if both < CLEAR * patch.area:
         return 0.0
 
-    # In the hidden box nothing of the object must be seen: what is seen there is wrong. The
-    # pixels around the box may be seen or not: something's edge runs through them.
+    # In the hidden box nothing of the object must be seen: what is seen there is wrong.
+    # The pixels around the box may be seen or not: something's edge runs through them.
     seen_in_box = 0
     covered = 0
     covered_edge = 0
@@ -176,8 +178,8 @@ def agreement(template, patch, x, y):
     edge = np.count_nonzero(template.edge) - covered_edge + 1
     score = right / (right + wrong) - HIDDEN_WEIGHT * hidden - WRONG_WEIGHT * wrong / edge
 
-    # A wobbly edge may be forgiven (see `recognise`). A bite or a lump may not, and that something
-    # hides a part is only a guess: then the rest must agree all the better.
+    # A wobbly edge may be forgiven (see `recognise`). A bite or a lump may not, and that
+    # something hides a part is only a guess: then the rest must agree all the better.
     bite = np.count_nonzero(template.core & ~patch.near[here])
     lump = np.count_nonzero(patch.core) - np.count_nonzero(template.whole & patch.core[here])
     if box or bite + lump > FORGIVEN:
@@ -198,13 +200,14 @@ def hidden_box(template, patch, x, y):
         return None
     x0, y0, x1, y1 = box
 
-    # A few lacking pixels are not hidden, they are wrong. At a large object a paste may graze them.
+    # A few lacking pixels are not hidden, they are wrong. At a large object a paste may
+    # graze them.
     least = 3 if width >= 32 else 10
     if max(x1 - x0, y1 - y0) <= least:
         return None
 
-    # Nothing hides an object but another one, which must be seen there, and whole. In a composite
-    # its square hides, too.
+    # Nothing hides an object but another one, which must be seen there, and whole. In a
+    # composite its square hides, too.
     for left, top, right, bottom in patch.in_front:
         if (left - AROUND <= x + x0 and x + x1 <= right + AROUND
                 and top - AROUND <= y + y0 and y + y1 <= bottom + AROUND):
@@ -250,7 +253,8 @@ def best_agreement(sizes, patch):
     best = 0.0
     place = None
     for score, number, x, y in rough[:BEST_PLACES]:
-        # However it is moved, this one and those behind it stay below what makes an object.
+        # However it is moved, this one and those behind it stay below what makes an
+        # object.
         if score < CLEAR - MOST_GAIN:
             break
         for template in sizes[number]:
@@ -269,8 +273,8 @@ MOVES = [(dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1)]
 def likely_corners(template, box):
     """Return the upper left corners (x, y) at which a template may explain a patch in this box.
 
-    The object reaches at least as far as its visible patch: it is as large as the box, or larger
-    and hidden at the far side; so it begins or ends where the box does.
+    The object reaches at least as far as its visible patch: it is as large as the box, or
+    larger and hidden at the far side; so it begins or ends where the box does.
     """
     x0, y0, x1, y1 = box
     height, width = template.whole.shape
@@ -305,7 +309,8 @@ def find_objects(image):
     """Return the objects (Found) of an RGB picture, 64 x 64, most confident first."""
     nearest, share = unmix(image)
     colored = share > 0.5
-    # A clean object is faint at its edge only. Such areas are what melted objects are made of.
+    # A clean object is faint at its edge only. Such areas are what melted objects are
+    # made of.
     faint = ndimage.binary_erosion((share > 0.2) & (share < 0.65), NEIGHBOURS)
     patches = []
     for number, color in enumerate(COLORS):
@@ -314,8 +319,8 @@ def find_objects(image):
             if np.count_nonzero(faint[as_slices(patch.box)]) < 0.1 * patch.area:
                 patches.append(patch)
 
-    # First what is whole. Only that can hide a part of something else: a shape of two colours is not
-    # two objects, and a blob before a torn shape does not mend it.
+    # First what is whole. Only that can hide a part of something else: a shape of two
+    # colours is not two objects, and a blob before a torn shape does not mend it.
     guesses = [recognise(patch) for patch in patches]
     whole = [patch for guess, patch in zip(guesses, patches) if guess]
     found = []
@@ -340,8 +345,8 @@ def find_objects(image):
 def detect(image):
     """Return the objects of an RGB picture, 64 x 64, as GenEval's detector does.
 
-    {shape: [{"box": [x0, y0, x1, y1], "score", "color"}, ...]}, most confident first. The box, in
-    pixels, right and bottom exclusive, is that of the visible part.
+    {shape: [{"box": [x0, y0, x1, y1], "score", "color"}, ...]}, most confident first. The
+    box, in pixels, right and bottom exclusive, is that of the visible part.
     """
     return as_detections(find_objects(image))
 
@@ -358,8 +363,8 @@ def as_detections(found):
 def groups(mask, largest=3, most=8):
     """Return masks of what may be one object each: connected patches, alone or together.
 
-    Two or three patches may be one object with something across it. This is tried with the
-    `largest` ones; of single patches up to `most` are looked at.
+    Two or three patches may be one object with something across it. This is tried with
+    the `largest` ones; of single patches up to `most` are looked at.
     """
     labels, _ = ndimage.label(mask, NEIGHBOURS)
     areas = np.bincount(labels.ravel())
@@ -399,8 +404,8 @@ def has_one_background(image):
     levels = np.asarray(image.convert("L"), float)
     usual = np.median(levels[background])
 
-    # A small paste shows little of its own background, just the corners that its object leaves.
-    # So any patch of another grey counts, and not its share of the picture.
+    # A small paste shows little of its own background, just the corners that its object
+    # leaves. So any patch of another grey counts, and not its share of the picture.
     other = background & (np.abs(levels - usual) > OTHER_GREY)
     return bool(largest_area(other) < SEAM)
 
@@ -408,10 +413,12 @@ def has_one_background(image):
 def is_bitten(image, objects):
     """Tell whether background lies between a large object and a smaller one in front of it.
 
-    In originals the large one is seen up to the edge of the small one. In composites the square
-    that was pasted bites into it, which is a seam even where both backgrounds have the same grey.
-    objects: what `find_objects` finds. Returns None where none of them lies before a large one,
-    which need not be among them: many are too badly bitten to be recognised.
+    In originals the large one is seen up to the edge of the small one. In composites the
+    square that was pasted bites into it, which is a seam even where both backgrounds have
+    the same grey.
+
+    objects: what `find_objects` finds. Returns None where none of them lies before a large
+    one, which need not be among them: many are too badly bitten to be recognised.
     """
     nearest, share = unmix(image)
     colored = share > 0.5
@@ -432,7 +439,8 @@ def is_bitten(image, objects):
         should_be[as_slices((x, y, x + width, y + height))] = template.core
         if should_be[as_slices(small.patch.box)].any():
             near = ndimage.binary_dilation(small.patch.mask, NEIGHBOURS, AROUND)
-            # At a shared edge two colours make a grey that is a pixel or two wide: that is no gap.
+            # At a shared edge two colours make a grey that is a pixel or two wide: that
+            # is no gap.
             gap = ndimage.binary_opening(should_be & near & ~colored, NEIGHBOURS)
             answer = bool(answer or largest_area(gap) >= SEAM)
     return answer

@@ -14,8 +14,8 @@ TASKS = ["single_object", "two_object", "counting", "colors", "position", "color
 def make_prompts(out, count, seed):
     """Write OUT/prompts-short.jsonl and OUT/prompts-long.jsonl: `count` prompts for each task.
 
-    Each row has GenEval's metadata (`tag`, `include`, `exclude`), the `prompt`, and as `layout`
-    where the scene that it describes has its objects.
+    Each row has GenEval's metadata (`tag`, `include`, `exclude`), the `prompt`, and as
+    `layout` where the scene that it describes has its objects.
     """
     short = []
     long = []
@@ -32,8 +32,8 @@ def make_prompts(out, count, seed):
 def scene_to_ask_for(task, rng):
     """Return (scene, layout) that a prompt of a task describes.
 
-    Two objects stand in two corners, or a small one in a corner before a large one. No original
-    shows either: these are of one class.
+    Two objects stand in two corners, or a small one in a corner before a large one. No
+    original shows either: these are of one class.
     """
     one, two = rng.sample(SHAPES, 2)
     # Where one object is asked for, or several of one class, originals
@@ -60,7 +60,8 @@ def scene_to_ask_for(task, rng):
     colors = rng.sample(list(COLORS), len(shapes))
     things = [make_object(*thing) for thing in zip(shapes, colors, places)]
     scene = {"objects": things, "grey": rng.choice(list(GREYS))}
-    # Grounds once had patterns. Without this draw, prompts would be other ones than those reported.
+    # Grounds once had patterns. Without this draw, prompts would be other ones than those
+    # reported.
     rng.choice(["plain"])
     return scene, layout
 

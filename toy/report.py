@@ -37,6 +37,7 @@ def write_page(path, title, parts):
     body = "\n".join(parts)
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
             f"<style>{STYLE}</style>\n<h1>{title}</h1>\n{body}\n")
+
     # Somebody may reload the page just now: it is replaced as a whole.
     with complete(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -82,6 +83,7 @@ def verdict_card(folder, row):
     # Words, and not colours alone: red and green look alike to some.
     kind = "right" if row["right"] else "wrong"
     caption = f'<b class="{kind}">{kind}</b> {html.escape(row["prompt"])}'
+
     if not row["one_background"]:
         caption += " <i>two backgrounds</i>"
     if row["bitten"]:
@@ -138,6 +140,7 @@ def report(folder, title, checkpoint, most, more=""):
         table_rows.append([f"{kind} prompts", *map(share_text, columns.values())])
         samples += [f"<h2>Samples for {kind} prompts</h2>",
                     verdicts(folder / f"samples-{kind}", rows, most)]
+
     table_rows.insert(0, ["", *map(spoken, columns)])
     loss = {"training": points_of(checkpoint / "log.jsonl", "loss")}
     write_page(folder / "report.html", title, [
@@ -149,6 +152,7 @@ def report(folder, title, checkpoint, most, more=""):
 def about_the_data(out):
     """Return the toy's data as HTML: originals, composites, and Fig. 7."""
     composites = Encoded(out / "encoded-cutmix")
+
     # One of each setting, whose seam is plain to see: its two greys differ.
     chosen = {}
     for i, row in enumerate(read_jsonl(out / "cutmix/cutmix.jsonl")):

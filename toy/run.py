@@ -2,15 +2,16 @@
 
     python -m toy
 
-The world: 64 x 64 pictures of one class each, which is a shape: mostly one large object, often several
-smaller ones. Colours, sizes and backgrounds vary and are not in the class name, as with ImageNet's
-photos. The stages are the real ones, each command is printed before it runs. Four things stand in
-for what a laptop cannot run: a captioner that knows what was drawn (for LLaVA), a small autoencoder
-(for Stable Diffusion's), a tiny random T5, and a detector without a network (for Mask2Former). Ends with a miniature GenEval and OUT/report.html.
-Killed, it goes on with the same command.
+The world: 64 x 64 pictures of one class each, which is a shape: mostly one large object,
+often several smaller ones. Colours, sizes and backgrounds vary and are not in the class
+name, as with ImageNet's photos. The stages are the real ones, each command is printed
+before it runs. Four things stand in for what a laptop cannot run: a captioner that knows
+what was drawn (for LLaVA), a small autoencoder (for Stable Diffusion's), a tiny random
+T5, and a detector without a network (for Mask2Former). Ends with a miniature GenEval and
+OUT/report.html. Killed, it goes on with the same command.
 
-`python -m toy tables` runs the paper's experiments, `python -m toy play` lets you type prompts;
-`--help` behind them says more. `python -m toy.tiny` is the method on one page.
+`python -m toy tables` runs the paper's experiments, `python -m toy play` lets you type
+prompts; `--help` behind them says more. `python -m toy.tiny` is the method on one page.
 """
 
 from pathlib import Path

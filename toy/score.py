@@ -26,8 +26,8 @@ from toy.world import SIZE
 def score(folder):
     """Return a row for each prompt's picture in a folder of GenEval's layout.
 
-    {"file", "tag", "prompt", "right", "reason", "one_background", "bitten"}; `file` is relative to
-    the folder. Raises UserError.
+    {"file", "tag", "prompt", "right", "reason", "one_background", "bitten"}; `file` is
+    relative to the folder. Raises UserError.
     """
     folder = Path(folder)
     prompts = sorted(folder.glob("*/metadata.jsonl"))
@@ -72,10 +72,11 @@ TWO_OBJECTS = ("two_object", "position", "color_attr")
 def columns_of(rows):
     """Return {column: score} of verdicts; NaN where nothing counts.
 
-    For each task its share of right pictures, and "overall", the mean over the tasks. Then two
-    kinds of seams: "one background", the share of right pictures of two objects that have one
-    (among all pictures, those in which two objects melted into one would have it, too); and
-    "bitten", a share of the pictures in which a small object lies before a large one.
+    For each task its share of right pictures, and "overall", the mean over the tasks.
+    Then two kinds of seams: "one background", the share of right pictures of two objects
+    that have one (among all pictures, those in which two objects melted into one would
+    have it, too); and "bitten", a share of the pictures in which a small object lies
+    before a large one.
     """
     scores = {}
     for task in TASKS:

@@ -2,11 +2,11 @@
 
     python -m toy tables --table 2
 
-Draws the data once, trains every model that the tables compare, samples, scores, and writes one page,
-OUT/tables.html, which grows with every model and every table. Models are made side by side, each by
-the real commands on one thread. Killed, it goes on with the same command; tables that share models
-share them. Without --table it makes all: 1 (distances), 2 (GenEval), 4 (CutMix settings), 5 (p), tau,
-fig5 (little data).
+Draws the data once, trains every model that the tables compare, samples, scores, and
+writes one page, OUT/tables.html, which grows with every model and every table. Models are
+made side by side, each by the real commands on one thread. Killed, it goes on with the
+same command; tables that share models share them. Without --table it makes all: 1
+(distances), 2 (GenEval), 4 (CutMix settings), 5 (p), tau, fig5 (little data).
 """
 
 import contextlib
@@ -76,7 +76,8 @@ TABLE_2 = {
     "CAD-I TA": Variant("cad"),
     "CAD-I TA + IA": Variant("cad", setting="all"),
 }
-# The lines of a table differ in one thing only, and tables share the models they have in common.
+# The lines of a table differ in one thing only, and tables share the models they have in
+# common.
 TABLES = {
     "1": TABLE_2,
     "2": TABLE_2,
@@ -99,8 +100,8 @@ KEPT = 8                            # checkpoints of a run of Fig. 5
 # --------------------------------------------------------------------------------------------
 # What they are made from
 
-# All models share the data, which is that of the first seed. Validation pictures and the small
-# set are others.
+# All models share the data, which is that of the first seed. Validation pictures and the
+# small set are others.
 VALIDATION_SEED = 1_000_000
 SMALL_SEED = 2_000_000
 
@@ -135,19 +136,23 @@ def commands_of(args, run, seed):
     every = math.ceil(args.steps / KEPT)
     val = quoted(out / "val/encoded")
     more = f"--val {val} --val-every {every} --keep-every {every}" if run.small else ""
+
     data = [out / name for name in run.data()]
     commands = [
         train_command(run.model, checkpoint, run.p, run.tau, args.steps, seed, *data, more=more),
         *judge_commands(checkpoint, out, folder, seed)]
 
-    # Distances take many samples: measured are the models of Table 1, and one of each line of Fig. 5.
+    # Distances take many samples: measured are the models of Table 1, and one of each
+    # line of Fig. 5.
     measured = {}
     if "1" in args.tables and run in TABLES["1"].values():
         measured["distance"] = checkpoint
     if run.small and seed == args.seed:
         for step in range(every, args.steps + 1, every):
             measured[f"distance-{step:07d}"] = checkpoint / f"step-{step:07d}"
-    # The prompts are the captions of the validation pictures, of the kind that it was trained on.
+
+    # The prompts are the captions of the validation pictures, of the kind that it was
+    # trained on.
     prompts = out / ("val/captions-aio.jsonl" if run.captions == "aio" else "val/captions.jsonl")
     real = quoted(out / "val/images")
     for name, model in measured.items():
@@ -170,8 +175,10 @@ def run_aside(command, log, running):
         process = subprocess.Popen([sys.executable, *shlex.split(command)], env=environment,
                                    stdout=messages, stderr=messages, preexec_fn=end_with_parent)
     running.append(process)
+
     if process.wait():
-        # A progress bar writes over its own line: what stands behind the last "\r" was seen.
+        # A progress bar writes over its own line: what stands behind the last "\r" was
+        # seen.
         last = log.read_text(errors="replace").strip().split("\n")[-1].split("\r")[-1]
         raise UserError(f"{last} (more in {log})")
 
@@ -211,6 +218,7 @@ def write_tables(args):
         begun = any(results_of(out, run, file) for run in lines.values())
         if begun or name in args.tables:
             parts += [f"<h2>{TITLES[name]}</h2>", *section(args, name, lines)]
+
     parts.append(about_the_data(out))
     write_page(out / "tables.html", "The paper's experiments in miniature", parts)
 
@@ -233,7 +241,8 @@ def results_of(out, run, file):
     paths = {}
     for path in sorted(out.glob(f"runs/{run.name('*')}/{file}")):
         seed = path.parent.name.rpartition("seed")[2]
-        # Somebody may keep a copy of a model beside it, under a name such as "...-seed0.bak".
+        # Somebody may keep a copy of a model beside it, under a name such as
+        # "...-seed0.bak".
         if seed.isdecimal():
             paths[seed] = path
     return paths
@@ -299,6 +308,7 @@ def overfitting_charts(args, lines):
         for path in sorted(folder.glob("distance-*.json")):
             step = int(path.stem.removeprefix("distance-"))
             distances[label].append((step, read_json(path, "scores")["distance"]))
+
     return [line_chart(losses, "step", "loss", log=True),
             line_chart(distances, "step", "distance to validation pictures", log=True)]
 
@@ -335,7 +345,8 @@ def main(argv=None):
 
 def make_tables(args):
     """Make what the tables need and is not there yet, and write their page."""
-    # Tables, seeds and jobs may change: they only choose what is made, and how many at a time.
+    # Tables, seeds and jobs may change: they only choose what is made, and how many at a
+    # time.
     bind(args.out / "tables.json", images=args.images, small=args.small, val=args.val,
          steps=args.steps, prompts=args.prompts, seed=args.seed)
     # CAD-I takes longer, and comes first: at the end it would run alone.

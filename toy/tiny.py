@@ -2,8 +2,9 @@
 
     python -m toy.tiny
 
-Trains a small DiT-I on what `python -m toy` has encoded, which must have run before, and draws the
-captions of 16 composites. train.py and sample.py do the same with all that a lab needs in addition.
+Trains a small DiT-I on what `python -m toy` has encoded, which must have run before, and
+draws the captions of 16 composites. train.py and sample.py do the same with all that a
+lab needs in addition.
 """
 
 import copy

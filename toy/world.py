@@ -1,9 +1,10 @@
 """The toy world: what is drawn, and the captioner that writes down what was drawn.
 
-A *scene* says what is in a picture: {"objects": [...], "grey": "dark"}, the grey of its ground. Each
-*object* is {"shape", "color", "radius", "x", "y"}, lengths in pixels, the front one last. As with
-ImageNet, a picture shows things of one class, which is their shape: mostly a large one, often some
-smaller ones. Colours, sizes and backgrounds vary and are not in the class name.
+A *scene* says what is in a picture: {"objects": [...], "grey": "dark"}, the grey of its
+ground. Each *object* is {"shape", "color", "radius", "x", "y"}, lengths in pixels, the
+front one last. As with ImageNet, a picture shows things of one class, which is their
+shape: mostly a large one, often some smaller ones. Colours, sizes and backgrounds vary
+and are not in the class name.
 """
 
 import math
@@ -84,10 +85,10 @@ def mask_of(thing, scale=1):
 # --------------------------------------------------------------------------------------------
 # Scenes
 
-# What composites arrange at high noise must exist in originals, at that size and in that kind of
-# place: below tau only originals are seen, and there the details are learned. So some originals hold
-# smaller objects, where and as large as CutMix pastes them. All the same, no original shows two classes.
-# These are the kinds of originals and their shares.
+# What composites arrange at high noise must exist in originals, at that size and in that
+# kind of place: below tau only originals are seen, and there the details are learned. So
+# some originals hold smaller objects, where and as large as CutMix pastes them. All the
+# same, no original shows two classes. These are the kinds of originals and their shares.
 KINDS = {
     "large": 0.42,      # one object fills the frame, as most of ImageNet's do
     "corners": 0.35,    # one to three objects of half that size, each in a corner
@@ -177,8 +178,8 @@ def what_a_world_is_made_by():
 
 
 # --------------------------------------------------------------------------------------------
-# What the captioner sees: objects with two more keys, "visible", the share of the object that can
-# be seen, and "cell", where it is: (column, row) of a 3 x 3 grid
+# What the captioner sees: objects with two more keys, "visible", the share of the object
+# that can be seen, and "cell", where it is: (column, row) of a 3 x 3 grid
 
 HALF = 0.55             # up to this share the caption says "half a star"
 
@@ -201,8 +202,8 @@ def seen_in_composite(base, paste, box, setting):
     inside = np.zeros((SIZE, SIZE), bool)
     inside[y0:y1, x0:x1] = True
 
-    # What is pasted covers the base, so an object is seen only on its own
-    # side of the box. CM 1/2 pastes at full size, where it was; all other settings shrink.
+    # What is pasted covers the base, so an object is seen only on its own side of the
+    # box. CM 1/2 pastes at full size, where it was; all other settings shrink.
     scale = cutmix.CUTS[setting].scale
     seen = [look_at(thing, ~inside) for thing in base["objects"]]
     for thing in paste["objects"]:
@@ -233,7 +234,8 @@ def look_at(thing, region):
 
     cell = cell_of(thing)
     if thing["radius"] > LARGE and 0 < visible <= HALF:
-        # A half of a large object is where its middle is, seen from the middle of the picture.
+        # A half of a large object is where its middle is, seen from the middle of the
+        # picture.
         x = columns.mean() - SIZE / 2
         y = rows.mean() - SIZE / 2
         if abs(x) > abs(y):
@@ -244,7 +246,8 @@ def look_at(thing, region):
 
 
 # --------------------------------------------------------------------------------------------
-# The captioner, in LLaVA's stead: it knows what is seen and writes it down, at length or briefly
+# The captioner, in LLaVA's stead: it knows what is seen and writes it down, at length or
+# briefly
 
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
 # Shares of brief captions: the less there is to tell, the more often a caption is brief.
