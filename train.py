@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 8 train.py --model dit --data encoded/train \\
         --augmented encoded/cutmix --out out/dit-i
 
-OUT is a checkpoint for sample.py: config.json, model.safetensors (the averaged weights) and a
-model card. Beside it lie log.jsonl, progress.html, sample grids, lasting checkpoints (step-0050000
-and so on) and state.pt. A run that was killed, or stopped by a signal such as Ctrl-C (it saves
-first), goes on with the same command.
+OUT is a checkpoint for sample.py: config.json, model.safetensors (the averaged weights) and
+a model card. Beside it lie log.jsonl, progress.html, sample grids, lasting checkpoints
+(step-0050000 and so on) and state.pt. A run that was killed, or stopped by a signal such as
+Ctrl-C (it saves first), goes on with the same command.
 
 Every random number is a function of (seed, step, index in the batch): the data, times and
 noise do not depend on kills, on the number of ranks, of workers, or on the micro-batch.
@@ -37,7 +37,8 @@ from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 import model_cad
-from encode import Encoded, load_vae, pad_text, padded_length, refuse_other_encoders
+from encode import (SAME_ENCODERS, Encoded, load_vae, pad_text, padded_length,
+                    refuse_other_encoders)
 from sample import (MODELS, changed_encoders, compile_blocks, ddim, encoders_of, gamma, load_model,
                     save_checkpoint)
 
@@ -61,17 +62,17 @@ def choose(t, rng, tau, p):
 # Two sets, and a batch may span two epochs of each: four orders.
 @functools.lru_cache(maxsize=4)
 def epoch_order(seed, which, epoch, count):
-    """Return the order in which an epoch goes through a set (which: 0 originals, 1 composites)."""
+    """Return the order in which an epoch goes through a set (0 originals, 1 composites)."""
     return np.random.default_rng([seed, ORDER_STREAM, which, epoch]).permutation(count)
 
 
-def read_batch(originals, composites, args, step):
+def read_batch(sets, args, step):
     """Return this rank's share of a step's batch: Algorithm 1, the lines that choose and read.
 
-    Sample number n = step * batch size + index has a candidate in each set: the n-th picture in
-    that set's shuffled order. Which of the two is taken is decided before anything is read, so
-    that the other costs nothing. The other is not seen in that epoch: with the paper's tau and p,
-    30% of the originals are passed over in each epoch.
+    sets: originals and, if there are any, composites. Sample number n = step * batch size +
+    index has a candidate in each: the n-th picture in that set's shuffled order. Which of the
+    two is taken is decided before anything is read, so that the other costs nothing. It is not
+    seen in that epoch: with the paper's tau and p, 30% of the originals are passed over.
     """
     # Each rank draws for the whole batch, and keeps its share.
     size = args.batch_size
@@ -88,7 +89,7 @@ def read_batch(originals, composites, args, step):
     picks = []
     for index in mine:
         which = int(from_composites[index])
-        data = composites if which else originals
+        data = sets[which]
         epoch, position = divmod(step * size + index, len(data))
         i = int(epoch_order(args.seed, which, epoch, len(data))[position])
         picks.append((data, i))
@@ -99,8 +100,8 @@ def as_batch(picks, t, dropped, coin, noise_seed):
     """Read samples and return them as a batch, a dict of CPU tensors.
 
     picks: [(data set, number of the sample)]. dropped (B,) bool: whose caption becomes the
-    null prompt. coin (B,), uniform in [0, 1): decides on CAD's self-conditioning. All captions
-    stand one after the other in "tokens" (sum of L_i, D_text), "lengths" (B,) tells them apart.
+    null prompt. coin (B,), uniform in [0, 1): decides on CAD's self-conditioning. "tokens"
+    (sum of L_i, D_text) holds one caption after the other, "lengths" (B,) tells them apart.
     """
     means, stds, texts = [], [], []
     for (data, i), drop in zip(picks, dropped):
@@ -142,8 +143,8 @@ def draw_inputs(batch, scaling_factor, device):
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     text, mask = pad_text(batch["tokens"], batch["lengths"], length)
     x_0 = (batch["mean"] + batch["std"] * noise_of_x_0) * scaling_factor
-    inputs = {"x_0": x_0, "eps": eps, "text": text, "mask": mask}
-    return inputs | {name: batch[name] for name in ("t", "coherence", "coin")}
+    inputs = {name: batch[name] for name in ("t", "coherence", "coin")}
+    return inputs | {"x_0": x_0, "eps": eps, "text": text, "mask": mask}
 
 
 # --------------------------------------------------------------------------------------
@@ -186,10 +187,10 @@ def add_gradient(network, inputs, args):
 # The optimiser
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al. 2020); a group without `trust_ratio` or weight decay gets AdamW's steps.
+    """LAMB (You et al. 2020); without `trust_ratio` or weight decay a group's steps are AdamW's.
 
-    With m^ and v^ for the moments without their bias, u = -(m^ / (sqrt(v^) + eps) + decay * w).
-    Each tensor's step is as long as lr times the tensor itself: w <- w + lr * |w| / |u| * u.
+    With m^ and v^ for the moments without bias, u = -(m^ / (sqrt(v^) + eps) + decay * w).
+    Each tensor's step is as long as lr times itself: w <- w + lr * |w| / |u| * u.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
@@ -198,9 +199,7 @@ class Lamb(torch.optim.Optimizer):
                                   "weight_decay": weight_decay, "trust_ratio": trust_ratio})
 
     @torch.no_grad()
-    def step(self, scale=None):
-        """Make a step with gradients times `scale`, a tensor without dimensions (None: 1)."""
-        divisor = None if scale is None else 1 / scale
+    def step(self):
         for group in self.param_groups:
             ws = [w for w in group["params"] if w.grad is not None]
             if not ws:
@@ -214,12 +213,12 @@ class Lamb(torch.optim.Optimizer):
             decay = group["weight_decay"]
             is_lamb = group["trust_ratio"] and decay > 0
 
-            # At a learning rate of 1 and without decay, torch's AdamW adds -m^ / (sqrt(v^) + eps) to
-            # what it is given. For LAMB that is -decay * w, and u comes out.
+            # At a learning rate of 1 and without decay, torch's AdamW adds -m^ / (sqrt(v^) + eps)
+            # to what it is given. For LAMB that is -decay * w, and u comes out.
             us = torch._foreach_mul(ws, -decay) if is_lamb else ws
             adamw(us, [w.grad for w in ws], [state["m"] for state in states],
                   [state["v"] for state in states], [], [state["step"] for state in states],
-                  fused=True, grad_scale=divisor, amsgrad=False, maximize=False,
+                  fused=True, amsgrad=False, maximize=False,
                   beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
                   lr=1.0 if is_lamb else lr, weight_decay=0.0 if is_lamb else decay)
             if is_lamb:
@@ -234,9 +233,9 @@ class Lamb(torch.optim.Optimizer):
 def make_optimizer(model, args):
     """Return the optimiser of a model that has just been initialised.
 
-    As in the released configuration, biases and norms have no weight decay and no trust ratio.
-    A matrix that starts at zero gets no trust ratio either, or it would stay close to zero: its
-    steps would be as small as its norm, and its norm grows by its steps alone.
+    As in the released configuration, biases and norms have no weight decay, no trust ratio.
+    A matrix that starts at zero gets no trust ratio either, or it would stay close to zero:
+    its steps would be as small as its norm, and its norm grows by its steps alone.
     """
     norms = (nn.LayerNorm, nn.RMSNorm)
     plain, zeros, decayed = [], [], []
@@ -252,14 +251,14 @@ def make_optimizer(model, args):
     groups = [{"params": decayed, "weight_decay": args.weight_decay, "trust_ratio": lamb},
               {"params": zeros, "weight_decay": args.weight_decay, "trust_ratio": False},
               {"params": plain, "weight_decay": 0.0, "trust_ratio": False}]
-    return Lamb([group for group in groups if group["params"]], args.lr, tuple(args.betas))
+    return Lamb(groups, args.lr, tuple(args.betas))
 
 
 def lr_at(step, lr, warmup, total, rate):
     """Return the learning rate of a step, 1 to total.
 
-    It rises linearly to lr, then falls along the first part of half a cosine: `rate` is that part,
-    0 for none (a constant learning rate), 1 for all of it (down to zero).
+    It rises linearly to lr, then falls along the first part of half a cosine: `rate` is that
+    part, 0 for none (a constant learning rate), 1 for all of it (down to zero).
     """
     if step < warmup:
         return lr * step / warmup
@@ -275,8 +274,10 @@ def update(optimizer, averages, norm, step, args):
     """
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, args.lr, args.warmup, args.schedule_steps, args.rate)
-    optimizer.step((args.clip / (norm + 1e-6)).clamp(max=1.0))
-    # TensorFlow's rule: a young average forgets faster, and soon has forgotten the random start.
+    times_too_long = 1 / (args.clip / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_div_([w.grad for w in averages], times_too_long)
+    optimizer.step()
+    # TensorFlow's rule: a young average forgets faster, and soon has lost the random start.
     decay = min(args.ema, step / (9 + step))
     torch._foreach_lerp_(list(averages.values()), list(averages), 1 - decay)
 
@@ -284,9 +285,12 @@ def update(optimizer, averages, norm, step, args):
 # --------------------------------------------------------------------------------------
 # The loop
 
-# A loss that tells of failure: predicting no noise at all costs 1, and a network that has learned
-# nothing up to 2.5.
+# A loss that tells of failure: predicting no noise at all costs 1, and a network that has
+# learned nothing up to 2.5.
 DIVERGED = 10
+
+# From a scheduler, Ctrl-C, a closed terminal, and Slurm before the time is up.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def train(args):
@@ -302,29 +306,39 @@ def train(args):
         network = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
 
     # Other threads read, this one draws the noise.
-    read = functools.partial(read_batch, run.originals, run.composites, args)
+    read = functools.partial(read_batch, run.sets, args)
     batches = ahead(read, range(first, args.steps), args.workers)
-    scaling_factor = run.meta["scaling_factor"]
-    drawn = (draw_inputs(batch, scaling_factor, run.device) for batch in batches)
+    drawn = (draw_inputs(batch, run.meta["scaling_factor"], run.device) for batch in batches)
     upcoming = next(drawn, None)
+    if world > 1 and upcoming:
+        # After the first backward pass DDP sums gradients in another order, which rounds
+        # differently. One that is thrown away makes it do so from the start: then a resumed
+        # run computes the same bits as one that was never stopped.
+        add_gradient(network, upcoming, args)
+        run.optimizer.zero_grad()
     bar = tqdm(total=args.steps, initial=first, desc="training", unit="step", disable=rank > 0)
-    signals = []
     skipped = 0                                                      # steps in a row
     stopping = False
+    signals = []
+
+    def receive(number, frame):
+        # Until a step has been made there is nothing to save.
+        if run.done == first:
+            sys.exit(128 + number)
+        signals.append(number)
+
+    # Those that are ignored, as nohup does, stay so.
+    for one in SIGNALS:
+        if signal.getsignal(one) != signal.SIG_IGN:
+            signal.signal(one, receive)
     while upcoming and not stopping:
         # Algorithm 1, equations 1 and 2.
         inputs = upcoming
-        if world > 1 and run.done == first:
-            # After the first backward pass DDP sums gradients in another order, which rounds
-            # differently. One whose result is thrown away makes it do so from the start: then a
-            # resumed run computes the same bits as one that was never stopped.
-            add_gradient(network, inputs, args)
-            run.optimizer.zero_grad()
         loss = add_gradient(network, inputs, args)
         gradient_norm = nn.utils.get_total_norm([w.grad for w in averages])
 
-        # All ranks learn the loss, and whether one was told to stop. Here alone the CPU waits for
-        # the GPU, when the next batch is on its way there.
+        # All ranks learn the loss, and whether one was told to stop. Here alone the CPU
+        # waits for the GPU, when the next batch is on its way there.
         outcome = torch.stack([loss, gradient_norm, torch.full_like(loss, len(signals))])
         if world > 1:
             dist.all_reduce(outcome)
@@ -344,15 +358,12 @@ def train(args):
 
         if skipped == 10 or finite and loss > DIVERGED:
             run.fail(f"the loss is {loss:.3g}, the norm of its gradient {norm:.3g}")
-        if run.done == first + 1:
-            # From here on there is something to save.
-            on_signals(lambda number, frame: signals.append(number))
         what_is_due(run, bar, inputs, stopping)
 
     bar.close()
     if world > 1:
-        # All ranks leave together. DDP must let go of the group before it ends: otherwise it would
-        # wait for the group's threads while these wait for Python's lock.
+        # All ranks leave together. DDP must let go of the group before it ends: otherwise it
+        # would wait for the group's threads while these wait for Python's lock.
         dist.barrier()
         del network
         gc.collect()
@@ -363,8 +374,8 @@ def train(args):
         # Where the terminal has been closed, nobody can be told.
         with contextlib.suppress(OSError):
             if rank == 0:
-                print(f"train.py: stopped by {received.name}, saved after step {run.done}; the same "
-                      f"command goes on")
+                print(f"train.py: stopped by {received.name}, saved after step {run.done}; "
+                      f"the same command goes on")
         sys.exit(128 + received)
 
 
@@ -374,10 +385,9 @@ def train(args):
 # Where a default comes from, for --help.
 PAPER, RELEASE, OURS = "[paper]", "[released CAD-I]", "[ours]"
 
-# Settings that must stay when a run goes on: all that its bits depend on. And of its data.
-BINDING = ("model", "preset", "seed", "p", "tau", "drop", "batch_size", "schedule_steps",
-           "optimizer", "betas", "weight_decay", "warmup", "rate", "clip", "ema", "precision")
-DATA = ("list_of_images_and_captions", "autoencoder", "T5", "latent_shape")
+# Settings that must stay when a run goes on: all that its bits depend on.
+BINDING = ("model", "preset", "seed", "p", "tau", "drop", "batch_size", "schedule_steps", "clip",
+           "optimizer", "betas", "weight_decay", "warmup", "rate", "ema", "precision")
 
 
 def arguments(argv):
@@ -398,8 +408,7 @@ def arguments(argv):
     add("--data", str, None, "encoded originals with their captions (encode.py)", required=True)
     add("--augmented", str, None, "encoded CutMix composites; without, text augmentation alone")
     add("--val", str, None, "encoded pictures on which the loss is only measured")
-    add("--out", Path, None, "folder of the checkpoint, state.pt, log.jsonl and sample grids",
-        required=True)
+    add("--out", Path, None, "folder of checkpoint, state, log and grids", required=True)
     add("--model", str, "dit", f"dit or cad {OURS}", choices=list(MODELS))
     sizes = "; ".join(f"{name}: {', '.join(MODELS[name].presets)}" for name in MODELS)
     add("--preset", str, None, f"size ({sizes}; default: L/2 and L, {PAPER})")
@@ -420,8 +429,7 @@ def arguments(argv):
     add("--lr", positive, 1e-3, f"peak learning rate {RELEASE}")
     below_1 = number(float, 0, math.nextafter(1, 0))
     add("--betas", below_1, [0.9, 0.999], f"of both optimisers {RELEASE}", nargs=2)
-    add("--weight-decay", positive, 0.01,
-        f"none on biases and norms; 0 turns LAMB into Adam {RELEASE}")
+    add("--weight-decay", positive, 0.01, f"none on biases, norms; 0: Adam {RELEASE}")
     add("--warmup", or_none, 5000, f"steps of linear warm-up {RELEASE}")
     add("--rate", share, 0.7, f"part of a half cosine that is used {RELEASE}")
     add("--clip", number(float, 1e-9), 2.0, f"bound of the gradient's norm {RELEASE}")
@@ -431,13 +439,12 @@ def arguments(argv):
     cuda = torch.cuda.is_available()
     add("--micro-batch", count, 64 if cuda else None,
         f"samples on a device at once; more are added up (default: 64 on CUDA, or all {OURS})")
-    add("--precision", str, "auto", "auto: bf16 on CUDA, else fp32 (on CUDA in TF32); weights are "
-        f"always float32 {OURS}", choices=["auto", "fp32", "bf16"])
+    add("--precision", str, "auto", "auto: bf16 on CUDA, else fp32 (on CUDA TF32); weights "
+        f"are always float32 {OURS}", choices=["auto", "fp32", "bf16"])
     add("--workers", or_none, 4 if cuda else 0, f"threads of a rank that read data {OURS}")
-    flag = functools.partial(parser.add_argument, action="store_true")
-    flag("--no-compile", help="CUDA: no torch.compile")
-    flag("--checkpoint-activations",
-         help="compute them again in the backward pass: slower, less memory")
+    parser.add_argument("--no-compile", action="store_true", help="CUDA: no torch.compile")
+    parser.add_argument("--checkpoint-activations", action="store_true",
+                        help="compute them again in the backward pass: slower, less memory")
 
     # What is looked at and kept.
     add("--log-every", count, 100, f"steps between rows of the log {OURS}")
@@ -457,7 +464,9 @@ def arguments(argv):
     args.preset = args.preset or family.default_preset
     if args.preset not in family.presets:
         raise UserError(f"--preset {args.preset}: {args.model} has {', '.join(family.presets)}")
-    keep_apart(args.out, args.data, args.augmented, args.val, args.init)
+    # Below --init there is room for what is made of it, but not in its place.
+    keep_apart(args.out / "config.json", args.data, args.augmented, args.val,
+               args.init and Path(args.init, "config.json"))
     args.micro_batch = args.micro_batch or args.batch_size
     if not args.augmented:
         args.p = 0.0
@@ -471,18 +480,16 @@ class Run:
     """All that a run works on, as it is after `done` steps."""
 
     def __init__(self, args):
-        """Open the data, make the network, load the last state if there is one. Raises UserError."""
+        """Open the data, make the network, load the state, if any. Raises UserError."""
         rank, world = rank_and_world()
         self.args = args
         self.device = local_device()
-        self.originals = Encoded(args.data)
-        self.composites = args.augmented and Encoded(args.augmented)
+        # Originals and, if there are any, composites.
+        self.sets = [Encoded(folder) for folder in (args.data, args.augmented) if folder]
+        self.meta = self.sets[0].meta
         self.val = args.val and Encoded(args.val)
-        for other in filter(None, (self.composites, self.val)):
-            refuse_other_encoders(self.originals, other)
-        if self.val and len(self.val) < 10:
-            raise UserError(f"--val {args.val}: {len(self.val)} pictures; ten bins of t need 10")
-        self.meta = self.originals.meta
+        for other in filter(None, [*self.sets[1:], self.val]):
+            refuse_other_encoders(self.sets[0], other)
 
         self.model, self.optimizer = make_network(args, self.meta)
         self.model.to(self.device)
@@ -491,7 +498,8 @@ class Run:
         # (loss, norm of the gradient) of each step since the last row of the log.
         self.outcomes = []
         self.path = args.out / "state.pt"
-        lr_before = self.load() if self.path.exists() else args.lr
+        if self.path.exists():
+            self.load()
         # The paper stops half-way through its schedule.
         args.schedule_steps = args.schedule_steps or 2 * args.steps
         if self.done > args.steps:
@@ -504,16 +512,13 @@ class Run:
         if world > 1:
             dist.all_gather_object(steps, self.done)
         if len(set(steps)) > 1:
-            raise UserError(f"{self.path}: ranks found those of steps {steps}: all nodes must share "
-                            f"--out")
+            raise UserError(f"{self.path}: ranks found those of steps {steps}: all nodes must "
+                            f"share --out")
         if rank == 0:
-            self.begin(lr_before)
+            self.begin()
 
     def load(self):
-        """Go on from the state, and return its learning rate.
-
-        Raises UserError if it is damaged, or of a run with other settings.
-        """
+        """Go on from the state. Raises UserError: damaged, or of other settings."""
         with reading(self.path, "a training state that this train.py goes on from"):
             state = torch.load(self.path, map_location=self.device, weights_only=True)
             self.done = state["done"]
@@ -525,35 +530,29 @@ class Run:
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
-            return state["lr"]
 
-    def begin(self, lr_before):
-        """Cut the log back to the state, whose later steps a kill has lost; say what begins."""
+    def begin(self):
+        """Take from the log the steps that a kill has lost, and say what begins."""
         args = self.args
         log = args.out / "log.jsonl"
         rows = []
         if log.exists():
             with reading(log, "a log of train.py"):
                 rows = [row for row in read_jsonl(log) if row["step"] <= self.done]
-        note = {"step": self.done, "lr_changed": [lr_before, args.lr]}
-        if lr_before != args.lr and note not in rows:
-            rows.append(note)
-            print(f"the peak learning rate was {lr_before} and is {args.lr} from here on")
         write_jsonl(log, rows)
 
-        print(f"{args.model} {args.preset}: {self.parameters() / 1e6:.1f} M parameters, "
-              f"{len(self.originals)} originals, {len(self.composites or ())} composites, steps "
-              f"{self.done} to {args.steps} on {rank_and_world()[1]} x {self.device.type}")
-        if args.warmup > args.steps:
-            print(f"--warmup {args.warmup} is not over by --steps {args.steps}: the learning rate "
-                  f"reaches {args.lr * args.steps / args.warmup:.2g}, not {args.lr:.2g}")
+        training = self.config()["training"]
+        peak = args.lr * min(1, args.steps / max(1, args.warmup))
+        print(f"{args.model} {args.preset}: {training['parameters'] / 1e6:.1f} M parameters, "
+              f"{training['images']} originals, {training['composites']} composites; "
+              f"steps {self.done} to {args.steps} on {rank_and_world()[1]} x {self.device.type}; "
+              f"learning rate up to {peak:.2g}")
 
     def save(self):
         """Write the checkpoint, and the state that the run goes on from."""
         save_checkpoint(self.args.out, self.ema, self.config())
         draw_progress(self.args.out)
         state = {"settings": self.settings(),
-                 "lr": self.args.lr,
                  "done": self.done,
                  "outcomes": self.outcomes,
                  "model": self.model.state_dict(),
@@ -564,51 +563,33 @@ class Run:
                 torch.save(state, temporary)
             # torch's writer raises no OSError.
             except RuntimeError as error:
-                raise UserError(f"{self.path}: cannot be written ({one_line(error)}): is the disk "
-                                f"full? The state before it is whole") from None
-
-    def take_log_row(self):
-        """Return the log's row for the steps since the last one, and forget their outcomes."""
-        made = [pair for pair in self.outcomes if math.isfinite(sum(pair))]
-        skipped = len(self.outcomes) - len(made)
-        self.outcomes = []
-        row = {"step": self.done}
-        # Nothing is known of a loss where all steps were skipped.
-        if made:
-            row["loss"], row["grad_norm"] = np.mean(made, axis=0).tolist()
-        args = self.args
-        row["lr"] = lr_at(self.done, args.lr, args.warmup, args.schedule_steps, args.rate)
-        if skipped:
-            row["skipped"] = skipped
-        return row
+                raise UserError(f"{self.path}: cannot be written: is the disk full? "
+                                f"({one_line(error)})") from None
 
     def settings(self):
-        """Return all that must stay when a run goes on, pictures and captions included."""
+        """Return all that must stay when a run goes on, its data included."""
         settings = {key: getattr(self.args, key) for key in BINDING}
-        for name, data in (("originals", self.originals), ("composites", self.composites)):
-            settings[name] = data and {key: data.meta[key] for key in DATA}
-        return settings
-
-    def parameters(self):
-        """Return the number of the network's weights."""
-        return sum(w.numel() for w in self.model.parameters())
+        settings |= {key: self.meta[key] for key in SAME_ENCODERS}
+        lists = [data.meta["list_of_images_and_captions"] for data in self.sets]
+        return settings | {"lists_of_images_and_captions": lists}
 
     def config(self):
         """Return config.json: what sample.py needs, and how the weights were trained."""
         args, meta = self.args, self.meta
+        originals, *composites = self.sets
         training = {"TA": meta.get("captions", "long") == "long",
                     "IA": None,
                     "p": args.p,
                     "tau": args.tau,
-                    "images": len(self.originals),
-                    "composites": len(self.composites or ()),
+                    "images": len(originals),
+                    "composites": sum(map(len, composites)),
                     "batch_size": args.batch_size,
                     "steps": self.done,
-                    "parameters": self.parameters(),
+                    "parameters": sum(w.numel() for w in self.model.parameters()),
                     "init": args.init,
                     **encoders_of(meta)}
         if args.p > 0:
-            training["IA"] = " + ".join(self.composites.meta.get("cutmix") or ["unknown"])
+            training["IA"] = " + ".join(composites[0].meta.get("cutmix") or ["unknown"])
         return {"model": args.model,
                 "args": self.model.config,
                 "vae": meta["vae"],
@@ -617,10 +598,9 @@ class Run:
                 "training": training}
 
     def fail(self, why):
-        """Raise UserError: training has failed, most likely because of its learning rate."""
-        raise UserError(f"step {self.done}: {why}. The state saved last, if any, is kept: the "
-                        f"same command with a lower --lr goes on from there (or choose a longer "
-                        f"--warmup and another --out)")
+        """Raise UserError: training has failed, most likely for its learning rate."""
+        raise UserError(f"step {self.done}: {why}. With a lower --lr the command goes on from "
+                        f"the state saved last; a longer --warmup needs another --out")
 
 
 def make_network(args, meta):
@@ -633,11 +613,8 @@ def make_network(args, meta):
     of_data = {"channels": channels, "size": size, "text_dim": meta["text_dim"]}
     start = args.init and load_model(args.init)
     if start:
-        changed = [name for name in ("channels", "text_dim") if start.config[name] != of_data[name]]
-        changed += changed_encoders(start.checkpoint_config, encoders_of(meta))
-        if changed:
-            raise UserError(f"--init {args.init}: its {changed[0]} is not the data's: encode with "
-                            f"its encoders")
+        if changed_encoders(start.checkpoint_config, encoders_of(meta)):
+            raise UserError(f"--init {args.init}: the data are of other encoders: use its own")
         args.model = next(name for name in MODELS if isinstance(start, MODELS[name].network))
         args.preset = "as --init"
     family = MODELS[args.model]
@@ -654,7 +631,8 @@ def make_network(args, meta):
         # CAD learns its positions; DiT's are computed and in no file.
         if "position" in weights:
             weights = model_cad.resize_positions(weights, size, model.patch)
-        model.load_state_dict(weights)
+        with reading(args.init, "weights for such data"):
+            model.load_state_dict(weights)
     return model, optimizer
 
 
@@ -662,18 +640,19 @@ def make_network(args, meta):
 # What people look at: the log, validation, sample grids, progress.html
 
 def what_is_due(run, bar, inputs, stopping):
-    """Log, measure, draw and save what is due after a step.
+    """Log, measure, draw and save what is due after a step, the state last.
 
-    The state comes last: a kill before it repeats steps, but loses no file.
+    A kill before the state is saved repeats steps, but loses no file.
     """
-    args, out, done = run.args, run.args.out, run.done
+    args = run.args
+    done = run.done
 
     def due(every):
         return every > 0 and (done % every == 0 or done == args.steps)
 
     rows = []
     if due(args.log_every):
-        rows.append(run.take_log_row())
+        rows.append(log_row(run))
         bar.set_postfix(rows[0])
     if run.val and due(args.val_every):
         bins = validation_losses(run)
@@ -681,11 +660,11 @@ def what_is_due(run, bar, inputs, stopping):
     # One rank writes.
     if rank_and_world()[0] > 0:
         return
-    with open(out / "log.jsonl", "a") as log:
+    with open(args.out / "log.jsonl", "a") as log:
         log.write(jsonl(rows))
     if rows and "skipped" in rows[0]:
-        bar.write(f"step {done}: {rows[0]['skipped']} steps were skipped, as their loss or gradient "
-                  f"was not finite; `encode.py --check` tells whether the data are damaged")
+        bar.write(f"step {done}: {rows[0]['skipped']} steps were skipped, as they were not "
+                  f"finite: does encode.py --check find damaged data?")
     # Not always after the last step, unlike the others: OUT itself is that checkpoint.
     keeping = done % args.keep_every == 0
     saving = stopping or due(args.save_every)
@@ -694,9 +673,24 @@ def what_is_due(run, bar, inputs, stopping):
     if run.vae and due(args.sample_every):
         save_grid(run)
     if keeping:
-        save_checkpoint(out / f"step-{done:07d}", run.ema, run.config())
+        save_checkpoint(args.out / f"step-{done:07d}", run.ema, run.config())
     if saving:
         run.save()
+
+
+def log_row(run):
+    """Return the log's row for the steps since the last one, and forget them."""
+    made = [pair for pair in run.outcomes if math.isfinite(sum(pair))]
+    skipped = len(run.outcomes) - len(made)
+    run.outcomes = []
+    row = {"step": run.done}
+    # Nothing is known of a loss where all steps were skipped.
+    if made:
+        row["loss"], row["grad_norm"] = np.mean(made, axis=0).tolist()
+    row["lr"] = run.optimizer.param_groups[0]["lr"]
+    if skipped:
+        row["skipped"] = skipped
+    return row
 
 
 @torch.no_grad()
@@ -708,9 +702,9 @@ def refuse_spoilt_weights(run, inputs):
     # If a sample is broken, that is not the weights' fault.
     part = {name: tensor[:run.args.micro_batch].nan_to_num(0, 0, 0)
             for name, tensor in inputs.items()}
-    # To compile the network also for the case without gradients would take longer than this does.
+    # To compile it also for the case without gradients would take longer than this does.
     with torch.compiler.set_stance("force_eager"), autocast(run.device, run.args.precision):
-        losses = [diffusion_losses(network, **part).mean() for network in (run.model, run.ema)]
+        losses = [diffusion_losses(each, **part).mean() for each in (run.model, run.ema)]
     if not all(loss < DIVERGED for loss in losses):
         run.fail(f"the loss of its weights is not below {DIVERGED}")
 
@@ -719,53 +713,55 @@ def refuse_spoilt_weights(run, inputs):
 def validation_losses(run):
     """Return the mean loss of the averaged weights in each of ten bins of t: 10 floats.
 
-    Pictures, times and noise are the same at every call. The pictures are spread evenly over the
-    set, and ranks share them. Picture n is measured in bin n % 10.
+    Pictures, times and noise are the same at every call. The pictures are spread evenly over
+    the set, and ranks share them. Picture n is measured in bin n % 10.
     """
     args, val = run.args, run.val
     rank, world = rank_and_world()
-    count = min(args.val_images, len(val))
-    sums = torch.zeros(2, 10, dtype=torch.float64, device=run.device)  # of losses, of ones
+    # Each bin has a picture: of less than ten, some are in two.
+    count = max(10, min(args.val_images, len(val)))
+    sums = torch.zeros(10, dtype=torch.float64, device=run.device)
     for numbers in in_batches(range(rank, count, world), args.micro_batch):
-        picks = [(val, n * len(val) // count) for n in numbers]
-        draws = [np.random.default_rng([args.seed, VALIDATION_STREAM, n]) for n in numbers]
-        # At a random place of its bin.
-        t = [(n % 10 + rng.random()) / 10 for n, rng in zip(numbers, draws)]
-        seeds = [int(rng.integers(2 ** 63)) for rng in draws]
-        # No caption is dropped. A coin below every share: CAD is self-conditioned on all samples.
+        picks, t, seeds = [], [], []
+        for n in numbers:
+            rng = np.random.default_rng([args.seed, VALIDATION_STREAM, n])
+            picks.append((val, n * len(val) // count))
+            # At a random place of its bin.
+            t.append((n % 10 + rng.random()) / 10)
+            seeds.append(int(rng.integers(2 ** 63)))
+        # No caption is dropped. A coin of 0: CAD is self-conditioned on all samples.
         zeros = [0] * len(numbers)
         batch = as_batch(picks, t, zeros, zeros, seeds)
         inputs = draw_inputs(batch, run.meta["scaling_factor"], run.device)
         with autocast(run.device, args.precision):
             losses = diffusion_losses(run.ema, **inputs).double()        # (B,)
-        bins = torch.tensor(numbers, device=run.device) % 10
-        sums.index_add_(1, bins, torch.stack([losses, torch.ones_like(losses)]))
+        sums.index_add_(0, torch.tensor(numbers, device=run.device) % 10, losses)
     if world > 1:
         dist.all_reduce(sums)
-    return (sums[0] / sums[1].clamp(min=1)).tolist()
+    return [total / len(range(k, count, 10)) for k, total in enumerate(sums.tolist())]
 
 
 def save_grid(run):
-    """Draw DDIM samples of the averaged weights, for 16 captions spread evenly over the sets."""
+    """Draw the averaged weights' DDIM samples of 16 captions spread evenly over the sets."""
     args, device = run.args, run.device
-    sets = [data for data in (run.originals, run.composites) if data]
     picks = []
-    for data in sets:
-        distance = math.ceil(len(data) * len(sets) / 16)
+    for data in run.sets:
+        distance = math.ceil(len(data) * len(run.sets) / 16)
         picks += [(data, i) for i in range(0, len(data), distance)]
 
-    def as_texts(tokens):
-        lengths = torch.tensor([len(text) for text in tokens])
-        text, mask = pad_text(torch.cat(tokens), lengths, padded_length(lengths))
-        return text.to(device), mask.to(device)
-
-    cond = as_texts([data.text(i) for data, i in picks])
-    null = as_texts([run.originals.null])
+    tokens = [data.text(i) for data, i in picks]
+    tokens.append(run.sets[0].null)
+    lengths = torch.tensor([len(text) for text in tokens])
+    text, mask = pad_text(torch.cat(tokens), lengths, padded_length(lengths))
+    text = text.to(device)                                           # (B + 1, L, D_text)
+    mask = mask.to(device)                                           # (B + 1, L)
+    cond = (text[:-1], mask[:-1])
+    null = (text[-1:], mask[-1:])
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(len(picks), *run.meta["latent_shape"], generator=generator)
     with autocast(device, args.precision):
         x_0 = ddim(run.ema, noise.to(device), cond, null, args.sample_steps, args.guidance,
-                   args.clamp or None)
+                   args.clamp)
     images = to_images(run.vae.decode(x_0 / run.vae.scaling_factor))
     captions = [data.caption(i) for data, i in picks]
     save_png(contact_sheet(images, captions), args.out / f"samples/{run.done:07d}.png")
@@ -777,19 +773,19 @@ def draw_progress(out):
     for row in read_jsonl(out / "log.jsonl"):
         for key, value in row.items():
             columns[key].append((row["step"], value))
-    losses = {"training": columns["loss"], "validation": columns["val_loss"]}
     bins = {}
     for k in range(10):
         name = f"t from {k / 10} to {(k + 1) / 10:.1f}"
         bins[name] = [(step, values[k]) for step, values in columns["val_bins"]]
-
-    parts = ["<!doctype html><meta charset='utf-8'><body style='font-family: sans-serif'>",
-             "<h2>Loss</h2>",
-             line_chart(losses, "step", "mean squared error of the noise", log=True),
-             "<h2>Learning rate</h2>",
-             line_chart({"learning rate": columns["lr"]}, "step", "learning rate")]
-    if columns["val_bins"]:
-        parts += ["<h2>Validation loss by time</h2>", line_chart(bins, "step", "loss", log=True)]
+    losses = {"training": columns["loss"], "validation": columns["val_loss"]}
+    charts = {"Loss": losses,
+              "Learning rate": {"learning rate": columns["lr"]},
+              "Validation loss by time": bins}
+    parts = ["<!doctype html><meta charset='utf-8'><body style='font-family: sans-serif'>"]
+    for title, curves in charts.items():
+        if any(curves.values()):
+            chart = line_chart(curves, "step", title.lower(), log="loss" in title.lower())
+            parts.append(f"<h2>{title}</h2>\n{chart}")
     for grid in sorted((out / "samples").glob("*.png"))[-1:]:
         parts.append(f"<h2>Samples: {grid.name}</h2>\n<img src='samples/{grid.name}'>")
     with complete(out / "progress.html") as path:
@@ -798,18 +794,6 @@ def draw_progress(out):
 
 # --------------------------------------------------------------------------------------
 # The command
-
-def on_signals(receive):
-    """Let a function receive the signals that ask a command to end, but for ignored ones (nohup).
-
-    Returns what received them before, {signal: function}.
-    """
-    before = {}
-    for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(one) != signal.SIG_IGN:
-            before[one] = signal.signal(one, receive)
-    return before
-
 
 def main(argv=None):
     args = arguments(argv)
@@ -820,13 +804,13 @@ def main(argv=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
-    # Until a step has been made there is nothing to save.
-    before = on_signals(lambda number, frame: sys.exit(128 + number))
+    if world > 1:
+        # NCCL between GPUs, gloo between CPUs. It comes first, so that a rank that is refused
+        # below takes the others with it: they notice that its connection has closed.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # For whoever calls this from Python.
+    before = {one: signal.getsignal(one) for one in SIGNALS}
     try:
-        if world > 1:
-            # NCCL between GPUs, gloo between CPUs. It comes first, so that a rank that is refused
-            # below takes the others with it: they notice that its connection has closed.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         # One rank writes.
         with only_command(args.out) if rank == 0 else contextlib.nullcontext():
             train(args)

@@ -45,11 +45,10 @@ def peak_flops(device, precision):
     Cards in PEAK_FLOPS have their maker's figure. Of any other device, a large matrix product
     is timed in the precision that `autocast` takes for `precision`.
     """
-    if device.type == "cuda" and precision != "fp32":
-        card = torch.cuda.get_device_name(device)
-        for name, peak in PEAK_FLOPS.items():
-            if name in card:
-                return peak, f"the peak of {name}"
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for name, peak in PEAK_FLOPS.items():
+        if name in card and precision != "fp32":
+            return peak, f"the peak of {name}"
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device)
     with autocast(device, precision):
@@ -208,11 +207,11 @@ def time_reading(argv):
     args = train.arguments(["--out", "nowhere", *argv])
     data = Encoded(args.data)
     B = args.batch_size
-    rows = [tensor for tensor in train.read_batch(data, None, args, 0).values() if tensor.ndim > 1]
+    rows = [tensor for tensor in train.read_batch([data], args, 0).values() if tensor.ndim > 1]
 
     # CPU time, because other processes hardly change it; the best of six, once all is in memory.
     best = {}
-    for name, work in (("read", lambda step: train.read_batch(data, None, args, step % 2)),
+    for name, work in (("read", lambda step: train.read_batch([data], args, step % 2)),
                        ("copy", lambda step: [tensor.clone() for tensor in rows])):
         seconds = []
         for step in range(8):
