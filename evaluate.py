@@ -10,6 +10,7 @@ What networks say of images is kept below SAMPLES/measured, so a killed command 
 and the ranks of torchrun share the work. `evaluate.py COMMAND --help` says what each one needs.
 """
 
+import base64
 import csv
 import functools
 import itertools
@@ -18,28 +19,27 @@ import math
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (Options, UserError, ahead, command_line, complete, default_workers,
-                    fingerprint, has_content, in_batches, jsonl, line_chart, list_images,
-                    local_device, make_together, number, open_image, pretrained, progress,
-                    rank_and_world, read_json, read_jsonl, reading, reason_without,
-                    resize_and_crop, sha256, weights_hash, write_json, write_jsonl)
+                    fingerprint, in_batches, jsonl, line_chart, list_images, local_device,
+                    make_together, number, open_image, pretrained, progress, read_json,
+                    read_jsonl, reading, reason_without, resize_and_crop, sha256, weights_hash,
+                    write_json, write_jsonl)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save_file
 
 from metrics.distances import frechet_distance, mean_prdc, prdc  # noqa: F401
 from metrics.geneval import (CLASSES, IMAGENET_PIXELS, clip_images, clip_texts, color_of_object,
-                             confident, detect, geneval_verdict, normalised, pixels_of)
-from metrics.inception import INCEPTION, Inception
+                             confident, detect, dpg_score, geneval_verdict, normalised, pixels_of)
+from metrics.inception import Inception, inception_file, resize_positions
 
 # Images are read in full. `encode.py` lets the JPEG decoder shrink large photos, which is
 # faster and moves their pixels a little; a figure beside the paper's has to be exact.
@@ -55,33 +55,12 @@ load_once = functools.cache(pretrained)
 # --------------------------------------------------------------------------------------
 # `quality`, Table 1: do the images look like the real ones?
 
-NETWORKS = ("inception", "dino")
-
-
 @functools.cache
-def load_inception(weights):
-    """Return FID's network on this process's device."""
-    return Inception(weights).to(local_device())
-
-
-@functools.cache
-def load_dinov2(name):
-    """Return DINOv2 with the positions that torch.hub's `dinov2_vitl14` has at 224 x 224.
-
-    Its 37 x 37 trained positions become 16 x 16, bicubic and without antialias, with the
-    scale (16 + 0.1) / 37 of the original code; transformers takes 16 / 37.
-    """
-    model, _ = load_once(name, "Dinov2Model")
-    positions = model.embeddings.position_embeddings.data              # (1, 1 + 37 * 37, D)
-    side = math.isqrt(positions.shape[1] - 1)
-    patches = 224 // model.config.patch_size
-    if side != patches:
-        grid = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        scale = (patches + 0.1) / side
-        grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
-        grid = grid.flatten(2).transpose(1, 2)                         # (1, 16 * 16, D)
-        model.embeddings.position_embeddings.data = torch.cat([positions[:, :1], grid], 1)
-    return model
+def load_networks(inception, dino):
+    """Return FID's Inception and DINOv2, on this process's device."""
+    model, _ = pretrained(dino, "Dinov2Model")
+    resize_positions(model)
+    return Inception(inception).to(local_device()), model
 
 
 def load_pixels(path, size):
@@ -94,79 +73,79 @@ def load_pixels(path, size):
 
 
 @torch.no_grad()
-def features_of(args, files, images):
-    """Return {network: (N, D) on the CPU} of images that `load_pixels` has prepared."""
+def features_of(args, files, asked, images):
+    """Return a row {network: features} for each image that `load_pixels` has prepared.
+
+    Features are float32, as base64 because rows are JSON. Nothing else is asked of an image.
+    """
+    inception, dino = load_networks(args.inception, args.dino)
     device = local_device()
-    found = {network: [] for network in NETWORKS}
+    rows = []
     for batch in in_batches(images, 64):
         pixels, small = zip(*batch)
         x = torch.stack(pixels).to(device)                             # (B, 3, size, size)
         y = normalised(torch.stack(small).to(device), *IMAGENET_PIXELS)
-        tokens = load_dinov2(args.dino)(y).last_hidden_state           # (B, 1 + 16 * 16, D)
-        found["inception"].append(load_inception(args.inception)(x).cpu())
-        found["dino"].append(tokens[:, 0].cpu())                       # the class token
-    return {network: torch.cat(tables) for network, tables in found.items() if tables}
-
-
-def as_safetensors(files, tables, skipped):
-    """Return the bytes of a unit of `quality`."""
-    about = {"files": json.dumps(files), "skipped": json.dumps(skipped)}
-    return save(tables or {}, about)
-
-
-def read_features(folder, paths, made_with):
-    """Return ({network: (N, D) float32}, files, skipped rows) of units or of --save-stats.
-
-    Raises UserError if it was made with other weights or at another size.
-    """
-    parts = {network: [] for network in NETWORKS}
-    about = {"files": [], "skipped": [], "made_with": []}
-    for path in paths:
-        with reading(path, "features of this command"), safe_open(path, "pt") as stored:
-            for key, text in stored.metadata().items():
-                about[key] += json.loads(text)
-            for network in stored.keys():
-                parts[network].append(stored.get_tensor(network))
-    if about["made_with"] not in ([], made_with):
-        raise UserError(f"{folder}: made with other weights or another --size")
-    refuse_unreadable(folder, about["files"], about["skipped"])
-    tables = {network: torch.cat(tables) for network, tables in parts.items()}
-    return tables, about["files"], about["skipped"]
-
-
-def read_samples(path, *keys):
-    """Return the rows of a samples.jsonl, in which `keys` are text. Raises UserError."""
-    rows = read_jsonl(path)
-    if not rows:
-        raise UserError(f"{path}: no samples in it")
-    for line, row in enumerate(rows, 1):
-        with reading(f"{path} line {line}", "a sample"):
-            # Fails for half a character. A file's name may hold bytes that are not UTF-8.
-            os.fsencode(row["file"])
-            for key in keys:
-                row[key].encode()
+        a = inception(x).float().cpu().numpy()                         # (B, 2048)
+        tokens = dino(y).last_hidden_state                             # (B, 1 + 16 * 16, D)
+        b = tokens[:, 0].float().cpu().numpy()                         # (B, D)
+        for of_inception, of_dino in zip(a, b):
+            rows.append({"inception": base64.b64encode(of_inception).decode(),
+                         "dino": base64.b64encode(of_dino).decode()})
     return rows
 
 
-def coco_names(rows):
-    """Return {file: name of COCO's image} of samples of COCO's prompts, {} for others."""
-    # Prompts that were files, such as DPG-Bench's, have names of another kind.
-    if all(row.get("name") and "prompt_file" not in row for row in rows):
-        return {row["file"]: str(row["name"]) for row in rows}
-    return {}
+def tables_of(rows):
+    """Return ({network: features (N, D) float32}, files) of the rows of `quality`."""
+    tables = {}
+    for network in ("inception", "dino"):
+        raw = b"".join(base64.b64decode(row[network]) for row in rows)
+        table = torch.frombuffer(bytearray(raw), dtype=torch.float32)
+        tables[network] = table.view(len(rows), -1)                    # (N, D)
+    return tables, [row["file"] for row in rows]
+
+
+def read_stats(path, made_with):
+    """Return ({network: features (N, D) float32}, files) of --save-stats.
+
+    Raises UserError if it was made with other weights or at another size.
+    """
+    with reading(path, "a file of --save-stats"), safe_open(path, "pt") as stored:
+        about = stored.metadata()
+        if json.loads(about["made_with"]) != made_with:
+            raise UserError(f"{path}: made with other weights or another --size")
+        return load_file(path), json.loads(about["files"])
+
+
+def read_samples(path):
+    """Return ({file: prompt} of a samples.jsonl, names of the images of COCO that it asks for).
+
+    There are names only if the prompts are COCO's. Raises UserError.
+    """
+    prompts = {}
+    names = []              # of COCO's images
+    for line, row in enumerate(read_jsonl(path), 1):
+        with reading(f"{path} line {line}", "a sample"):
+            prompts[row["file"]] = row["prompt"]
+            # Fails for half a character. A file's name may hold bytes that are not UTF-8.
+            os.fsencode(row["file"])
+            row["prompt"].encode()
+        # Prompts that were files, such as DPG-Bench's, have names of another kind.
+        names.append("prompt_file" not in row and row.get("name"))
+    if not prompts:
+        raise UserError(f"{path}: no samples in it")
+    return prompts, set(map(str, names)) if all(names) else set()
 
 
 def list_samples(folder):
-    """Return (files, names) of the images of a folder that count: names of COCO's, if any.
+    """Return (files, names of images of COCO) of the images of a folder that count.
 
-    samples.jsonl is the list where sample.py wrote one. Else it is every image but sample.py's
-    sheet.png.
+    They are those of its samples.jsonl, or without one all but sample.py's sheet.png.
     """
     path = Path(folder, "samples.jsonl")
-    if not path.exists():
-        return [file for file in list_images(folder) if file != "sheet.png"], set()
-    rows = read_samples(path)
-    return sorted({row["file"] for row in rows}), set(coco_names(rows).values())
+    if path.exists():
+        prompts, names = read_samples(path)
+        return sorted(prompts), names
+    return sorted({*list_images(folder)} - {"sheet.png"}), set()
 
 
 def asked_for(source, files, names):
@@ -178,85 +157,54 @@ def asked_for(source, files, names):
     return chosen
 
 
-def inception_file(given):
-    """Return the path of FID's weights: `given`, or downloaded once. Raises UserError."""
-    path = given or os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION)
-    if not given and not os.path.exists(path):
-        url = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
-        try:
-            torch.hub.load_state_dict_from_url(url, weights_only=True, check_hash=True)
-        except OSError:
-            raise UserError(f"{url}: out of reach, give the file with --inception") from None
-    return path
-
-
 def quality(args):
     """Table 1: FID, FID-DINOv2, precision, recall, density, coverage of --fake against --real"""
-    if 0 < args.chunk <= args.k:
-        raise UserError(f"--chunk {args.chunk}: must be larger than --k {args.k}, or 0 for all")
     if not (args.fake or args.save_stats):
         raise UserError("--real alone has nothing to be compared with: --fake or --save-stats")
     # Wrong paths are reported before anything is downloaded.
     generated, names = list_samples(args.fake) if args.fake else ([], set())
-    real_is_file = Path(args.real).is_file()
-    for path, is_file in ((args.real, real_is_file), (args.save_stats, args.save_stats)):
-        if is_file and not path.endswith(".safetensors"):
-            raise UserError(f"{path}: must end in .safetensors, as files of --save-stats do "
-                            f"(npz is neither read nor written here)")
-    photos = []
-    if not real_is_file:
-        photos = asked_for(args.real, list_samples(args.real)[0], names)
+    real_is_file = os.path.isfile(args.real)
+    photos = [] if real_is_file else asked_for(args.real, list_samples(args.real)[0], names)
     args.inception = inception_file(args.inception)
     weights = {args.inception: sha256(args.inception), args.dino: weights_hash(args.dino)}
+
     # "full": earlier versions let the decoder shrink large photos.
     made_with = [*weights.values(), args.size, "full"]
+    # Statistics of another kind are neither read nor replaced.
     for path in (args.real, args.save_stats):
-        if path and Path(path).is_file():
-            read_features(path, [path], made_with)
+        if path and os.path.isfile(path):
+            read_stats(path, made_with)
 
-    jobs = []
-    for folder, files in ((args.real, photos), (args.fake, generated)):
-        if files:
-            measure = functools.partial(features_of, args)
-            load = functools.partial(load_pixels, size=args.size)
-            jobs.append(plan(folder, "quality", files, 256, made_with, measure, load,
-                             as_safetensors, ".safetensors"))
-    paths = share(jobs)
-    if paths is None:
-        return
-
-    of_real = [args.real] if real_is_file else paths[0]
-    real, files, unread = read_features(args.real, of_real, made_with)
+    jobs = [(args.real, dict.fromkeys(photos)), (args.fake, dict.fromkeys(generated))]
+    (of_real, unread_real), (of_fake, unread_fake) = measure(
+        "quality", args.fake or f"{args.save_stats}.parts", jobs, 256, made_with,
+        functools.partial(features_of, args), functools.partial(load_pixels, size=args.size))
+    real, files = read_stats(args.real, made_with) if real_is_file else tables_of(of_real)
     if args.save_stats:
         about = {"made_with": json.dumps(made_with), "files": json.dumps(files)}
         with complete(args.save_stats) as path:
             save_file(real, path, about)
-        print(f"{args.save_stats}: {len(files)} images, {len(unread)} skipped")
+        print(f"{args.save_stats}: {len(files)} images, {len(unread_real)} skipped")
     if not args.fake:
         return
+
     # Statistics may be those of more images.
     chosen = set(asked_for(args.real, files, names))
-    rows = torch.tensor([file in chosen for file in files])
-    fake, _, unread_fake = read_features(args.fake, paths[-1], made_with)
+    is_chosen = torch.tensor([file in chosen for file in files])       # (N,)
+    fake, _ = tables_of(of_fake)
     device = local_device()
-    real = {network: table[rows].to(device) for network, table in real.items()}     # (N, D)
-    fake = {network: table.to(device) for network, table in fake.items()}           # (M, D)
+    scores = {}
+    for name, network in (("fid", "inception"), ("fid_dino", "dino")):
+        real[network] = real[network][is_chosen].to(device)            # (N, D)
+        fake[network] = fake[network].to(device)                       # (M, D)
+        scores[name] = frechet_distance(real[network], fake[network])
+    scores |= mean_prdc(real["dino"], fake["dino"], args.k, args.chunk, args.seed)
 
-    scores, chunks, (of_real, of_fake) = mean_prdc(real["dino"], fake["dino"], args.k, args.chunk,
-                                                   args.seed)
-    scores["fid"] = frechet_distance(real["inception"], fake["inception"])
-    scores["fid_dino"] = frechet_distance(real["dino"], fake["dino"])
-    counts = {"real": len(real["dino"]), "fake": len(fake["dino"]),
-              "skipped": len(unread) + len(unread_fake)}
-    notes = [f"FID: {counts['fake']} images against {counts['real']}. P, R, D, C: mean over "
-             f"{chunks} chunks of {of_fake} images against {of_real}, k = {args.k}, seed "
-             f"{args.seed}. All depend on these numbers"]
-    absent = len(names) - counts["real"]
-    if absent > 0:
-        notes.append(f"{absent} of the {len(names)} real images that were asked for are not in "
-                     f"{args.real}")
-    skipped = {args.real: unread, args.fake: unread_fake}
-    finish(args.fake, args, scores, weights, counts, notes, skipped, coco=bool(names))
+    counts = {"real": len(real["dino"]), "fake": len(of_fake)}
+    notes = ["P, R, D, C are means over chunks; all scores depend on the numbers of images"]
+    data = "COCO" if names else "ImageNet"
+    skipped = [*unread_real, *unread_fake]
+    finish(args.fake, args, scores, weights, counts, notes, skipped, data)
 
 
 # --------------------------------------------------------------------------------------
@@ -264,10 +212,7 @@ def quality(args):
 
 def clip(args):
     """Table 1: CLIPScore, and for prompts beyond CLIP's 77 tokens the Jina score, of --samples"""
-    folder = Path(args.samples).parent
-    samples = read_samples(args.samples, "prompt")
-    prompts = {row["file"]: row["prompt"] for row in samples}
-    notes = []
+    prompts, names = read_samples(args.samples)
     weights = {args.clip: weights_hash(args.clip)}
     network = load_once(args.clip, "CLIPModel", "AutoTokenizer")
     encoders = {"clip": (functools.partial(clip_images, network),
@@ -276,50 +221,42 @@ def clip(args):
         jina, _ = load_once(args.jina, "AutoModel", trust_remote_code=True)
         encoders["jina"] = (jina.encode_image, jina.encode_text)
         weights[args.jina] = weights_hash(args.jina)
-    else:
-        notes.append(f"Jina score left out: {args.jina} brings its own code "
-                     "(--trust-remote-code runs it)")
 
-    def cosines(files, images):
+    def cosines(files, prompts, images):
         """Return a row for each image: how like its prompt it is."""
-        rows = [{} for _ in files]
-        texts = [prompts[file] for file in files]
+        rows = [{} for _ in images]
         for name, (of_images, of_texts) in encoders.items():
             x = torch.as_tensor(of_images(images)).double().cpu()      # (B, D)
-            y = torch.as_tensor(of_texts(texts)).double().cpu()        # (B, D)
+            y = torch.as_tensor(of_texts(prompts)).double().cpu()      # (B, D)
             for row, cosine in zip(rows, F.cosine_similarity(x, y).tolist()):
                 row[name] = cosine
         return rows
 
-    about = [*weights.values(), prompts]
-    paths = share([plan(folder, "clip", list(prompts), 32, about, cosines)])
-    if paths is None:
-        return
-    rows, skipped = read_rows(folder, paths[0])
+    folder = Path(args.samples).parent
+    about = list(weights.values())
+    [(rows, skipped)] = measure("clip", folder, [(folder, prompts)], 32, about, cosines)
 
     # The mean of the cosines, of which negative ones count as 0, and its standard error.
     scores = {}
     for name in encoders:
-        values = torch.tensor([row[name] for row in rows], dtype=torch.float64)
-        score = 100 * values.clamp(min=0)
+        values = [row[name] for row in rows]
+        score = 100 * torch.tensor(values, dtype=torch.float64).clamp(min=0)
         scores[name] = float(score.mean())
         deviation = float(score.std(correction=int(len(score) > 1)))
         scores[f"{name}_error"] = deviation / len(score) ** 0.5
-    counts = {"samples": len(rows), "skipped": len(skipped)}
-    finish(folder, args, scores, weights, counts, notes, {folder: skipped},
-           coco=bool(coco_names(samples)))
+    data = "COCO" if names else "ImageNet"
+    finish(folder, args, scores, weights, {"samples": len(rows)}, [], skipped, data)
 
 
 # --------------------------------------------------------------------------------------
 # `geneval`, Table 2: the objects that are seen, their places and colours
 
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-
-
 def read_geneval(folder):
     """Return {file: metadata} of GenEval's folders: 00000/samples/0000.png, ..."""
     images = {}
-    for path in sorted(path for path in Path(folder).glob("*/") if path.name.isdigit()):
+    for path in sorted(Path(folder).glob("*/")):
+        if not path.name.isdigit():
+            continue
         file = path / "metadata.jsonl"
         with reading(file, "a line of GenEval's (tag, prompt, include)"):
             [metadata, *_] = read_jsonl(file)
@@ -327,87 +264,80 @@ def read_geneval(folder):
                 metadata[key].encode()
             # Looks at all clauses.
             geneval_verdict({}, metadata, None)
-        names = [image.name for image in path.glob("samples/*.png") if image.stem.isdigit()]
-        if not names:
+        found = sorted(path.glob("samples/*.png"))
+        if not found:
             raise UserError(f"{path}: no images in it (samples/0000.png, ...)")
-        images.update({f"{path.name}/samples/{name}": metadata for name in sorted(names)})
+        for image in found:
+            if image.stem.isdigit():
+                images[f"{path.name}/samples/{image.name}"] = metadata
     if not images:
-        raise UserError(f"{folder}: no 00000/metadata.jsonl, ... in it, as sample.py --format "
-                        "geneval writes")
+        raise UserError(f"{folder}: no 00000/metadata.jsonl, ... (sample.py --format geneval)")
     return images
 
 
-def judge(folder, images, args, weights, detections):
-    """Plan the verdicts on {file: metadata}: the rows of geneval.jsonl, and the objects.
-
-    detections: a file of objects, None for those of --detector. Raises UserError.
-    """
-    if detections:
-        given = read_given(detections, images)
-        with reading(detections, "detections"):
-            seen = set().union(*[row["objects"] for row in given.values()])
-        if not seen <= set(CLASSES):
-            unknown = ", ".join(sorted(seen.difference(CLASSES)))
-            raise UserError(f"{detections}: classes that GenEval does not know: {unknown}. Its "
-                            f"names are COCO's, but computer mouse, tv remote, computer keyboard")
-    else:
-        detector, _ = load_once(args.detector, "Mask2FormerForUniversalSegmentation")
-        if len(detector.config.id2label) != len(CLASSES):
-            raise UserError(f"{args.detector}: not a detector of COCO's {len(CLASSES)} classes")
-    # Only if a colour is asked for that the detections do not name.
-    load_clip = functools.partial(load_once, args.clip, "CLIPModel", "AutoTokenizer")
-
-    def look(file, image):
-        """Return the row of an image. Colours are told now, because masks are not kept."""
-        metadata = images[file]
-        objects = given[file]["objects"] if detections else detect(detector, image)
-        with reading(Path(folder, file), "in accord with its metadata.jsonl and detections"):
-            seen = {}
-            for name, things in objects.items():
-                seen[name] = confident(things, metadata["tag"])
-            color_of = functools.partial(color_of_object, load_clip, image)
-            correct, reason = geneval_verdict(seen, metadata, color_of)
-        for thing in itertools.chain(*objects.values()):
-            thing.pop("mask", None)
-        return {"tag": metadata["tag"], "prompt": metadata["prompt"], "correct": correct,
-                "reason": reason, "objects": objects}
-
-    about = [*weights.values(), images, detections and args.clip]
-    measure = functools.partial(map, look)
-    return plan(folder, "geneval", list(images), 64, about, measure)
+def read_detections(path, files):
+    """Return {file: {class: [object, ...]}} of --detections. Raises UserError."""
+    objects = read_given(path, files, "objects")
+    with reading(path, "detections"):
+        unknown = set().union(*objects.values()).difference(CLASSES)
+    if unknown:
+        raise UserError(f"{path}: classes that GenEval does not know: {', '.join(sorted(unknown))}. "
+                        f"Its names are COCO's, but computer mouse, tv remote, computer keyboard")
+    return objects
 
 
 def geneval(args):
     """Table 2: GenEval's tasks, on --images (original prompts) and --extended (extended ones)"""
-    folders = {"original": args.images}
+    folders = {"original": args.images}                # the paper's two columns
     if args.extended:
         folders["extended"] = args.extended
-    given = args.detections or [None] * len(folders)
-    if len(given) != len(folders):
-        raise UserError("--detections: one file for --images, a second one for --extended if it "
-                        "is given")
-    images = [read_geneval(folder) for folder in folders.values()]
+    if args.detections and len(args.detections) != len(folders):
+        raise UserError("--detections: one file for --images, a second one for --extended")
+    # What is asked of an image: its prompt's metadata, and the objects if they are given.
+    jobs = []
+    for folder, detections in itertools.zip_longest(folders.values(), args.detections or []):
+        images = read_geneval(folder)
+        objects = read_detections(detections, images) if detections else {}
+        asked = {file: (metadata, objects.get(file)) for file, metadata in images.items()}
+        jobs.append((folder, asked))
+
     if args.detections:
-        weights = {file: sha256(file) for file in args.detections}
-        notes = [f"objects: detections of {args.detector or 'an unnamed detector'}, from "
-                 f"{' and '.join(args.detections)}"]
+        args.detector = args.detector or " and ".join(args.detections)
+        weights = {}
+        notes = ["Objects are given, not detected here"]
     else:
         args.detector = args.detector or DETECTOR
+        detector, _ = load_once(args.detector, "Mask2FormerForUniversalSegmentation")
+        if len(detector.config.id2label) != len(CLASSES):
+            raise UserError(f"{args.detector}: not a detector of COCO's {len(CLASSES)} classes")
         weights = {name: weights_hash(name) for name in (args.detector, args.clip)}
-        notes = [f"objects: {args.detector}. On the hub that is Meta's own training of "
-                 "Mask2Former, not the checkpoint of mmdet that the benchmark uses"]
-    jobs = []
-    for folder, files, detections in zip(folders.values(), images, given):
-        jobs.append(judge(folder, files, args, weights, detections))
-    paths = share(jobs)
-    if paths is None:
-        return
+        notes = ["On the hub, the detector is Meta's own training of Mask2Former, not the "
+                 "checkpoint of mmdet that the benchmark uses"]
+    # Only if a colour is asked for that the detections do not name.
+    load_clip = functools.partial(load_once, args.clip, "CLIPModel", "AutoTokenizer")
 
-    scores, counts, skipped = {}, {}, {}
-    for (prompts, folder), units in zip(folders.items(), paths):
-        rows, bad = read_rows(folder, units)
-        numbers = {row["file"].split("/")[0] for row in (*rows, *bad)}
-        right = {}
+    def look(file, asked, image):
+        """Return the row of an image. Colours are told now, because masks are not kept."""
+        metadata, objects = asked
+        tag = metadata["tag"]
+        if objects is None:
+            objects = detect(detector, image)
+        with reading(file, "in accord with its metadata.jsonl and detections"):
+            seen = {name: confident(things, tag) for name, things in objects.items()}
+            color_of = functools.partial(color_of_object, load_clip, image)
+            correct, reason = geneval_verdict(seen, metadata, color_of)
+        for thing in itertools.chain(*objects.values()):
+            thing.pop("mask", None)
+        return {"tag": tag, "prompt": metadata["prompt"], "correct": correct, "reason": reason,
+                "objects": objects}
+
+    about = [*weights.values(), args.clip]
+    measured = measure("geneval", args.images, jobs, 64, about, functools.partial(map, look))
+
+    scores, counts, unread = {}, {}, []
+    for prompts, (folder, asked), (rows, skipped) in zip(folders, jobs, measured):
+        numbers = {file.split("/")[0] for file in asked}
+        right = {}          # {task: [whether an image is right]}
         verdicts = []
         for row in rows:
             right.setdefault(row["tag"], []).append(row["correct"])
@@ -417,42 +347,21 @@ def geneval(args):
         # A task's score is the mean over its images, the overall score that over the tasks.
         tasks = {tag: float(np.mean(values)) for tag, values in right.items()}
         scores[prompts] = {"overall": float(np.mean(list(tasks.values()))), **tasks}
-        counts[prompts] = {"prompts": len(numbers), "images": len(rows), "skipped": len(bad)}
-        skipped[folder] = bad
-        absent = ", ".join(tag for tag in TASKS if tag not in tasks)
-        if absent:
-            notes.append(f"{folder}: no prompts of {absent}, overall is without them")
-    finish(args.images, args, scores, weights, counts, notes, skipped)
+        # A task without prompts is missing in the overall score.
+        counts[prompts] = {"prompts": len(numbers), "tasks": len(tasks), "images": len(rows)}
+        unread += skipped
+    finish(args.images, args, scores, weights, counts, notes, unread)
 
 
 # --------------------------------------------------------------------------------------
 # `dpg`, Table 3: yes-or-no questions, some meaningful only where others are answered yes
 
-def dpg_score(answers, dependency):
-    """Return the share of questions that are answered yes, and whose parents are too.
-
-    answers: {id: bool}; dependency: {id: [ids of parents]}, 0 for none. Questions are
-    taken in ascending order of ids, so that a no reaches grandchildren.
-    """
-    score = {question: float(answer) for question, answer in answers.items()}
-    for question in sorted(score):
-        parents = [parent for parent in dependency.get(question, ()) if parent != 0]
-        if any(score.get(parent, 1) == 0 for parent in parents):
-            score[question] = 0.0
-    return sum(score.values()) / len(score)
-
-
-class Question(NamedTuple):
-    text: str
-    parents: list           # ids of questions; 0 is none
-    category: str           # level 1: "attribute" of "attribute - color (car, red)"
-
-
 def read_questions(path):
-    """Return {prompt id: {question id: Question}} of all lines of dpg_bench.csv.
+    """Return {prompt id: {question id: (text, [ids of parents], category)}}.
 
-    The official script passes over the file's first question, and then fails on a prompt in
-    which others depend on it: it scores 1,064 of the 1,065 prompts. Raises UserError.
+    The category is that of level 1: "attribute" of "attribute - color (car, red)". The
+    official script passes over the file's first question, and then fails on a prompt in
+    which others depend on it: it scores 1,064 of 1,065. Raises UserError.
     """
     prompts = {}
     with (reading(path, "dpg_bench.csv"),
@@ -460,225 +369,203 @@ def read_questions(path):
         reader = csv.DictReader(file)
         for row in reader:
             with reading(f"{path} line {reader.line_num}", "a question of DPG-Bench"):
+                parents = [int(parent) for parent in row["dependency"].split(",")]
+                category = re.split("[(-]", row["tuple"])[0].strip()
+                text = row["question_natural_language"]
                 questions = prompts.setdefault(row["item_id"], {})
-                identity = int(row["proposition_id"])
-                if identity in questions:
-                    raise ValueError(f"prompt {row['item_id']} has two questions {identity}")
-                questions[identity] = Question(
-                    row["question_natural_language"],
-                    [int(parent) for parent in row["dependency"].split(",")],
-                    re.split("[(-]", row["tuple"])[0].strip())
-    if not prompts:
-        raise UserError(f"{path}: no questions in it")
+                questions[int(row["proposition_id"])] = (text, parents, category)
     return prompts
 
 
 @torch.no_grad()
 def ask(vqa_name, image, questions):
-    """Return [bool]: does a VQA model say yes to the questions about an image?"""
-    model, processor = load_once(vqa_name, "AutoModelForVisualQuestionAnswering", "AutoProcessor")
+    """Return [bool]: does BLIP say yes to the questions about an image?"""
+    model, processor = load_once(vqa_name, "BlipForQuestionAnswering", "AutoProcessor")
     inputs = processor([image] * len(questions), questions, padding=True, return_tensors="pt")
-    inputs = inputs.to(model.device)
-    # BLIP says words, ViLT chooses a label.
-    if model.can_generate():
-        tokens = model.generate(**inputs, max_new_tokens=10)
-        said = processor.batch_decode(tokens, skip_special_tokens=True)
-    else:
-        labels = model(**inputs).logits.argmax(-1).tolist()
-        said = [model.config.id2label[label] for label in labels]
+    tokens = model.generate(**inputs.to(model.device), max_new_tokens=10)
+    said = processor.batch_decode(tokens, skip_special_tokens=True)
     return [re.match(r"\W*yes\b", text, re.IGNORECASE) is not None for text in said]
 
 
 YES_OR_NO = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def quarters(path, grid):
-    """Return the four images of a 2 x 2 grid, row by row. Raises UserError."""
-    if grid.width != grid.height or grid.width % 2:
-        raise UserError(f"{path}: {grid.width} x {grid.height} pixels are not a 2 x 2 grid of "
-                        "square images (sample.py --format dpg makes them)")
-    half = grid.width // 2
-    corners = [(0, 0), (half, 0), (0, half), (half, half)]
-    return [grid.crop((x, y, x + half, y + half)) for x, y in corners]
+def read_answers(path, asked):
+    """Return the rows of `dpg` for {file: {question id: text}}, of --answers. Raises UserError."""
+    rows = []
+    for file, images in read_given(path, asked, "answers").items():
+        answers = []
+        with reading(f"{path}: {file}", "answers to all questions on each of 4 images, or of 1"):
+            for image in images:
+                said = {key: str(image[str(key)]).lower() for key in asked[file]}
+                answers.append({key: YES_OR_NO[word] for key, word in said.items()})
+            if len(answers) not in (1, 4):
+                raise ValueError(f"of {len(answers)} images")
+        rows.append({"file": file, "answers": answers})
+    return rows
 
 
 def dpg(args):
     """Table 3: DPG-Bench, on 2 x 2 grids (or images) that are named after their prompts' ids"""
     prompts = read_questions(args.questions)
-    files = list_images(args.images)
-    known = {}
-    for file in files:
+    asked = {}              # {file: {question id: text}}
+    file_of = {}            # {prompt: its file}
+    for file in list_images(args.images):
         prompt = Path(file).stem
+        if prompt not in prompts:
+            continue
         # One prompt must not count twice.
-        if prompt in known:
-            raise UserError(f"{args.images}: {known[prompt]} and {file} are both named after "
-                            f"prompt {prompt}: leave one of them there")
-        if prompt in prompts:
-            known[prompt] = file
-    if not known:
-        raise UserError(f"{args.images}: no image is named after a prompt of {args.questions}, "
-                        f"like {min(prompts)}.png")
+        if file_of.setdefault(prompt, file) != file:
+            raise UserError(f"{file_of[prompt]} and {file} are both named after prompt {prompt}")
+        asked[file] = {key: text for key, (text, _, _) in prompts[prompt].items()}
+    if not asked:
+        raise UserError(f"{args.images}: no image is named after a prompt of {args.questions}")
     # A square picture need not be a grid: sample.py or the user says what is one.
-    if made_by_sample(args.images, "settings.json").get("format") == "dpg":
+    if read_if_there(Path(args.images, "settings.json"), OF_SAMPLE).get("format") == "dpg":
         args.grid = True
+
+    def look(file, texts, picture):
+        """Return the row of a picture: for each image in it {question id: is the answer yes?}."""
+        images = [picture]
+        if args.grid:
+            half = picture.width // 2
+            if picture.size != (2 * half, 2 * half):
+                raise UserError(f"{file}: {picture.width} x {picture.height} pixels are not a "
+                                f"2 x 2 grid of square images")
+            corners = [(0, 0), (half, 0), (0, half), (half, half)]
+            images = [picture.crop((x, y, x + half, y + half)) for x, y in corners]
+        answers = [ask(args.vqa, image, list(texts.values())) for image in images]
+        return {"answers": [dict(zip(texts, yes)) for yes in answers]}
+
     weights = {args.questions: sha256(args.questions)}
     if args.answers:
-        given = read_given(args.answers, known.values())
-        # A judge without a name is known by the hash of the file of answers.
         args.judge = args.judge or args.answers
-        weights[args.answers] = sha256(args.answers)
+        rows, skipped = read_answers(args.answers, asked), []
     else:
         args.judge = args.vqa
         weights[args.vqa] = weights_hash(args.vqa)
+        about = [weights[args.vqa], args.grid]
+        [(rows, skipped)] = measure("dpg", args.images, [(args.images, asked)], 64, about,
+                                    functools.partial(map, look))
 
-    def look(file, picture):
-        """Return the row of a picture: for each image in it {question id: is the answer yes?}."""
-        questions = prompts[Path(file).stem]
-        found = []
-        if args.answers:
-            with reading(f"{args.answers}: {file}", "answers to all questions on each image"):
-                for answers in given[file]["answers"]:
-                    texts = {identity: str(answers[str(identity)]).lower() for identity in questions}
-                    found.append({identity: YES_OR_NO[text] for identity, text in texts.items()})
-                if len(found) != 4 and (args.grid or len(found) != 1):
-                    raise ValueError(f"{len(found)} images")
-            return {"answers": found}
-        texts = [question.text for question in questions.values()]
-        path = Path(args.images, file)
-        for image in quarters(path, picture) if args.grid else [picture]:
-            found.append(dict(zip(questions, ask(args.vqa, image, texts))))
-        return {"answers": found}
-
-    about = [*weights.values(), args.grid]
-    measure = functools.partial(map, look)
-    paths = share([plan(args.images, "dpg", list(known.values()), 64, about, measure)])
-    if paths is None:
-        return
-    rows, skipped = read_rows(args.images, paths[0])
-
-    values = {"overall": []}
+    values = {"overall": []}            # and of each category
     for row in rows:
         questions = prompts[Path(row["file"]).stem]
-        parents = {identity: question.parents for identity, question in questions.items()}
+        parents = {key: parents for key, (_, parents, _) in questions.items()}
         of_images = []
         for answers in row["answers"]:
-            yes = {identity: answers[str(identity)] for identity in questions}
+            yes = {int(key): answer for key, answer in answers.items()}    # JSON's keys are text
             of_images.append(dpg_score(yes, parents))
             # Categories count answers as they are, whatever their parents'.
-            for identity, question in questions.items():
-                values.setdefault(question.category, []).append(yes[identity])
+            for key, (_, _, category) in questions.items():
+                values.setdefault(category, []).append(yes[key])
         values["overall"].append(np.mean(of_images))
-
-    notes = [f"judge: {args.judge}. The paper's is mPLUG-large; only numbers of one judge compare",
-             "categories count all images of a grid; the official script counts the last one"]
-    if len(known) < len(prompts) or len(known) < len(files):
-        notes.append(f"{len(prompts) - len(known)} of {len(prompts)} prompts have no image, "
-                     f"{len(files) - len(known)} of {len(files)} images no prompt")
-    counts = {"prompts": len(rows), "skipped": len(skipped)}
+    notes = ["The paper's judge is mPLUG-large; only numbers of one judge compare",
+             "Categories count all images of a grid; the official script counts the last one"]
+    counts = {"prompts": len(rows), "of": len(prompts)}
     scores = {name: 100 * float(np.mean(each)) for name, each in values.items()}
-    finish(args.images, args, scores, weights, counts, notes, {args.images: skipped})
+    finish(args.images, args, scores, weights, counts, notes, skipped)
 
 
 # --------------------------------------------------------------------------------------
 # What networks say of images, kept and shared
 
-def as_jsonl(files, rows, skipped):
-    """Return the bytes of a unit of rows; each gets its "file"."""
-    rows = [{"file": file, **row} for file, row in zip(files, rows)]
-    return jsonl([*rows, *skipped]).encode()
+def measure(kind, out, jobs, size, about, look, load=open_full):
+    """Return, for each job, (rows of what networks say of images, rows of unreadable ones).
 
+    jobs: [(folder, {file: what is asked of it}), ...]. look([file, ...], [what is asked, ...],
+    [load(path), ...]) yields a row, for JSON, for each image. `size` images at a time make a
+    file in OUT/measured/KIND, named after all that its rows depend on: `about`, what is asked,
+    the images' sizes and times. So only what has changed is measured again.
 
-def plan(folder, kind, files, size, about, measure, load=open_full, encode=as_jsonl,
-         suffix=".jsonl"):
-    """Return what `make_together` needs for a measurement of `size` images at a time.
-
-    measure(files, [load(path), ...]) says something of images; encode(files, that, rows of those
-    that cannot be read) returns the bytes of a unit. Units go to FOLDER/measured/KIND-HASH: the
-    hash of `about`, for JSON, and of the images' sizes and times. An image that cannot be read
-    is not tried again before it changes.
+    Ends the process if another rank goes on, that which ends last. Raises UserError.
     """
-    stamps = []
-    for file in files:
-        path = Path(folder, file)
-        status = os.stat(path) if path.exists() else None
-        stamps.append([file, status and f"{status.st_size}:{status.st_mtime_ns}"])
-    made_of = fingerprint([about, stamps])
-    measured = Path(folder, "measured")
-    # What a read-only data set gives is kept among the temporary files.
-    if not os.access(folder, os.W_OK):
-        whose = fingerprint([os.getuid(), os.path.abspath(folder)])
-        measured = Path(tempfile.gettempdir(), f"measured-{whose}")
+    units = {}              # {name: (folder, what it is made of)}
+    names = []              # those of each job's units
+    for folder, asked in jobs:
+        items = []
+        for file, question in asked.items():
+            path = Path(folder, file)
+            status = os.stat(path) if path.exists() else None
+            items.append((file, question, status and (status.st_size, status.st_mtime_ns)))
+        names.append([])
+        for part in in_batches(items, size):
+            name = f"{fingerprint([about, part])}.jsonl"
+            names[-1].append(name)
+            units[name] = (folder, part)
+    place = Path(out, "measured", kind)
+    make = functools.partial(make_units, look, load)
+    if not make_together(place, {"kind": kind}, units, make):
+        sys.exit()
+    return [read_units(folder, place, of_job) for (folder, _), of_job in zip(jobs, names)]
 
-    def attempt(file):
-        path = Path(folder, file)
+
+def make_units(look, load, parts):
+    """Yield the bytes of a unit, JSONL, for each (folder, [(file, what is asked, stamp), ...]).
+
+    A row is {"file", ...what `look` says}, or {"file", "reason"} for what cannot be read.
+    """
+    def attempt(path):
+        """Return an image, or why it is not readable."""
         try:
-            return load(path), None
+            return load(path)
         except OSError as error:
-            return None, reason_without(path, error)
+            return {"reason": reason_without(path, error)}
 
-    def make(parts):
-        """Yield the units of lists of files, while threads read the images that come next."""
-        files = list(itertools.chain(*parts))
-        loaded = progress(ahead(attempt, files, default_workers()), len(files), "img")
-        for part in parts:
-            good, images, skipped = [], [], []
-            # The part first: at its end, nothing is taken of what is loaded.
-            for file, (image, reason) in zip(part, loaded):
-                if reason:
-                    skipped.append({"file": file, "reason": reason})
-                else:
-                    good.append(file)
-                    images.append(image)
-            yield encode(good, measure(good, images) if good else (), skipped)
+    paths = []
+    for folder, part in parts:
+        paths += [Path(folder, file) for file, *_ in part]
+    # Threads read the images that come next.
+    loaded = progress(ahead(attempt, paths, default_workers()), len(paths), "img")
+    for _, part in parts:
+        rows = []
+        readable = []       # (file, what is asked of it, image)
+        # The part first: at its end, nothing is taken of what is loaded.
+        for (file, question, _), image in zip(part, loaded):
+            if isinstance(image, dict):
+                rows.append({"file": file, **image})
+            else:
+                readable.append((file, question, image))
+        if readable:
+            files, asked, images = map(list, zip(*readable))
+            for file, row in zip(files, look(files, asked, images)):
+                rows.append({"file": file, **row})
+        yield jsonl(rows).encode()
 
-    units = {f"{k:05}{suffix}": part for k, part in enumerate(in_batches(files, size))}
-    return measured / f"{kind}-{made_of}", {"made of": made_of}, units, make
 
+def read_units(folder, place, names):
+    """Return (rows, rows of what cannot be read, with their path) of the units of a folder.
 
-def share(jobs):
-    """Make this rank's share of what `plan` returned, and return the paths of each job's units.
-
-    Returns None if another rank goes on: that which ends last, or rank 0 where all was there.
+    Raises UserError if none of its images can be read.
     """
-    paths = [[out / name for name in units] for out, _, units, _ in jobs]
-    all_paths = list(itertools.chain(*paths))
-    if rank_and_world()[0] > 0 and all(map(has_content, all_paths)):
-        return None
-    for job in jobs:
-        make_together(*job)
-    return paths if all(map(has_content, all_paths)) else None
-
-
-def read_rows(folder, paths):
-    """Return (rows, rows of what could not be read) of units of JSONL."""
-    good, skipped = [], []
-    for row in itertools.chain(*map(read_jsonl, paths)):
-        (skipped if row.keys() == {"file", "reason"} else good).append(row)
-    refuse_unreadable(folder, good, skipped)
-    return good, skipped
-
-
-def refuse_unreadable(folder, good, skipped):
-    """Raise UserError if none of a folder's images could be read."""
-    if not good:
+    rows, skipped = [], []
+    for name in names:
+        for row in read_jsonl(place / name):
+            if row.keys() == {"file", "reason"}:
+                skipped.append({**row, "file": f"{folder}/{row['file']}"})
+            else:
+                rows.append(row)
+    if skipped and not rows:
         raise UserError(f"{folder}: none of its {len(skipped)} images is readable; the first: "
                         f"{skipped[0]['file']}: {skipped[0]['reason']}")
+    return rows, skipped
 
 
-def read_given(path, files):
-    """Return {file: row} of the lines of a JSONL file that a user gives. Raises UserError."""
-    with reading(path, 'lines with a "file"'):
-        rows = {row["file"]: row for row in read_jsonl(path)}
-    missing = [file for file in files if file not in rows]
-    if missing:
-        raise UserError(f"{path}: no line for {missing[0]} and {len(missing) - 1} more images")
-    return {file: rows[file] for file in files}
+def read_given(path, files, key):
+    """Return {file: value of `key`} of the lines of a user's JSONL file. Raises UserError."""
+    with reading(path, f'lines with "file" and "{key}"'):
+        given = {row["file"]: row[key] for row in read_jsonl(path)}
+    for file in files:
+        if file not in given:
+            raise UserError(f"{path}: no line for {file}")
+    return {file: given[file] for file in files}
 
 
 # --------------------------------------------------------------------------------------
 # results.json, the paper's tables, Fig. 5
 
-RESULTS = "a results.json of evaluate.py"
+OURS = "a results.json of evaluate.py"
+OF_SAMPLE = "what sample.py says of its images"
 TABLES = {"1": "image quality, alignment (ImageNet, where COCO is not named)",
           "2": "GenEval (original and extended prompts)",
           "3": "DPG-Bench",
@@ -686,48 +573,45 @@ TABLES = {"1": "image quality, alignment (ImageNet, where COCO is not named)",
           "5": "probability p of composites, CM 1/4"}
 
 
-def made_by_sample(folder, name):
-    """Return the object in a JSON file of sample.py beside its images, {} without one."""
-    path = Path(folder, name)
-    return read_json(path, f"sample.py's {name}") if path.exists() else {}
+def read_if_there(path, what):
+    """Return the object in a JSON file, {} without one. Raises UserError."""
+    return read_json(path, what) if path.exists() else {}
 
 
-def finish(folder, args, scores, weights, counts, notes, skipped, coco=None):
+def finish(folder, args, scores, weights, counts, notes, skipped, data=None):
     """Put a command's section into <folder>/results.json, and print its table.
 
-    skipped: {folder: rows of its images that could not be read}, for <folder>/skipped.jsonl.
-    coco: whether the images are of COCO's prompts or of ImageNet's, None for others.
+    skipped: rows of images that could not be read. data: "COCO", "ImageNet" or None.
     """
-    import transformers
+    folder = Path(folder)
     command = args.run.__name__
     section = {
         "scores": scores,
         "settings": {key: value for key, value in vars(args).items() if key != "run"},
-        "weights": weights, "counts": counts, "notes": notes,
-        "data": {True: "COCO", False: "ImageNet", None: None}[coco],
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "weights": weights,
+        "counts": {**counts, "skipped": len(skipped)},
+        "notes": notes,
+        "data": data,
         # How the samples were made.
-        "checkpoint": made_by_sample(folder, "checkpoint.json"),
-        "sampling": made_by_sample(folder, "settings.json")}
-    # Tens of thousands of texts that say nothing about the scores.
-    for long_list in ("prompts", "names"):
-        section["sampling"].pop(long_list, None)
-    path = Path(folder, "results.json")
+        "checkpoint": read_if_there(folder / "checkpoint.json", OF_SAMPLE),
+        "sampling": read_if_there(folder / "settings.json", OF_SAMPLE)}
+    path = folder / "results.json"
     with reading(path, "scores that are numbers"):
-        ours = {Path(folder).resolve().name: (scores_of(command, section), {})}
-    before = read_json(path, RESULTS) if path.exists() else {}
-    write_json(path, {**before, command: section})
+        ours = {folder.resolve().name: (scores_of(command, section), {})}
+    write_json(path, {**read_if_there(path, OURS), command: section})
 
-    bad = []
-    for source, rows in skipped.items():
-        for row in rows:
-            # Of another folder's image, the whole path.
-            file = row["file"] if source == folder else f"{source}/{row['file']}"
-            bad.append({**row, "file": file})
-    if bad:
-        write_jsonl(Path(folder, "skipped.jsonl"), bad)
-        print(f"{folder}: {len(bad)} images could not be read, see its skipped.jsonl; the first: "
-              f"{bad[0]['file']}: {bad[0]['reason']}", file=sys.stderr)
+    if skipped:
+        # Rows that are there already may be prompts that sample.py passed over.
+        place = folder / "skipped.jsonl"
+        rows = read_jsonl(place) if place.exists() else []
+        for row in skipped:
+            # An image of this folder is named as its other images are.
+            row["file"] = row["file"].removeprefix(f"{folder}/")
+            if row not in rows:
+                rows.append(row)
+        write_jsonl(place, rows)
+        print(f"{folder}: {len(skipped)} images could not be read, see its skipped.jsonl",
+              file=sys.stderr)
     print_tables(ours)
     print(f"\n- all of it in {path}")
 
@@ -735,47 +619,41 @@ def finish(folder, args, scores, weights, counts, notes, skipped, coco=None):
 class Score(NamedTuple):
     value: float
     text: str               # as a table shows it
-    measured: str           # what it depends on beside the images
-    note: str               # what is to be said wherever it is printed
+    note: str               # how it was measured, which is said wherever it is printed
 
 
 def scores_of(command, section):
-    """Return a section of results.json as {name of the score: Score}."""
-    found = section["scores"]
-    # GenEval has scores of two kinds of prompts, one level deeper than the others.
-    if command == "geneval":
-        found = {}
-        for prompts, tasks in section["scores"].items():
-            for task, value in tasks.items():
-                found[f"{prompts} {task}"] = value
-    # A prefix keeps apart what has the same name on two data sets, or in two tables.
-    prefix = "COCO " if section.get("data") == "COCO" else ""
-    label = f"{prefix}{command}"
-    if command == "dpg":
-        prefix = "dpg "
+    """Return a section of results.json as {column of the tables: Score}."""
+    data = section.get("data") or ""
+    # GenEval has two groups; others are named where two would have the same columns.
+    group = "dpg" if command == "dpg" else data.removeprefix("ImageNet")
+    groups = section["scores"] if command == "geneval" else {group: section["scores"]}
 
     measured = dict(section.get("counts", {}))
     for key, value in section.get("settings", {}).items():
+        # Numbers, but no flags.
         if type(value) is int or key in ("detector", "judge") and value:
             measured[key] = value
     # A network is known by the hash of its weights, whatever its folder is called.
     measured["weights"] = [value[:8] for value in section.get("weights", {}).values()]
-    measured = json.dumps(measured).translate(str.maketrans("", "", '{}[]"'))
-    note = ". ".join([f"{label}: {measured}", *section.get("notes", [])])
+    measured = re.sub(r'[{}\[\]"]', "", json.dumps(measured))
+    note = ". ".join([f"{data} {command}: {measured}".strip(), *section.get("notes", [])])
 
     scores = {}
-    for name, value in found.items():
-        # JSON in Python may hold NaN, and True counts as an int: neither is a score.
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"{command}: {name} is {value!r}, which is not a number")
-        # Shares between 0 and 1 have three digits.
-        digits = 3 if name in ("precision", "recall", "density", "coverage") else 2
-        text = f"{value:.{digits}f}"
-        # A standard error belongs to its score and is none itself.
-        if f"{name}_error" in found:
-            text += f" ± {found[f'{name}_error']:.2f}"
-        if not name.endswith("_error"):
-            scores[prefix + name] = Score(value, text, measured, note)
+    for group, found in groups.items():
+        for name, value in found.items():
+            # JSON in Python may hold NaN.
+            if not math.isfinite(value):
+                raise ValueError(f"{command}: {name} is {value}")
+            # A standard error belongs to its score and is none itself.
+            if name.endswith("_error"):
+                continue
+            # Shares between 0 and 1 have three digits.
+            digits = 3 if name in ("precision", "recall", "density", "coverage") else 2
+            text = f"{value:.{digits}f}"
+            if f"{name}_error" in found:
+                text += f" ± {found[f'{name}_error']:.2f}"
+            scores[f"{group} {name}".strip()] = Score(value, text, note)
     return scores
 
 
@@ -783,28 +661,26 @@ def read_row(place):
     """Return ({name: Score}, training) of a checkpoint; training is that of its config.json.
 
     place: a results.json, or a folder with such files in it and in its folders. Raises
-    UserError if there is none, if two hold the same score, or if they are of two checkpoints.
+    UserError if there is none, two hold the same score, or they are of two checkpoints.
     """
     place = Path(place)
-    paths = [place]
-    if not place.is_file():
-        paths = [*place.glob("results.json"), *sorted(place.glob("*/results.json"))]
-    scores, training, holds = {}, {}, {}
-    checkpoints = set()
-    for path in paths:
-        with reading(path, RESULTS):
-            for command, section in read_json(path, RESULTS).items():
+    below = [*place.glob("results.json"), *sorted(place.glob("*/results.json"))]
+    scores, training = {}, {}
+    holds = {}              # {name of a score: its file}
+    checkpoints = set()     # hashes of weights
+    for path in [place] if place.is_file() else below:
+        with reading(path, OURS):
+            for command, section in read_json(path, OURS).items():
                 for name, score in scores_of(command, section).items():
                     if holds.setdefault(name, path) != path:
-                        raise UserError(f"{place}: {holds[name]} and {path} both hold {name}: "
-                                        f"give each as an argument of its own")
+                        raise UserError(f"{holds[name]} and {path} both hold {name}: give each "
+                                        f"on its own")
                     scores[name] = score
                 # A section that does not know the checkpoint erases nothing.
                 training.update((section.get("checkpoint") or {}).get("training") or {})
                 checkpoints.add((section.get("sampling") or {}).get("weights"))
     if len(checkpoints - {None}) > 1:
-        raise UserError(f"{place}: results of several checkpoints: give each as an argument of "
-                        f"its own")
+        raise UserError(f"{place}: results of several checkpoints, give each on its own")
     if not scores:
         raise UserError(f"{place}: no results.json with scores in it")
     return scores, training
@@ -847,19 +723,20 @@ def print_tables(ours, paper=False):
     for table, title in TABLES.items():
         columns = dict.fromkeys(itertools.chain(*published[table].values()))
         lines = list(published[table].items()) if paper else []
-        notes = {}
+        notes = {}          # {note: the names that it is about}
         for name, (scores, training) in ours.items():
             name_here, cells = place_in_table(table, name, training)
             of_table = {column: scores[column] for column in columns if column in scores}
             if name_here and of_table:
                 for column, score in of_table.items():
                     cells[column] = score.text
-                    # A dict and not a set, because it keeps the order.
+                    # Not a set, because it keeps no order.
                     notes.setdefault(score.note, {})[name] = None
                 lines.append((name_here.replace("|", "\\|"), cells))
         if not lines:
             continue
-        shown = [column for column in columns if any(column in cells for _, cells in lines)]
+        filled = set().union(*[cells for _, cells in lines])
+        shown = [column for column in columns if column in filled]
         print(f"\nTable {table}: {title}\n\n| | {' | '.join(shown)} |")
         print(f"|---|{'--:|' * len(shown)}")
         for name, cells in lines:
@@ -874,20 +751,6 @@ def compare(args):
     print_tables({place: read_row(place) for place in args.results}, args.paper)
 
 
-def run_and_steps(place):
-    """Return the run that a checkpoint's folder is of, and the steps that its name says.
-
-    Checkpoints of one run lie in one folder, and are called step-0050000. Of another folder
-    the steps are None.
-    """
-    path = Path(os.path.abspath(place))
-    for folder in (path, *path.parents):
-        named = re.match(r"step-(\d+)", folder.name)
-        if named:
-            return os.path.relpath(folder.parent), int(named[1])
-    return os.path.relpath(path), None
-
-
 def curve(args):
     """Fig. 5: a score of checkpoints against their training steps, as SVG and JSONL"""
     out = Path(args.out)
@@ -898,30 +761,28 @@ def curve(args):
     for path, beginning in ((out, b"<svg "), (points, b'{"run": ')):
         if path.exists() and not path.read_bytes().startswith(beginning):
             raise UserError(f"{path}: is there, and not of this command: choose another --out")
-    found = {}
-    ways = set()
+    rows = []
+    ways = set()            # in which the score was measured
     for place in args.results:
         scores, training = read_row(place)
-        run, steps = run_and_steps(Path(place).parent if Path(place).is_file() else place)
-        steps = training.get("steps", steps)
         if args.score not in scores:
             raise UserError(f"{place}: no score {args.score!r}, but {', '.join(scores)}")
+        # Checkpoints of one run lie in one folder, and are called step-0050000.
+        folder = os.path.abspath(place).removesuffix("/results.json")
+        named = re.match(r"(.*)/step-(\d+)", folder)
+        steps = training.get("steps", named and int(named[2]))
         if steps is None:
-            raise UserError(f"{place}: neither its checkpoint nor its name says after how many "
-                            f"steps")
-        if (run, steps) in found:
-            raise UserError(f"{place}: a second {args.score} of {run} after {steps} steps")
-        found[run, steps] = scores[args.score].value
-        ways.add(scores[args.score].measured)
+            raise UserError(f"{place}: its checkpoint does not say after how many steps")
+        run = os.path.relpath(named[1] if named else folder)
+        rows.append({"run": run, "steps": steps, args.score: scores[args.score].value})
+        ways.add(scores[args.score].note)
     if len(ways) > 1:
-        raise UserError(f"these results do not compare, they were measured in several ways: "
-                        f"{' / '.join(sorted(ways))}")
+        raise UserError(f"measured in several ways: {' / '.join(sorted(ways))}")
 
-    rows = []
+    rows.sort(key=lambda row: (row["run"], row["steps"]))
     curves = {}
-    for (run, steps), value in sorted(found.items()):
-        rows.append({"run": run, "steps": steps, args.score: value})
-        curves.setdefault(run, []).append((steps, value))
+    for row in rows:
+        curves.setdefault(row["run"], []).append((row["steps"], row[args.score]))
     with complete(out) as path:
         path.write_text(line_chart(curves, "training steps", args.score), encoding="utf-8")
     write_jsonl(points, rows)
@@ -940,58 +801,49 @@ def main(argv=None):
         return sub.add_argument
 
     add = command(quality)
-    add("--real", required=True, metavar="FOLDER|FILE",
-        help="real images, or a file of --save-stats")
-    add("--fake", metavar="FOLDER", help="generated images")
+    add("--real", required=True, help="real images, or a file of --save-stats")
+    add("--fake", help="generated images")
     add("--size", type=number(int, 1, 4096), default=256, help="side of the centre crop")
     add("--k", type=number(int, 1), default=3, help="reach of a ball; 3 is our choice")
     add("--chunk", type=number(int, 0, 2 ** 62), default=10_000,
-        help="P, R, D, C: mean over chunks of so many; 0: all; 10,000 is our choice")
+        help="P, R, D, C: mean over chunks of so many; 0: all")
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="how chunks are drawn")
-    add("--save-stats", metavar="FILE", help="keep the features of --real, .safetensors")
-    add("--inception", metavar="FILE", help="FID's weights (pytorch-fid, torch-fidelity)")
+    add("--save-stats", help="file.safetensors, which keeps the features of --real")
+    add("--inception", help="FID's weights (pytorch-fid, torch-fidelity)")
     add("--dino", default="facebook/dinov2-large", help="DINOv2: folder or hub id")
     add = command(clip)
-    add("--samples", required=True, metavar="FILE", help="a samples.jsonl")
+    add("--samples", required=True, help="a samples.jsonl")
     add("--clip", default=CLIP, help="CLIP: folder or hub id")
     add("--jina", default="jinaai/jina-clip-v2", help="Jina CLIP: folder or hub id")
-    add("--trust-remote-code", action="store_true", help="run the code of --jina")
+    add("--trust-remote-code", action="store_true", help="run --jina's own code, for its score")
     add = command(geneval)
-    add("--images", required=True, metavar="FOLDER",
-        help="from sample.py --format geneval, original prompts")
-    add("--extended", metavar="FOLDER", help="the same from extended prompts")
-    add("--detections", metavar="FILE", nargs="+",
+    add("--images", required=True, help="from sample.py --format geneval")
+    add("--extended", help="the same from extended prompts")
+    add("--detections", nargs="+",
         help="instead of a detector, JSONL (for --images, for --extended): "
         '{"file": "00000/samples/0000.png", "objects": {class: [{"box": [x0, y0, x1, y1], '
         '"score": 0.9}]}}, with "color" where CLIP is not to tell it')
-    add("--detector",
-        help=f"folder or hub id (default: {DETECTOR}); with --detections, who made them")
+    add("--detector", help=f"folder or hub id ({DETECTOR}), or who made --detections")
     add("--clip", default=CLIP, help="CLIP, which tells colours: folder or hub id")
     add = command(dpg)
-    add("--images", required=True, metavar="FOLDER", help="from sample.py --format dpg")
-    add("--grid", action="store_true",
-        help="each image is a 2 x 2 grid (known where sample.py --format dpg made it)")
-    add("--questions", required=True, metavar="FILE", help="dpg_bench.csv")
+    add("--images", required=True, help="from sample.py --format dpg")
+    add("--grid", action="store_true", help="images are 2 x 2 grids (sample.py's are known)")
+    add("--questions", required=True, help="dpg_bench.csv")
     add("--vqa", default="Salesforce/blip-vqa-capfilt-large",
-        help="the judge, a VQA model: folder or hub id")
-    add("--answers", metavar="FILE",
+        help="the judge, a BLIP for questions: folder or hub id")
+    add("--answers",
         help='instead of a judge, lines {"file": "12.png", "answers": '
         '[{"1": true, "2": false}, ...]}, one list entry for each image of the grid')
     add("--judge", help="who gave --answers")
     add = command(compare)
-    add("results", nargs="+", metavar="RESULTS",
-        help="results.json, or a folder with results in it or in its folders: a row each")
+    add("results", nargs="+", help="results.json, or a folder with some in or below it")
     add("--paper", action="store_true", help="all five tables, with the paper's own rows")
     add = command(curve)
-    add("results", nargs="+", metavar="CHECKPOINT", help="as RESULTS of compare")
-    add("--score", default="fid",
-        help='as results.json names it; "COCO fid", "original overall", ...')
-    add("--out", default="curve.svg", metavar="FILE.svg",
-        help="the picture; FILE.jsonl holds its points")
+    add("results", nargs="+", help="as of compare")
+    add("--score", default="fid", help="a column of compare, such as 'original overall'")
+    add("--out", default="curve.svg", help="the picture; beside it its points as .jsonl")
     args = parser.parse_args(argv)
-    # Ranks share what is measured; tables are one rank's.
-    if rank_and_world()[0] == 0 or args.run not in (compare, curve):
-        args.run(args)
+    args.run(args)
 
 
 if __name__ == "__main__":

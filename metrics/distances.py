@@ -149,7 +149,7 @@ def prdc(real, fake, k=3):
 
 
 def mean_prdc(real, fake, k, chunk, seed):
-    """Return (P/R/D/C averaged over chunks, number of chunks, their size on each side).
+    """Return precision, recall, density, coverage, averaged over chunks.
 
     Both sets are shuffled by `seed` and cut into chunks of `chunk` samples (0: one chunk
     of all), because the figures depend on the number of samples. What does not fill a
@@ -167,5 +167,4 @@ def mean_prdc(real, fake, k, chunk, seed):
     for i in range(count):
         found.append(prdc(real[real_parts[i]], fake[fake_parts[i]], k))
 
-    means = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
-    return means, count, (len(real_parts[0]), len(fake_parts[0]))
+    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}

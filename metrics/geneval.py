@@ -1,4 +1,4 @@
-"""GenEval (Table 2): what a detector and CLIP see in an image -> is it what the prompt asks for?"""
+"""GenEval and DPG-Bench (Tables 2 and 3): what networks see -> is it what the prompt asks for?"""
 
 import functools
 import itertools
@@ -28,7 +28,6 @@ fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza
 cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,
 tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,
 clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(",")
-
 
 # Mean and standard deviation of the pixels that networks were trained with.
 IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # DINOv2, Mask2Former
@@ -157,7 +156,7 @@ def confident(things, tag):
     """
     for thing in things:
         x0, y0, x1, y1 = thing["box"][:4]
-        if not all(map(math.isfinite, (x0, y0, x1, y1, thing["score"]))):
+        if not math.isfinite(x0 + y0 + x1 + y1 + thing["score"]):
             raise ValueError(f"box {thing['box']}, score {thing['score']}")
         if thing.get("color") and thing["color"] not in COLORS:
             raise ValueError(f"color {thing['color']!r}, and GenEval has {', '.join(COLORS)}")
@@ -233,3 +232,17 @@ def geneval_verdict(objects, metadata, color_of):
         if found >= clause["count"]:
             faults.append(f"expected {clause['class']}<{clause['count']}, found {found}")
     return not faults, "; ".join(faults)
+
+
+def dpg_score(answers, dependency):
+    """Return the share of DPG-Bench's questions that are answered yes, and whose parents are too.
+
+    answers: {id: bool}; dependency: {id: [ids of parents]}, 0 for none. Questions are
+    taken in ascending order of ids, so that a no reaches grandchildren.
+    """
+    score = {question: float(answer) for question, answer in answers.items()}
+    for question in sorted(score):
+        parents = [parent for parent in dependency.get(question, ()) if parent != 0]
+        if any(score.get(parent, 1) == 0 for parent in parents):
+            score[question] = 0.0
+    return sum(score.values()) / len(score)

@@ -1,4 +1,7 @@
-"""Inception-v3 of 2015-12-05, the network of FID (Table 1), its parts named as torchvision's."""
+"""The networks of Table 1: FID's Inception-v3, its parts named as torchvision's, and DINOv2."""
+
+import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -199,19 +202,18 @@ class Inception(nn.Sequential):
             try:
                 self.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
             except Exception as error:  # noqa: BLE001
-                reason = getattr(error, "strerror", None) or "not the Inception weights of FID"
-                if isinstance(error, UserError):
-                    reason = f"{reason} but {error}"
-                raise UserError(f"{weights}: {reason} ({INCEPTION} or torch-fidelity's)") from None
+                reason = " ".join(str(error).split())[:100]
+                raise UserError(f"{weights}: not the Inception weights of FID, {INCEPTION} or "
+                                f"torch-fidelity's ({reason})") from None
 
-    def load_state_dict(self, state, *options, **more):
+    def load_state_dict(self, state, strict=True):
         # torchvision's network has the same names, other weights and 1,000 classes.
         classifier = state.get("fc.weight", torch.empty(1008, 2048))
         if "AuxLogits.fc.weight" in state or classifier.shape != (1008, 2048):
             raise UserError("torchvision's inception_v3")
         # The features are taken before the classifier, so its weights have no place here.
         kept = {name: x for name, x in state.items() if not name.startswith("fc.")}
-        return super().load_state_dict(kept, *options, **more)
+        return super().load_state_dict(kept, strict)
 
     # TF32 would move the third digit.
     @torch.no_grad()
@@ -220,3 +222,32 @@ class Inception(nn.Sequential):
         # As in the original graph: 0 becomes -1, and 255 becomes 0.992.
         x = (resize_tf1(images.float()) - 128) / 128                   # (B, 3, 299, 299)
         return super().forward(x).mean((2, 3))
+
+
+def inception_file(given):
+    """Return the path of FID's weights: `given`, or downloaded once. Raises UserError."""
+    if given:
+        return given
+    url = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
+    try:
+        torch.hub.load_state_dict_from_url(url, weights_only=True, check_hash=True)
+    except OSError:
+        raise UserError(f"{url}: out of reach, give the file with --inception") from None
+    return os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION)
+
+
+def resize_positions(dino, size=224):
+    """Give DINOv2 the positions that torch.hub's `dinov2_vitl14` has at `size` x `size` pixels.
+
+    Its 37 x 37 trained positions become 16 x 16, bicubic and without antialias, with the
+    scale (16 + 0.1) / 37 of the original code; transformers takes 16 / 37.
+    """
+    positions = dino.embeddings.position_embeddings.data               # (1, 1 + 37 * 37, D)
+    side = math.isqrt(positions.shape[1] - 1)
+    patches = size // dino.config.patch_size
+    if side != patches:
+        grid = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        scale = (patches + 0.1) / side
+        grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
+        grid = grid.flatten(2).transpose(1, 2)                         # (1, 16 * 16, D)
+        dino.embeddings.position_embeddings.data = torch.cat([positions[:, :1], grid], 1)

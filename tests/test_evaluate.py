@@ -8,10 +8,10 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 from conftest import photo, refused
@@ -27,7 +27,7 @@ RNG = np.random.default_rng
 # --------------------------------------------------------------------------------------
 # Fréchet distance, precision, recall, density, coverage
 
-@pytest.mark.parametrize("n, m, D", [(500, 300, 32), (33, 400, 32), (20, 9, 300), (20, 900, 300)])
+@pytest.mark.parametrize("n, m, D", [(500, 300, 32), (20, 9, 300), (20, 900, 300)])
 def test_frechet_distance_is_that_of_its_definition_in_other_words(n, m, D):
     # tr (S_a S_b)^1/2 is the sum of the singular values of A^T B, for centred samples A, B over sqrt(N - 1).
     a, b = RNG(0).normal(size=(n, D)), RNG(1).normal(size=(m, D)) * 3 + 1
@@ -36,15 +36,6 @@ def test_frechet_distance_is_that_of_its_definition_in_other_words(n, m, D):
     roots = np.linalg.svd(A @ B.T, compute_uv=False).sum()
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + (A ** 2).sum() + (B ** 2).sum() - 2 * roots
     assert evaluate.frechet_distance(a, b) == pytest.approx(expected, rel=1e-7)
-
-
-def test_frechet_distance_is_that_of_scipys_sqrtm():
-    a, b = RNG(0).normal(size=(500, 32)) @ RNG(1).normal(size=(32, 32)), RNG(2).normal(size=(300, 32))
-    S_a, S_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    roots = scipy.linalg.sqrtm(S_a @ S_b).real
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(S_a + S_b - 2 * roots)
-    assert evaluate.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
 def brute_force(real, fake, k):
@@ -61,11 +52,10 @@ def brute_force(real, fake, k):
             "density": inside.sum(0).mean() / k, "coverage": (d.min(1) < R).mean()}
 
 
-@pytest.mark.parametrize("n, m, D, k, dtype", [(300, 200, 8, 3, np.float32), (270, 530, 64, 5, np.float64),
-                                               (40, 1000, 3, 1, np.float32), (6, 6, 20, 5, np.float32)])
-def test_prdc_is_that_of_its_definition(n, m, D, k, dtype):
-    real = RNG(0).normal(size=(n, D)).astype(dtype)
-    fake = (0.9 * RNG(1).normal(size=(m, D)) + 0.1).astype(dtype)
+@pytest.mark.parametrize("n, m, D, k", [(270, 530, 64, 5), (40, 1000, 3, 1)])
+def test_prdc_is_that_of_its_definition(n, m, D, k):
+    real = RNG(0).normal(size=(n, D)).astype(np.float32)
+    fake = (0.9 * RNG(1).normal(size=(m, D)) + 0.1).astype(np.float32)
     expected = brute_force(real, fake, k)
     assert evaluate.prdc(real, fake, k) == pytest.approx(expected, abs=1e-12)
     assert evaluate.prdc(torch.tensor(real), torch.tensor(fake), k) == pytest.approx(expected, abs=1e-12)
@@ -84,7 +74,7 @@ def test_prdc_decides_ties_and_near_ties_as_exact_arithmetic_does():
     assert evaluate.prdc(doubled, x, 1) == {"precision": 0, "recall": 1, "density": 0, "coverage": 0}
 
 
-def test_distances_name_what_they_cannot_do():
+def test_distances_refuse_what_they_cannot_measure():
     for measure, real, words in ((evaluate.frechet_distance, np.zeros((1, 4)), "at least 2"),
                                  (evaluate.frechet_distance, np.full((9, 4), np.nan), "finite"),
                                  (evaluate.prdc, np.zeros((3, 4)), "k = 3"),
@@ -96,8 +86,7 @@ def test_distances_name_what_they_cannot_do():
 def test_prdc_is_the_mean_over_chunks_that_the_seed_fixes():
     real = RNG(0).normal(size=(230, 6)).astype(np.float32)
     fake = RNG(1).normal(size=(250, 6)).astype(np.float32) * 1.1
-    found, count, sizes = evaluate.mean_prdc(torch.tensor(real), torch.tensor(fake), 3, 100, 7)
-    assert (count, sizes) == (2, (100, 100))
+    found = evaluate.mean_prdc(torch.tensor(real), torch.tensor(fake), 3, 100, 7)
     rng = torch.Generator().manual_seed(7)
     of_real, of_fake = torch.randperm(230, generator=rng), torch.randperm(250, generator=rng)
     parts = [evaluate.prdc(real[of_real[part]], fake[of_fake[part]], 3)
@@ -200,61 +189,46 @@ def test_inception_features_are_those_of_the_network_written_out(inception_file)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_inception_takes_the_released_files_and_refuses_torchvisions(tmp_path):
+def test_inception_takes_torch_fidelitys_file_and_refuses_torchvisions(tmp_path):
     state = random_inception()
-    for name in "fc.", "num_batches":
-        evaluate.Inception().load_state_dict({key: x for key, x in state.items() if name not in key})
-    wrong = {"AuxLogits": {**state, "AuxLogits.fc.weight": torch.zeros(1000, 768)},
-             "classes": {**state, "fc.weight": torch.zeros(1000, 2048)}}
-    for content in wrong.values():
-        torch.save(content, tmp_path / "wrong.pth")
+    evaluate.Inception().load_state_dict({key: x for key, x in state.items() if "num_batches" not in key})
+    for wrong in ({"AuxLogits.fc.weight": torch.zeros(1000, 768)}, {"fc.weight": torch.zeros(1000, 2048)}):
+        torch.save({**state, **wrong}, tmp_path / "wrong.pth")
         with pytest.raises(UserError, match="wrong.pth: .*torchvision's inception_v3"):
-            evaluate.Inception(tmp_path / "wrong.pth")
-    for content in b"not a checkpoint", b"":
-        (tmp_path / "wrong.pth").write_bytes(content)
-        with pytest.raises(UserError, match="wrong.pth: not the Inception weights"):
             evaluate.Inception(tmp_path / "wrong.pth")
 
 
 # --------------------------------------------------------------------------------------
 # GenEval's verdicts, DPG's score
 
+BOX = [0, 0, 10, 10]
+
+
 def things(*boxes):
     return [{"box": box, "score": 0.9 - 0.01 * i} for i, box in enumerate(boxes)]
 
 
-def verdict(objects, metadata, colors=None):
-    asked = []
-
-    def color_of(thing, name):
-        asked.append(name)
-        return colors[tuple(thing["box"])]
-    return (*evaluate.geneval_verdict(objects, metadata, color_of), asked)
-
-
-BOX = [0, 0, 10, 10]
+def verdict(objects, metadata, colors=()):
+    return evaluate.geneval_verdict(objects, metadata, lambda thing, name: dict(colors)[tuple(thing["box"])])
 
 
 def test_verdicts_count_at_least_exclude_from_count_on_and_judge_the_colour_of_the_first_ones():
-    four = {"include": [{"class": "dog", "count": 3}], "exclude": [{"class": "dog", "count": 4}]}
-    assert [verdict({"dog": things(*[BOX] * n)}, four)[1] for n in (3, 4, 2)] == [
+    three = {"include": [{"class": "dog", "count": 3}], "exclude": [{"class": "dog", "count": 4}]}
+    assert [verdict({"dog": things(*[BOX] * n)}, three)[1] for n in (3, 4, 2)] == [
         "", "expected dog<4, found 4", "expected dog>=3, found 2"]
     two = {"include": [{"class": "cup", "count": 2, "color": "red"}]}
     a, b, c = [0, 0, 1, 1], [0, 0, 2, 2], [0, 0, 3, 3]
-    colors = {tuple(a): "red", tuple(b): "red", tuple(c): "blue"}
-    assert verdict({"cup": things(a, b, c)}, two, colors) == (True, "", ["cup", "cup"])
-    assert verdict({"cup": things(a, c, b)}, two, colors)[0] is False       # the third is never looked at
-    assert verdict({"cup": things(a)}, two, colors)[2] == []
+    assert verdict({"cup": things(a, b, c)}, two, {tuple(a): "red", tuple(b): "red"}.items())[0] is True
+    assert verdict({"cup": things(a, b)}, two, {tuple(a): "red", tuple(b): "blue"}.items())[0] is False
+    assert verdict({"cup": things(a)}, two)[0] is False     # no colour is asked for
 
 
 @pytest.mark.parametrize("box, holds", [
-    ([-40, 0, -30, 10], {"left of"}), ([40, 0, 50, 10], {"right of"}), ([0, -40, 10, -30], {"above"}),
-    ([0, 40, 10, 50], {"below"}), ([40, 40, 50, 50], {"right of", "below"}), ([1, 1, 11, 11], set()),
+    ([-40, 0, -30, 10], {"left of"}), ([0, -40, 10, -30], {"above"}),
+    ([40, 40, 50, 50], {"right of", "below"}),
     ([2, 0, 12, 10], set()),                                # offset 2 = 0.1 x (10 + 10): shrunk to nothing
-    ([2.1, 0, 12.1, 10], set()),                            # shrunk to 0.1, of an offset of 2.1: below a half
     ([3.9, 0, 13.9, 10], set()), ([4.1, 0, 14.1, 10], {"right of"}),        # (4.1 - 2) / 4.1 > 0.5
-    ([30, 14, 40, 24], {"right of"}),                       # y: 12 / |(30, 14)| = 0.36
-])
+    ([30, 14, 40, 24], {"right of"})])                      # y: 12 / |(30, 14)| = 0.36
 def test_relations_follow_the_shrunk_offset_over_the_whole_ones_length(box, holds):
     assert geneval_rules.relations(box, BOX) == holds
 
@@ -262,11 +236,10 @@ def test_relations_follow_the_shrunk_offset_over_the_whole_ones_length(box, hold
 def test_every_pair_must_stand_in_the_relation():
     metadata = {"include": [{"class": "dog", "count": 2},
                             {"class": "cat", "count": 1, "position": ["left of", 0]}]}
-    cat, near, far, other = [0, 0, 10, 10], [30, 0, 40, 10], [90, 0, 99, 10], [-90, 0, -80, 10]
-    assert verdict({"cat": things(cat), "dog": things(near, far)}, metadata)[0] is True
-    assert verdict({"cat": things(cat), "dog": things(near, other)}, metadata)[0] is False
-    assert verdict({"cat": things(cat), "dog": things(near, far, other)}, metadata)[0] is True  # first two
-    assert "no target" in verdict({"cat": things(cat), "dog": things(near)}, metadata)[1]
+    near, far, other = [30, 0, 40, 10], [90, 0, 99, 10], [-90, 0, -80, 10]
+    assert verdict({"cat": things(BOX), "dog": things(near, far, other)}, metadata)[0] is True  # first two
+    assert verdict({"cat": things(BOX), "dog": things(near, other)}, metadata)[0] is False
+    assert "no target" in verdict({"cat": things(BOX), "dog": things(near)}, metadata)[1]
 
 
 def test_equal_scores_and_scores_at_the_threshold_count_as_in_genevals_float32():
@@ -286,9 +259,7 @@ def test_equal_scores_and_scores_at_the_threshold_count_as_in_genevals_float32()
 def test_a_no_reaches_grandchildren_and_questions_without_parents_stand_alone():
     dependency = {1: [0], 2: [1], 3: [2], 4: [0], 5: [4, 1]}
     yes = dict.fromkeys(range(1, 6), True)
-    assert evaluate.dpg_score(yes, dependency) == 1
     assert evaluate.dpg_score({**yes, 1: False}, dependency) == 1 / 5       # only 4 is left
-    assert evaluate.dpg_score({**yes, 3: False}, dependency) == 4 / 5
     assert evaluate.dpg_score({**yes, 4: False}, dependency) == 3 / 5
     assert evaluate.dpg_score({2: True, 1: False}, {1: [0], 2: [1]}) == 0  # by id, not by the dict's order
     # 3 depends on 5, 5 on 1: at the turn of 3, 5 is still as it was answered.
@@ -299,7 +270,7 @@ def test_a_no_reaches_grandchildren_and_questions_without_parents_stand_alone():
 # Tiny models of the same classes as the real ones, with random weights
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, inception_file):
+def models(tmp_path_factory):
     import transformers as tf
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     folder = tmp_path_factory.mktemp("models")
@@ -312,14 +283,13 @@ def models(tmp_path_factory, inception_file):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)])
-    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>",
-                                           bos_token="<start>", eos_token="<end>")
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>",
+                               bos_token="<start>", eos_token="<end>").save_pretrained(folder / "clip")
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tf.CLIPModel(tf.CLIPConfig(
-        text_config={**size, "vocab_size": len(vocabulary), "max_position_embeddings": 20, "eos_token_id": 2},
-        vision_config={**size, "image_size": 32, "patch_size": 8},
-        projection_dim=8)).save_pretrained(folder / "clip")
-    tokenizer.save_pretrained(folder / "clip")
+    vision = {**size, "image_size": 32, "patch_size": 8}
+    tf.CLIPModel(tf.CLIPConfig(text_config={**size, "vocab_size": len(vocabulary), "eos_token_id": 2,
+                                            "max_position_embeddings": 20},
+                               vision_config=vision, projection_dim=8)).save_pretrained(folder / "clip")
     backbone = tf.SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=7,
                              out_features=["stage1", "stage2", "stage3", "stage4"])
     tf.Mask2FormerForUniversalSegmentation(tf.Mask2FormerConfig(
@@ -329,8 +299,8 @@ def models(tmp_path_factory, inception_file):
     bert = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"is there a dog red ? yes no".split()]
     text = {**size, "vocab_size": len(bert) + 2, "encoder_hidden_size": 16, "bos_token_id": len(bert),
             "pad_token_id": 0, "eos_token_id": 3, "sep_token_id": 3, "max_position_embeddings": 64}
-    tf.BlipForQuestionAnswering(tf.BlipConfig(text_config=text, vision_config={
-        **size, "image_size": 32, "patch_size": 8})).save_pretrained(folder / "vqa")
+    tf.BlipForQuestionAnswering(
+        tf.BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder / "vqa")
     (folder / "vqa/vocab.txt").write_text("\n".join(bert))
     tf.BlipProcessor(tf.BlipImageProcessorPil(size={"height": 32, "width": 32}),
                      tf.BertTokenizer(str(folder / "vqa/vocab.txt"))).save_pretrained(folder / "vqa")
@@ -355,18 +325,12 @@ def section(folder, command):
 
 
 def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 # --------------------------------------------------------------------------------------
 # `quality`
-
-@pytest.fixture
-def quality(models, inception_file):
-    return lambda *args: run("quality", "--inception", inception_file, "--dino", models / "dino", *args)
-
 
 def dinov2_positions(positions, side):
     """The original code's interpolation of (1, 1 + n * n, D) positions, one output at a time.
@@ -405,70 +369,18 @@ def expected_features(folder, models, inception_file):
     return torch.stack(of_inception), torch.stack(of_dino)
 
 
-def test_quality_measures_features_of_both_sides_cropped_alike(quality, models, inception_file, tmp_path,
-                                                               capsys):
+def test_quality_measures_features_of_both_sides_cropped_alike(models, inception_file, tmp_path, capsys):
     real = pictures(tmp_path / "real/class", 3, names="{}.jpg", size=(700, 500)).parent
     fake = pictures(tmp_path / "fake", 3, seed=50, size=(320, 400))
-    quality("--real", real, "--fake", fake, "--k", 2)
+    run("quality", "--inception", inception_file, "--dino", models / "dino", "--real", real, "--fake", fake,
+        "--k", 2)
     (x, u), (y, v) = [expected_features(folder, models, inception_file) for folder in (real, fake)]
     found = section(fake, "quality")
     assert found["scores"] == pytest.approx({
         "fid": evaluate.frechet_distance(x, y), "fid_dino": evaluate.frechet_distance(u, v),
         **evaluate.prdc(u, v, 2)}, rel=2e-3)
     assert found["counts"] == {"real": 3, "fake": 3, "skipped": 0} and found["settings"]["k"] == 2
-    assert "3 images against 3" in capsys.readouterr().out
-
-
-class Quick(torch.nn.Module):
-    """A stand-in for both networks that takes no time: means of parts of the image."""
-    def forward(self, images):
-        self.last_hidden_state = F.adaptive_avg_pool2d(images.float(), 2).flatten(1)[:, None]
-        return self.last_hidden_state[:, 0]
-
-
-def dinov2(images):
-    network = Quick()
-    network(images)
-    return network
-
-
-@pytest.fixture
-def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate, "load_inception", lambda weights: Quick())
-    monkeypatch.setattr(evaluate, "load_dinov2", lambda name: dinov2)
-    monkeypatch.setattr(evaluate, "weights_hash", lambda name: "hash of " + name)
-    (tmp_path / "inception.pth").write_bytes(b"weights")
-    words = ["quality", "--inception", tmp_path / "inception.pth", "--dino", "dino"]
-    return lambda *args: run(*words, *args)
-
-
-def test_samples_of_coco_are_compared_with_the_photos_that_were_asked_for(quick, tmp_path, capsys):
-    real = pictures(tmp_path / "real", 9, names="COCO_{:03}.jpg")
-    fake = pictures(tmp_path / "fake", 6, seed=50)
-    photo(99, (400, 400)).save(fake / "sheet.png")
-    quick("--real", real, "--fake", fake)
-    assert section(fake, "quality")["counts"] == {"real": 9, "fake": 6, "skipped": 0}
-    rows = [{"file": f"{n:04}.png", "prompt": "é", "name": f"COCO_{n + 4:03}"} for n in range(6)]
-    write_lines(fake / "samples.jsonl", rows)
-    quick("--real", real, "--fake", fake)
-    found = section(fake, "quality")
-    assert found["counts"]["real"] == 5 and found["data"] == "COCO"
-    assert "1 of the 6 real images that were asked for are not in" in capsys.readouterr().out
-    # The same from saved features of the whole folder; not the same of another size.
-    stats = tmp_path / "stats.safetensors"
-    for _ in range(2):
-        quick("--real", real, "--save-stats", stats)
-    quick("--real", stats, "--fake", fake)
-    assert section(fake, "quality")["scores"] == found["scores"]
-    with pytest.raises(UserError, match="other weights or another --size"):
-        quick("--real", stats, "--fake", fake, "--size", 200)
-    photo(0).save(real / "COCO_005.png")
-    with pytest.raises(UserError, match="bear the 6 names"):
-        quick("--real", pictures(tmp_path / "other", 5), "--fake", fake)
-    # A prompt that was a file has a name, too, and is not COCO's.
-    write_lines(fake / "samples.jsonl", [{**row, "prompt_file": "p.txt"} for row in rows])
-    quick("--real", real, "--fake", fake)
-    assert section(fake, "quality")["data"] == "ImageNet"
+    assert "ImageNet quality: real: 3, fake: 3, skipped: 0, size: 256, k: 2" in capsys.readouterr().out
 
 
 def test_a_photo_is_decoded_in_full(tmp_path):
@@ -480,31 +392,73 @@ def test_a_photo_is_decoded_in_full(tmp_path):
     assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
-def test_what_cannot_be_read_is_named_and_what_has_changed_is_measured_again(
-        quick, tmp_path, monkeypatch, capsys):
-    # A read-only data set; for root every folder is writable.
-    monkeypatch.setattr(os, "access", lambda folder, mode: Path(folder).name != "real")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """`quality` with networks that take no time: means of parts of the image."""
+    def means(images):
+        return F.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+    def dino(images):
+        return SimpleNamespace(last_hidden_state=means(images)[:, None])
+    monkeypatch.setattr(evaluate, "load_networks", lambda *weights: (means, dino))
+    monkeypatch.setattr(evaluate, "weights_hash", lambda name: "hash of " + name)
+    (tmp_path / "inception.pth").write_bytes(b"weights")
+    return lambda *args: run("quality", "--inception", tmp_path / "inception.pth", "--dino", "dino", *args)
+
+
+def test_samples_of_coco_are_compared_with_the_photos_that_were_asked_for(quick, tmp_path):
+    real = pictures(tmp_path / "real", 9, names="COCO_{:03}.jpg")
+    fake = pictures(tmp_path / "fake", 6, seed=50)
+    photo(99, (400, 400)).save(fake / "sheet.png")
+    quick("--real", real, "--fake", fake)
+    assert section(fake, "quality")["counts"] == {"real": 9, "fake": 6, "skipped": 0}
+    rows = [{"file": f"{n:04}.png", "prompt": "é", "name": f"COCO_{n + 4:03}"} for n in range(6)]
+    write_lines(fake / "samples.jsonl", rows)
+    quick("--real", real, "--fake", fake)
+    found = section(fake, "quality")
+    assert found["counts"]["real"] == 5 and found["data"] == "COCO"
+    # The same from saved features of the whole folder; not the same of another size.
+    stats = tmp_path / "stats.safetensors"
+    for _ in range(2):
+        quick("--real", real, "--save-stats", stats)
+    quick("--real", stats, "--fake", fake)
+    assert section(fake, "quality")["scores"] == found["scores"]
+    with pytest.raises(UserError, match="other weights or another --size"):
+        quick("--real", stats, "--fake", fake, "--size", 200)
+    (tmp_path / "adm.npz").write_bytes(b"PK")
+    with pytest.raises(UserError, match="adm.npz: not a file of --save-stats"):
+        quick("--real", real, "--save-stats", tmp_path / "adm.npz")
+    photo(0).save(real / "COCO_005.png")
+    with pytest.raises(UserError, match="bear the 6 names"):
+        quick("--real", pictures(tmp_path / "other", 5), "--fake", fake)
+    # A prompt that was a file has a name, too, and is not COCO's.
+    write_lines(fake / "samples.jsonl", [{**row, "prompt_file": "p.txt"} for row in rows])
+    quick("--real", real, "--fake", fake)
+    assert section(fake, "quality")["data"] == "ImageNet"
+
+
+def test_what_cannot_be_read_is_named_beside_the_samples_and_what_has_changed_is_measured_again(
+        quick, tmp_path, capsys):
     real = pictures(tmp_path / "real", 6)
     fake = pictures(tmp_path / "fake", 6, seed=50)
     (fake / "0003.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     (real / "0001.png").write_bytes(b"")
+    write_lines(fake / "skipped.jsonl", [{"file": "prompts.txt line 3", "reason": "empty"}])
     for _ in range(2):                                      # Also from what is kept.
         quick("--real", real, "--fake", fake)
         assert section(fake, "quality")["counts"] == {"real": 5, "fake": 5, "skipped": 2}
         rows = [json.loads(line) for line in (fake / "skipped.jsonl").read_text().splitlines()]
-        assert [row["file"] for row in rows] == [f"{real}/0001.png", "0003.png"]
-        assert "git-lfs pointer" in rows[1]["reason"]
+        assert [row["file"] for row in rows] == ["prompts.txt line 3", f"{real}/0001.png", "0003.png"]
+        assert "git-lfs pointer" in rows[2]["reason"]
         assert "2 images could not be read" in capsys.readouterr().err
+    # Nothing is written beside the user's own photos.
     assert sorted(path.name for path in real.iterdir()) == [f"{n:04}.png" for n in range(6)]
-    assert len(list(tmp_path.glob("measured-*/quality-*"))) == 1
     photo(7, (40, 40)).save(fake / "0003.png")
     quick("--real", real, "--fake", fake)
     assert section(fake, "quality")["counts"]["skipped"] == 1
     for path in fake.glob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="fake: none of its 6 images is readable; the first: 0000.png"):
+    with pytest.raises(UserError, match="fake: none of its 6 images is readable; the first: .*0000.png"):
         quick("--real", real, "--fake", fake)
 
 
@@ -519,12 +473,13 @@ def in_a_process(command, rank=0, world=1):
 
 
 def units_of(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.glob("measured/*/0*")}
+    return {path: path.stat().st_mtime_ns for path in folder.glob("measured/*/*.jsonl")}
 
 
 def test_ranks_share_a_killed_command_and_the_last_one_measures(models, tmp_path, monkeypatch):
     images = geneval_folder(tmp_path / "images", *[DOG] * 8, images=40)
     alone = shutil.copytree(images, tmp_path / "alone")
+
     def detect(model, image):
         return {"dog": [{"box": [0, 0, 9, 9], "score": image.getpixel((0, 0))[0] / 255}]}
 
@@ -541,10 +496,13 @@ def test_ranks_share_a_killed_command_and_the_last_one_measures(models, tmp_path
     kept = units_of(images)
     assert 1 <= len(kept) < 5 and not (images / "results.json").exists()
     monkeypatch.setattr(evaluate, "detect", detect)
+    finished = []
     for rank in (1, 0):
         process = in_a_process(lambda: run(*words, images), rank, 2)
         process.join()
-        assert process.exitcode == 0 and (images / "results.json").exists() == (rank == 0)
+        assert process.exitcode == 0
+        finished.append((images / "results.json").exists())
+    assert finished == [False, True]
     assert len(units_of(images)) == 5 and kept.items() <= units_of(images).items()
     run(*words, alone)
     assert section(images, "geneval")["scores"] == section(alone, "geneval")["scores"]
@@ -554,18 +512,12 @@ def test_ranks_share_a_killed_command_and_the_last_one_measures(models, tmp_path
 # --------------------------------------------------------------------------------------
 # `clip`, `geneval`, `dpg`
 
-def samples(folder, prompts, size=(48, 32)):
-    pictures(folder, len(prompts), size=size)
-    rows = [{"file": f"{n:04}.png", "prompt": prompt, "seed": n} for n, prompt in enumerate(prompts)]
-    return write_lines(folder / "samples.jsonl", rows)
-
-
-def test_clip_score_is_the_cosine_of_transformers_own_pipeline(models, tmp_path, capsys):
+def test_clip_score_is_the_cosine_of_transformers_own_pipeline(models, tmp_path):
     import transformers as tf
     prompts = ["a photo of a red dog", "a blue cup", "the bench of a dog " * 30]       # the last one is cut
-    path = samples(tmp_path, prompts)                       # an even margin, which no crop has to round
-    (tmp_path / "0003.png").write_bytes(b"")
-    write_lines(path, [*map(json.loads, path.read_text().splitlines()), {"file": "0003.png", "prompt": "a"}])
+    pictures(tmp_path, 3, size=(48, 32))                    # an even margin, which no crop has to round
+    rows = [{"file": f"{n:04}.png", "prompt": prompt} for n, prompt in enumerate([*prompts, "no image"])]
+    path = write_lines(tmp_path / "samples.jsonl", rows)
     run("clip", "--samples", path, "--clip", models / "clip")
     model = tf.CLIPModel.from_pretrained(models / "clip").eval()
     processor = tf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
@@ -581,21 +533,6 @@ def test_clip_score_is_the_cosine_of_transformers_own_pipeline(models, tmp_path,
     assert max(expected) > 0 and found["counts"] == {"samples": 3, "skipped": 1}
     assert found["scores"] == pytest.approx({
         "clip": np.mean(expected), "clip_error": np.std(expected, ddof=1) / 3 ** 0.5}, abs=1e-3)
-    assert "Jina score left out: jinaai/jina-clip-v2 brings its own code" in capsys.readouterr().out
-
-
-def test_jina_score_runs_the_models_own_code_only_where_asked(models, tmp_path, monkeypatch):
-    class Jina:
-        encode_text = staticmethod(lambda texts: np.array([[len(text), 3.0] for text in texts]))
-        encode_image = staticmethod(lambda images: np.array([[image.width, 4.0] for image in images]))
-    path, load = samples(tmp_path, ["a dog"], size=(40, 40)), evaluate.load_once
-    monkeypatch.setattr(evaluate, "load_once", lambda name, kind, *more, **options:
-                        (Jina, None) if (kind, options) == ("AutoModel", {"trust_remote_code": True})
-                        else load(name, kind, *more, **options))
-    run("clip", "--samples", path, "--clip", models / "clip", "--jina", models / "dino",
-        "--trust-remote-code")
-    expected = 21200 / (34 * 1616) ** 0.5                   # cos((5, 3), (40, 4))
-    assert section(tmp_path, "clip")["scores"]["jina"] == pytest.approx(expected, rel=1e-5)
 
 
 def geneval_folder(folder, *lines, images=2):
@@ -612,36 +549,33 @@ TWO_DOGS = {"tag": "counting", "include": [{"class": "dog", "count": 2}],
             "exclude": [{"class": "dog", "count": 3}]}
 
 
-def test_geneval_judges_given_detections_by_task(tmp_path, capsys):
+def test_geneval_judges_given_detections_by_task(tmp_path):
     folder = geneval_folder(tmp_path / "original", DOG, RED_DOG, TWO_DOGS)
     extended = geneval_folder(tmp_path / "extended", DOG, images=4)
     rows = []
     for number, images in enumerate([[[0.31], [0.3]], [[0.8], [0.8]], [[0.91, 0.95], [0.91, 0.5]]]):
         for n, scores in enumerate(images):
-            dogs = [{"box": [0, 0, 9, 9], "score": x, "color": ["red", "blue"][n]} for x in scores]
+            dogs = [{"box": BOX, "score": x, "color": ["red", "blue"][n]} for x in scores]
             rows.append({"file": f"{number:05}/samples/{n:04}.png", "objects": {"dog": dogs}})
     given = write_lines(tmp_path / "detections.jsonl", rows)
-    dog = [{"box": [0, 0, 9, 9], "score": 0.5}]
-    others = write_lines(tmp_path / "others.jsonl", [
-        {"file": f"00000/samples/{n:04}.png", "objects": {"dog": dog} if n == 2 else {}} for n in range(4)])
+    files = [f"00000/samples/{n:04}.png" for n in range(4)]
+    others = [{"file": file, "objects": {"dog": things(BOX)[:n == 2]}} for n, file in enumerate(files)]
+    others = write_lines(tmp_path / "others.jsonl", others)
     run("geneval", "--images", folder, "--extended", extended, "--detections", given, others)
     found = section(folder, "geneval")
     tasks = "overall", "single_object", "colors", "counting"
     assert found["scores"]["original"] == dict.fromkeys(tasks, 0.5)
     assert found["scores"]["extended"] == {"overall": 0.25, "single_object": 0.25}
-    assert found["counts"]["extended"] == {"prompts": 1, "images": 4, "skipped": 0}
-    assert "no prompts of two_object, position, color_attr" in capsys.readouterr().out
+    assert found["counts"]["extended"] == {"prompts": 1, "tasks": 1, "images": 4}
     verdicts = [json.loads(line) for line in (folder / "geneval.jsonl").read_text().splitlines()]
     assert [row["correct"] for row in verdicts] == [True, False] * 3
-    assert verdicts[5]["reason"] == "expected dog>=2, found 1"
-    assert verdicts[5]["filename"] == "00002/samples/0001.png"
-    for wrong, words in ((("mouse", dog), "does not know: mouse. Its names are COCO's, but computer mouse"),
-                         (("dog", [{"box": [0, 0, np.nan, 9], "score": 1}]), "0000.png: not in accord with"),
-                         (("dog", [{"box": [0, 0, 1e5, 1e5], "score": 1}]), "0000.png: not in accord with")):
-        rows = [{"file": f"00000/samples/{n:04}.png", "objects": dict([wrong])} for n in range(4)]
-        write_lines(others, rows)
-        (extended / "00000/metadata.jsonl").write_text(json.dumps({"prompt": "a", **RED_DOG}))
-        evaluate.sha256.cache_clear()
+    assert verdicts[5] == {"filename": "00002/samples/0001.png", "tag": "counting", "prompt": "a photo",
+                           "correct": False, "reason": "expected dog>=2, found 1"}
+    (extended / "00000/metadata.jsonl").write_text(json.dumps({"prompt": "a", **RED_DOG}))
+    for name, box, words in (("mouse", BOX, "does not know: mouse. Its names are COCO's, but computer mouse"),
+                             ("dog", [0, 0, np.nan, 9], "0000.png: not in accord with"),
+                             ("dog", [0, 0, 1e5, 1e5], "0000.png: not in accord with")):
+        write_lines(others, [{"file": file, "objects": {name: things(box)}} for file in files])
         assert words in refused("evaluate.py", "geneval", "--images", extended, "--detections", others)
 
 
@@ -660,8 +594,7 @@ def confident_detector(models, folder):
     return model.eval()
 
 
-def test_detections_are_those_of_transformers_and_colours_those_of_masked_objects(
-        models, tmp_path, monkeypatch):
+def test_detections_are_those_of_transformers(models, tmp_path):
     from transformers import Mask2FormerImageProcessorPil
     model = confident_detector(models, tmp_path / "detector")
     image = Image.fromarray(RNG(5).integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((384, 384))
@@ -683,7 +616,9 @@ def test_detections_are_those_of_transformers_and_colours_those_of_masked_object
         assert (thing["mask"] == mask).mean() > 0.9999 and thing["score"] == pytest.approx(score, abs=1e-5)
         ys, xs = np.nonzero(thing["mask"])
         assert thing["box"] == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-    # A colour is asked of the object alone: its box, grey outside its mask.
+
+
+def test_a_colour_is_asked_of_the_object_alone_grey_outside_its_mask(monkeypatch):
     seen = []
     monkeypatch.setattr(geneval_rules, "clip_images",
                         lambda clip, images: seen.extend(images) or torch.eye(10)[[4]])
@@ -709,7 +644,7 @@ def test_geneval_sees_by_itself_and_looks_again_where_the_metadata_have_changed(
     assert sorted(sum("color" in dog for dog in row["objects"]["dog"]) for row in rows) == [0, 1]
 
 
-def questions(path, prompts="ab"):
+def questions(path, prompts):
     rows = [(1, "0", "entity - whole (dog)", "Is there a dog?"),
             (2, "1", "attribute - color (dog, red)", "Is the dog red?"),
             (3, "1, 2", "other - count (dog, ==2)", "Are there two dogs?")]
@@ -720,22 +655,20 @@ def questions(path, prompts="ab"):
     return path
 
 
-def test_dpg_scores_given_answers_of_all_images_of_a_grid(tmp_path, capsys):
+def test_dpg_scores_given_answers_of_all_images_of_a_grid(tmp_path):
     grids = pictures(tmp_path / "grids", 2, names="g{}.png")
     yes, no_dog = {"1": 1, "2": "yes", "3": True}, {"1": 0, "2": 1, "3": 1}
-    not_red = {**yes, "2": "no"}
+    answers = {"g0.png": [yes, yes, no_dog, {**yes, "2": "no"}], "g1.png": [yes] * 4}
     given = tmp_path / "answers.jsonl"
-    answers = {"g0.png": [yes, yes, no_dog, not_red], "g1.png": [yes] * 4}
     command = ["dpg", "--images", grids, "--questions", questions(tmp_path / "dpg.csv", ["g0", "g1", "c"]),
                "--answers", given]
     write_lines(given, [{"file": file, "answers": each} for file, each in answers.items()])
     run(*command)
     assert section(grids, "dpg")["scores"] == pytest.approx({           # g0: (1 + 1 + 0 + 1/3) / 4
         "overall": 100 * (7 / 12 + 1) / 2, "entity": 100 * 7 / 8, "attribute": 100 * 7 / 8, "other": 100})
-    assert "1 of 3 prompts have no image, 0 of 2 images no prompt" in capsys.readouterr().out
+    assert section(grids, "dpg")["counts"] == {"prompts": 2, "of": 3, "skipped": 0}
     for wrong in [yes] * 3, [{**yes, "1": "perhaps"}] * 4, [{"1": True}] * 4, 5, []:
         write_lines(given, [{"file": file, "answers": wrong} for file in answers])
-        evaluate.sha256.cache_clear()
         assert "g0.png: not answers to all questions" in refused("evaluate.py", *command)
     photo(0).save(grids / "g0.jpg")
     assert "g0.jpg and g0.png are both named after prompt g0" in refused("evaluate.py", *command)
@@ -760,11 +693,8 @@ def test_dpg_cuts_only_what_is_said_to_be_a_grid(models, tmp_path, monkeypatch):
     assert asked[:4] == [((20, 20), grid.getpixel(xy), 3) for xy in corners] and len(asked) == 8
     assert section(folder, "dpg")["scores"] == pytest.approx({
         "overall": 100 / 3, "entity": 100, "attribute": 0, "other": 100})
-    (folder / "settings.json").unlink()
     photo(0, (41, 41)).save(folder / "g0.png")
-    run(*command)
-    assert [size for size, *_ in asked[8:]] == [(41, 41), (40, 40)]
-    assert "41 x 41 pixels are not a 2 x 2 grid" in refused("evaluate.py", *command, "--grid")
+    assert "g0.png: 41 x 41 pixels are not a 2 x 2 grid" in refused("evaluate.py", *command)
 
 
 # --------------------------------------------------------------------------------------
@@ -783,16 +713,6 @@ def of_quality(fid, IA=None, p=0.5, data="ImageNet", weights="w", size=256):
             "notes": ["k = 3"], "checkpoint": {"training": training}, "sampling": {"weights": weights}}
 
 
-def compared(capsys, *words):
-    run("compare", *words)
-    tables = capsys.readouterr().out.split("\nTable ")[1:]
-    found = {}
-    for table in tables:
-        lines = [line for line in table.splitlines() if line.startswith("| ")]
-        found[table[0]] = [[cell.strip() for cell in line.split(" |")] for line in lines]
-    return found
-
-
 def test_compare_shows_a_row_for_each_argument_and_notes_below(tmp_path, capsys):
     write_results(tmp_path / "a/val", quality=of_quality(10.123),
                   clip={"scores": {"clip": 30.0, "clip_error": 0.1}, "data": "ImageNet"})
@@ -804,7 +724,7 @@ def test_compare_shows_a_row_for_each_argument_and_notes_below(tmp_path, capsys)
     assert "| | TA | IA | COCO fid | COCO precision | fid | precision | clip |" in out
     assert f"| {tmp_path}/a | yes | no | 12.00 | 0.500 | 10.12 | 0.500 | 30.00 ± 0.10 |" in out
     assert f"| {tmp_path}/b/results.json | 396M | 1.28M | yes | no | 0.40 | 0.50 |" in out
-    assert (f"- {tmp_path}/a: quality: real: 50000, fake: 50000, skipped: 0, size: 256, k: 3, "
+    assert (f"- {tmp_path}/a: ImageNet quality: real: 50000, fake: 50000, skipped: 0, size: 256, k: 3, "
             "weights: 11111111. k = 3") in out
     assert "Table 4" not in out and "DiT-I" not in out
     write_results(tmp_path / "a", quality=of_quality(11.0))
@@ -815,10 +735,14 @@ def test_compare_shows_a_row_for_each_argument_and_notes_below(tmp_path, capsys)
 
 
 def test_compare_paper_is_the_papers_five_tables_and_ours_only_where_they_belong(tmp_path, capsys):
-    settings = ("ta", None, 0.0), ("half", "1/2", 0.5), ("quarter|", "1/4", 0.25), ("all", "all", 0.5)
+    settings = [("ta", None, 0), ("half", "1/2", 0.5), ("quarter|", "1/4", 0.25), ("all", "all", 0.5)]
     for name, IA, p in settings:
         write_results(tmp_path / name, quality=of_quality(20, IA, p))
-    found = compared(capsys, "--paper", *sorted(tmp_path.iterdir()))
+    run("compare", "--paper", *sorted(tmp_path.iterdir()))
+    found = {}
+    for table in capsys.readouterr().out.split("\nTable ")[1:]:
+        lines = [line for line in table.splitlines() if line.startswith("| ")]
+        found[table[0]] = [[cell.strip() for cell in line.split(" |")] for line in lines]
     # Each of the paper's numbers, as it was published, in its row and column.
     with open(Path(evaluate.__file__).parent / "metrics/published.csv", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
@@ -827,47 +751,38 @@ def test_compare_paper_is_the_papers_five_tables_and_ours_only_where_they_belong
         column = found[line["table"]][0].index(line["column"])
         [row] = [row for row in found[line["table"]] if row[0] == "| " + line["row"]]
         assert row[column] == line["value"]
-    paper = {table: {"| " + line["row"] for line in lines if line["table"] == table} | {"|"}
-             for table in found}
-    ours = {table: [row[0].split("/")[-1] for row in rows if row[0] not in paper[table]]
+    ours = {table: [row[0].split("/")[-1] for row in rows if str(tmp_path) in row[0]]
             for table, rows in found.items()}
-    assert [len(found[table]) - 1 - len(ours[table]) for table in "12345"] == [6, 15, 8, 10, 10]
     assert ours == {"1": ["all", "half", "quarter\\|", "ta"], "2": [], "3": [],
                     "4": ["all CM all", "2"], "5": ["quarter\\| p = 0.25"]}
+    assert [len(found[table]) - 1 - len(ours[table]) for table in "12345"] == [6, 15, 8, 10, 10]
 
 
 @pytest.mark.parametrize("content", [
-    "[1, 2]", "nonsense", "{}", '{"quality": {"fid": 1}}', '{"quality": 3}',
-    '{"quality": {"scores": {"fid": null}}}',
+    "[1, 2]", "{}", '{"quality": 3}', '{"quality": {"scores": {"fid": null}}}',
     '{"quality": {"scores": {"fid": "1"}}}', '{"geneval": {"scores": {"original": 0.5}}}',
-    '{"quality": {"scores": {"fid": NaN}}}', '{"quality": {"scores": {"fid": 1, "fid_error": []}}}',
-    '{"quality": {"scores": {"fid": 1}, "checkpoint": 3}}',
-    '{"quality": {"scores": {"fid": 1' + "0" * 400 + "}}}"])
+    '{"quality": {"scores": {"fid": NaN}}}', '{"quality": {"scores": {"fid": 1}, "checkpoint": 3}}'])
 def test_results_that_are_none_end_in_one_line(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     assert str(tmp_path) in refused("evaluate.py", "compare", tmp_path)
 
 
-def test_curve_draws_each_run_against_the_steps_of_its_checkpoints(tmp_path, capsys):
+def test_curve_draws_each_run_against_the_steps_of_its_checkpoints(tmp_path):
     expected = []
-    for name in "dit", "cad":
-        for steps, fid in (50000, 30.0), (9000, 80.0), (100000, 25.0):
-            write_results(tmp_path / name / f"step-{steps:07}" / "val", quality=of_quality(fid))
+    for name in "cad", "dit":
+        for steps, fid in (9000, 80.0), (50000, 30.0), (100000, 25.0):
+            write_results(tmp_path / name / f"step-{steps}" / "val", quality=of_quality(fid))
             expected.append({"run": os.path.relpath(tmp_path / name), "steps": steps, "fid": fid})
     places = sorted(tmp_path.glob("*/step-*"))
     for _ in range(2):
         run("curve", *places, "--out", tmp_path / "fig5.svg")
-    rows = [json.loads(line) for line in (tmp_path / "fig5.jsonl").read_text().splitlines()]
-    assert rows == sorted(expected, key=lambda row: (row["run"], row["steps"]))
-    assert (tmp_path / "fig5.svg").read_text().count("<polyline") == 2
-    assert "6 checkpoints of 2 runs" in capsys.readouterr().out
+    assert [json.loads(line) for line in (tmp_path / "fig5.jsonl").read_text().splitlines()] == expected
+    assert (tmp_path / "fig5.svg").read_text().count("stroke-linecap") == 2
     assert "no score 'clip'" in refused("evaluate.py", "curve", *places, "--score", "clip")
-    out = ["--out", tmp_path / "b.svg"]
-    assert "a second fid" in refused("evaluate.py", "curve", places[0], places[0] / "val", *out)
-    write_lines(tmp_path / "captions.jsonl", [{"file": "a", "caption": "b"}])
+    (tmp_path / "captions.jsonl").write_text('{"file": "a", "caption": "b"}\n')
     assert "not of this command" in refused("evaluate.py", "curve", *places, "--out",
                                             tmp_path / "captions.svg")
     write_results(places[0] / "val", quality=of_quality(80.0, size=64))
-    assert "measured in several ways" in refused("evaluate.py", "curve", *places, *out)
+    assert "measured in several ways" in refused("evaluate.py", "curve", *places)
     write_results(tmp_path / "final", quality=of_quality(10.0))
     assert "after how many steps" in refused("evaluate.py", "curve", tmp_path / "final")
