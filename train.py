@@ -331,6 +331,7 @@ def train(args):
     for one in SIGNALS:
         if signal.getsignal(one) != signal.SIG_IGN:
             signal.signal(one, receive)
+
     while upcoming and not stopping:
         # Algorithm 1, equations 1 and 2.
         inputs = upcoming
