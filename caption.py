@@ -31,9 +31,9 @@ from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (IMAGE_SUFFIXES, Options, UserError, ahead, class_of, command_line, fetch,
-                    fingerprint, in_batches, is_lfs_pointer, join_rows, jsonl, keep_apart,
-                    list_images, load_image, local_device, make_together, number, pretrained,
-                    progress, read_json, read_jsonl, reading, reason_without,
+                    fingerprint, has_content, in_batches, is_lfs_pointer, join_rows, jsonl,
+                    keep_apart, list_images, load_image, local_device, make_together, number,
+                    pretrained, progress, read_json, read_jsonl, reading, reason_without,
                     refuse_other_settings, shorten, write_json)
 
 import torch
@@ -95,10 +95,11 @@ def read_class_table(path):
             pairs = [line.split(None, 1) for line in text.split("\n") if line.strip()]
         for wordnet_id, synonyms in pairs:
             name = synonyms.split(",")[0].strip()
-            # Other tables have a number there, or a mark: no image is one 'of 5 tench'.
-            if not name[:1].isalpha():
+            # Other tables have a number there, a mark or more columns: no image is one
+            # 'of 5 tench'.
+            is_name = re.fullmatch(r"(?!.*\s\d+$)[^\W\d_][\w '’.&/()-]*", name)
+            if not is_name or meanings.setdefault(wordnet_id, name) != name:
                 raise ValueError(f"{wordnet_id} would mean {name!r}")
-            meanings[wordnet_id] = name
     return meanings
 
 
@@ -629,9 +630,11 @@ def read_rows(path):
     path = Path(path)
     suffix = path.suffix.lower()
     if path.is_dir():
-        # Hidden files are those of editors and of macOS.
+        # Hidden files are those of editors and of macOS. A named pipe would be waited for.
+        files = [file for file in sorted(path.glob("[!.]*"))
+                 if file.suffix.lower() == ".txt" and file.is_file()]
         return [{"prompt": read_utf8(file).strip(), "name": file.stem, "prompt_file": str(file)}
-                for file in sorted(path.glob("[!.]*.txt"))]
+                for file in files]
     if suffix in (".jsonl", ".json"):
         return read_jsonl(path)
     text = read_utf8(path).strip("\n")
@@ -642,7 +645,7 @@ def read_rows(path):
     # What another program wrote: its columns and brackets must not become prompts.
     lines = text.split("\n")
     is_json = re.match(r'[\[{]\s*(["{\[]|$)', lines[0])
-    is_table = re.search(r"[\t\0]|(^|[,;])\s*(prompt|caption|text)\s*([,;]|$)", lines[0], re.I)
+    is_table = re.search(r"\t|(^|[,;])\s*(prompt|caption|text)\s*([,;]|$)", lines[0], re.I)
     if is_json or is_table:
         raise UserError(f"{path}: begins like a table or JSON, not like text with a prompt a "
                         f"line: call it .csv, .tsv or .jsonl, or save it as one of them")
@@ -656,7 +659,11 @@ def read_utf8(path):
         # `reading` says that it is one.
         if is_lfs_pointer(path):
             raise ValueError
-    return text
+        # UTF-16 without its mark, or another program's numbers.
+        if "\0" in text:
+            raise ValueError("it holds bytes of 0")
+    # As old Macs end lines, and Excel still offers to.
+    return text if "\n" in text else text.replace("\r", "\n")
 
 
 def read_tsv(path, text):
@@ -735,11 +742,13 @@ def write_together(out, settings, items, unit, rows_of):
 
     try:
         if not out.exists():
-            if not make_together(parts, settings, units, make):
+            skipped = Path(str(out).removesuffix(".jsonl") + ".skipped.jsonl")
+            # Beside our record, they are of an OUT that was deleted.
+            products = () if record.exists() else (skipped,)
+            if not make_together(parts, settings, units, make, products=products):
                 return False
             # Before OUT, which is the sign that all is done.
             write_json(record, settings)
-            skipped = Path(str(out).removesuffix(".jsonl") + ".skipped.jsonl")
             good, bad = join_rows(parts, units, out, skipped)
             print(f"{good} rows in {out}, {bad} skipped (named in {skipped})")
     except (UserError, FileNotFoundError):
@@ -751,6 +760,8 @@ def write_together(out, settings, items, unit, rows_of):
     if not record.exists():
         raise UserError(f"{out}: not from this command (no {record.name}): choose another --out")
     refuse_other_settings(out, read_json(record, "the settings of captions"), settings)
+    if not has_content(out):
+        raise UserError(f"{out}: is empty: delete it, and the same command makes it again")
     shutil.rmtree(parts, ignore_errors=True)
     print(f"{out}: complete")
     return True

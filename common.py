@@ -415,13 +415,14 @@ def has_content(path):
     return path.is_file() and path.stat().st_size > 0
 
 
-def make_together(out, settings, units, make, is_whole=has_content):
+def make_together(out, settings, units, make, is_whole=has_content, products=()):
     """Make this rank's share of the files of an output that are not there yet.
 
     out: its folder. settings: all that its files depend on, for JSON; they bind as soon as one
     file is there. units: {name of a file in `out`: what it is made from}. make([what, ...])
     yields the bytes of these files in the same order, so it may read ahead. is_whole(path) tells
-    whether a file need not be made.
+    whether a file need not be made. products: paths of what the caller writes in the end, which
+    must not be somebody else's.
 
     Returns whether all files are there now. If so, it is for this rank, which ended last, to
     describe them (or for two that end together, who then write the same). Ranks never wait for
@@ -442,6 +443,10 @@ def make_together(out, settings, units, make, is_whole=has_content):
                 refuse_other_settings(out, before, settings)
             elif before.keys() != settings.keys():
                 raise UserError(f"{record}: of another command: choose another --out")
+        else:
+            for path in filter(os.path.lexists, products):
+                raise UserError(f"{path}: not made by this command, which would replace it: "
+                                f"choose another --out")
 
         # Of all files, not of the missing ones: ranks need not look at the same time.
         mine = [name for name in list(units)[rank::world] if name not in there]
@@ -561,7 +566,12 @@ def open_image(path, size):
             # 16-bit grey, which convert() would clip at 255. Older Pillow calls PNG's "I".
             is_png = image.format == "PNG"
             if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
-                grey = (np.asarray(image) // 256).clip(0, 255)
+                levels = np.asarray(image)
+                grey = (levels // 256).clip(0, 255)
+                # 8 bits in 16: nothing but black would be left.
+                if levels.any() and not grey.any():
+                    raise ValueError("16 bits a pixel, none above 255: which number is white "
+                                     "is not known")
                 image = Image.fromarray(grey.astype(np.uint8))
             # Is 1 white, or 255, or the largest number in it?
             if image.mode in ("I", "F"):

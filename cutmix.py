@@ -276,8 +276,6 @@ def make_all(composites, workers):
         for numbers in folders:
             yield jsonl(itertools.islice(rows, len(numbers))).encode()
 
-    if (out / "cutmix.jsonl").exists() and not (out / "parts").exists():
-        raise UserError(f"{out}/cutmix.jsonl: not made by this command, which would replace it")
     count = len(composites.files)
     units = {}
     for start in range(0, count, A_FOLDER):
@@ -286,8 +284,9 @@ def make_all(composites, workers):
     cuts = {name: [cut.scale, cut.place.__name__] for name, cut in CUTS.items()}
     settings = {"setting": composites.setting, "cuts": cuts, "size": composites.size,
                 "seed": composites.seed, "photos": fingerprint(composites.files)}
-    if make_together(out / "parts", settings, units, make):
-        good, bad = join_rows(out / "parts", units, out / "cutmix.jsonl", out / "skipped.jsonl")
+    lists = (out / "cutmix.jsonl", out / "skipped.jsonl")
+    if make_together(out / "parts", settings, units, make, products=lists):
+        good, bad = join_rows(out / "parts", units, *lists)
         print(f"{good} composites in {out}, {bad} photos skipped (named in skipped.jsonl)")
 
 

@@ -618,7 +618,8 @@ def make_data_set(args, pairs, skipped):
         units[shard_name(k)] = (shard_name(k), part)
 
     make = functools.partial(make_shards, args, settings, vae, tokenizer, t5)
-    if make_together(args.out, settings, units, make, is_whole):
+    products = (args.out / "skipped.jsonl", args.out / "meta.json")
+    if make_together(args.out, settings, units, make, is_whole, products):
         write_meta(args, settings, list(units)[1:], skipped, composites)
 
 

@@ -747,7 +747,9 @@ def main(argv=None):
 
     settings = settings_of(args, rows, encoders)
     make = partial(make_images, args, pipeline)
-    if make_together(out, settings, samples, make, png_is_whole):
+    lists = ("samples.jsonl", "skipped.jsonl", "checkpoint.json", "sheet.png")
+    products = [out / name for name in lists]
+    if make_together(out, settings, samples, make, png_is_whole, products):
         if skipped:
             write_jsonl(out / "skipped.jsonl", skipped)
             print(f"{len(skipped)} prompts skipped ({out / 'skipped.jsonl'}), the first: "

@@ -5,6 +5,7 @@ import argparse
 import copy
 import itertools
 import json
+import os
 import re
 import shutil
 
@@ -123,7 +124,9 @@ def test_class_names_come_from_folders_or_from_either_table(tmp_path):
         assert names == {"n01440764": "tench", "n02099601": "golden retriever"}
         assert "photos in train" in refusal(caption.class_names, ["train"], table)
     assert "photos in n01440764" in refusal(caption.class_names, ["n01440764"])
-    for content in ("[1]", '{"0": ["n01440764", 5]}', "n01440764", "n01440764 tench\nn02099601 5 dog\n"):
+    for content in ("[1]", '{"0": ["n01440764", 5]}', "n01440764", "n01440764 tench\nn02099601 5 dog\n",
+                    "n01440764 tench 5\n", "n01440764\ttench\t5\n", "n01440764 tench|5\n",
+                    "n01440764 tench\nn01440764 dog\n"):
         table.write_text(content)
         assert "table: not lines 'n01440764" in refusal(caption.class_names, [], table)
 
@@ -466,6 +469,8 @@ def test_rows_that_are_whole_are_not_made_again_whoever_made_them(tmp_path):
     assert write(many, 0, 5, rows_of=None) == (True, expected)
     assert "c.jsonl: begun with other settings" in refusal(write, many, 0, 1, None, "another")
     assert not (many / "c.jsonl.parts").exists()
+    (many / "c.jsonl").write_bytes(b"")
+    assert "c.jsonl: is empty" in refusal(write, many)
 
 
 def test_of_two_ranks_that_end_together_the_second_finds_its_work_done(tmp_path, monkeypatch):
@@ -502,6 +507,7 @@ def test_captions_are_read_as_people_have_them(tmp_path, name, content, captions
 
 @pytest.mark.parametrize("name, content, prompts, skipped", [
     ("p.txt", "\ufeffa\u2028b\x85c\x0cd\r\n...\r\n[V] dog\r\n\r\n", ["a\u2028b\x85c\x0cd", "[V] dog"], [2]),
+    ("p.txt", "a star\ra dog\r", ["a star", "a dog"], []),
     ("p.json", '{"caption": "a\u2028b"}\n{"prompt": ""}\n', ["a\u2028b"], [2]),
     # As PartiPrompts has it, and as pandas writes it.
     ("p.tsv", 'Prompt\tNote\n"G I G" in paint\tx\na "red" tag\t\n', ['"G I G" in paint', 'a "red" tag'], []),
@@ -515,10 +521,11 @@ def test_prompts_are_read_as_people_have_them(tmp_path, name, content, prompts, 
 
 
 def test_a_folder_of_texts_gives_each_prompt_its_name(tmp_path):
-    for name, content in {"0": "\ufeffa star\r\n", "1": " \n", ".2": "x"}.items():
-        (tmp_path / f"{name}.txt").write_bytes(content.encode())
+    for name, content in {"0.TXT": "\ufeffa star\r\n", "1.txt": " \n", ".2.txt": "x"}.items():
+        (tmp_path / name).write_bytes(content.encode())
+    os.mkfifo(tmp_path / "pipe.txt")
     rows, skipped = caption.read_prompts(tmp_path)
-    assert rows == [{"prompt": "a star", "name": "0", "prompt_file": f"{tmp_path}/0.txt"}]
+    assert rows == [{"prompt": "a star", "name": "0", "prompt_file": f"{tmp_path}/0.TXT"}]
     assert skipped == [{"file": f"{tmp_path.name} 1", "reason": "no word in it"}]
 
 
@@ -570,6 +577,7 @@ IMAGE = b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": ['
     ("prompts", "p.txt", b"a star\tred\n", "begins like a table"),
     ("prompts", "p.dat", b"Category, Prompt\nx,a star\n", "begins like a table"),
     ("prompts", "p.ndjson", b'{"prompt": "a"}\n', "begins like a table or JSON"),
+    ("prompts", "p.txt", b"a star\n\0", "it holds bytes of 0"),
     ("prompts", "p.txt", b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
     ("prompts", "p.json", IMAGE + b'{"id": 1, "image_id": 7, "caption": "x"}]}', "COCO's captions (no 7)"),
     ("prompts", "p.json", IMAGE + b'{"id": 1, "image_id": 1, "caption": 3}]}', "not COCO's captions")])

@@ -30,6 +30,7 @@ MISTAKES = [
     ("caption.py", ["aio", "--images", "{bad}/photos", "--class-names", "{bad}/nothing", "--out",
                     "{bad}/nothing"], "is an input"),
     ("caption.py", ["aio", "--images", "{bad}/photos", "--out", "{bad}/photos/a.jsonl"], "is an input"),
+    ("caption.py", ["aio", "--images", "{bad}/photos", "--out", "{bad}/foreign/c"], "not made by this"),
     ("caption.py", ["llava", "--out", "{tmp}/out"], "--images"),
     ("caption.py", ["llava", "--images", "{bad}/photos", "--out", "{tmp}/out", "--model", "{tmp}/no"],
      "no such folder"),
@@ -166,6 +167,7 @@ def bad(tmp_path_factory):
     (bad / "pointers").mkdir()
     (bad / "foreign").mkdir()
     (bad / "foreign/cutmix.jsonl").write_text("somebody's own\n")
+    (bad / "foreign/c.skipped.jsonl").write_text("somebody's own\n")
     (bad / "photos/n1").mkdir(parents=True)
     (bad / "photos/n2").mkdir()
     photo(1).save(bad / "photos/n1/1.png")
