@@ -192,19 +192,17 @@ def quality(args):
     chosen = set(asked_for(args.real, files, names))
     is_chosen = torch.tensor([file in chosen for file in files])       # (N,)
     fake, _ = tables_of(of_fake)
-    device = local_device()
     scores = {}
     for name, network in (("fid", "inception"), ("fid_dino", "dino")):
-        real[network] = real[network][is_chosen].to(device)            # (N, D)
-        fake[network] = fake[network].to(device)                       # (M, D)
+        real[network] = real[network][is_chosen].to(local_device())    # (N, D)
+        fake[network] = fake[network].to(local_device())               # (M, D)
         scores[name] = frechet_distance(real[network], fake[network])
     scores |= mean_prdc(real["dino"], fake["dino"], args.k, args.chunk, args.seed)
 
     counts = {"real": len(real["dino"]), "fake": len(of_fake)}
     notes = ["P, R, D, C are means over chunks; all scores depend on the numbers of images"]
     data = "COCO" if names else "ImageNet"
-    skipped = [*unread_real, *unread_fake]
-    finish(args.fake, args, scores, weights, counts, notes, skipped, data)
+    finish(args.fake, args, scores, weights, counts, notes, [*unread_real, *unread_fake], data)
 
 
 # --------------------------------------------------------------------------------------
@@ -235,7 +233,6 @@ def clip(args):
     folder = Path(args.samples).parent
     about = list(weights.values())
     [(rows, skipped)] = measure("clip", folder, [(folder, prompts)], 32, about, cosines)
-
     # The mean of the cosines, of which negative ones count as 0, and its standard error.
     scores = {}
     for name in encoders:
@@ -447,7 +444,6 @@ def dpg(args):
         about = [weights[args.vqa], args.grid]
         [(rows, skipped)] = measure("dpg", args.images, [(args.images, asked)], 64, about,
                                     functools.partial(map, look))
-
     values = {"overall": []}            # and of each category
     for row in rows:
         questions = prompts[Path(row["file"]).stem]
@@ -506,7 +502,6 @@ def make_units(look, load, parts):
     A row is {"file", ...what `look` says}, or {"file", "reason"} for what cannot be read.
     """
     def attempt(path):
-        """Return an image, or why it is not readable."""
         try:
             return load(path)
         except OSError as error:
@@ -829,8 +824,7 @@ def main(argv=None):
     add("--images", required=True, help="from sample.py --format dpg")
     add("--grid", action="store_true", help="images are 2 x 2 grids (sample.py's are known)")
     add("--questions", required=True, help="dpg_bench.csv")
-    add("--vqa", default="Salesforce/blip-vqa-capfilt-large",
-        help="the judge, a BLIP for questions: folder or hub id")
+    add("--vqa", default="Salesforce/blip-vqa-capfilt-large", help="BLIP: folder or hub id")
     add("--answers",
         help='instead of a judge, lines {"file": "12.png", "answers": '
         '[{"1": true, "2": false}, ...]}, one list entry for each image of the grid')
