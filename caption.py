@@ -30,7 +30,7 @@ from collections import Counter
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (IMAGE_SUFFIXES, Options, UserError, ahead, class_of, command_line, fetch,
+from common import (IMAGE_SUFFIXES, Options, UserError, ahead, class_of, command_line,
                     fingerprint, has_content, in_batches, is_lfs_pointer, join_rows, jsonl,
                     keep_apart, list_images, load_image, local_device, make_together, number,
                     pretrained, progress, read_json, read_jsonl, reading, reason_without,
@@ -291,10 +291,6 @@ def llava(args):
 
 def load_llava(name, question):
     """Return a LLaVA-NeXT, its processor, the side of 2 x 2 views, and a question's tokens."""
-    # Another model is refused by its configuration, before gigabytes are read.
-    kind = read_json(fetch(name, "config.json"), "a configuration").get("model_type")
-    if kind != "llava_next":
-        raise UserError(f"{name}: not LLaVA-NeXT, but {kind}")
     model, processor = load_chat_model("LlavaNextForConditionalGeneration", "AutoProcessor", name)
     # A view has the size of the vision tower's input. Without a grid of 2 x 2, a square would
     # be cut in another way, and views 1 to 4 would not be its quadrants.
@@ -316,14 +312,7 @@ def pictures_to_caption(args):
     if args.cutmix:
         # cutmix.py names its composites relative to the folder of cutmix.jsonl.
         folder = folder or str(Path(args.cutmix).parent)
-        pictures = []
-        for k, row in enumerate(read_jsonl(args.cutmix), 1):
-            with reading(f"{args.cutmix} row {k}", "a composite of cutmix.py"):
-                # Four whole numbers: no text, no NaN.
-                x0, y0, x1, y1 = map(operator.index, row["box"])
-                if row["setting"] not in CUTS or not isinstance(row["file"], str):
-                    raise ValueError(shorten(row))
-                pictures.append((row["file"], row["setting"], (x0, y0, x1, y1)))
+        pictures = read_composites(args.cutmix)
     else:
         pictures = [(file, None, None) for file in list_images(folder)]
     # Captioning is the slow stage: what others have captioned need not be done again.
@@ -337,6 +326,20 @@ def pictures_to_caption(args):
     if not pictures:
         raise UserError(f"{args.cutmix or folder}: no picture in it needs a caption")
     return pictures, folder
+
+
+def read_composites(path):
+    """Return [(file, setting, box), ...] of a cutmix.jsonl. Raises UserError."""
+    composites = []
+    for k, row in enumerate(read_jsonl(path), 1):
+        with reading(f"{path} row {k}", "a composite of cutmix.py"):
+            # Four whole numbers: no text, no NaN.
+            x0, y0, x1, y1 = map(operator.index, row["box"])
+            is_box = 0 <= x0 < x1 and 0 <= y0 < y1
+            if row["setting"] not in CUTS or not isinstance(row["file"], str) or not is_box:
+                raise ValueError(shorten(row))
+            composites.append((row["file"], row["setting"], (x0, y0, x1, y1)))
+    return composites
 
 
 # --------------------------------------------------------------------------------------

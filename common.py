@@ -41,6 +41,9 @@ def command_line(main):
 
     A failing file system, too little GPU memory and a lost rank end the same way.
     """
+    # A terminal that cannot show a letter, and a file name that is no text, end no run.
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (UserError, OSError) as error:
@@ -826,12 +829,19 @@ def pretrained(name, kind, companion=None, device=None, **options):
     """
     import logging
 
+    import torch
     import transformers
     # transformers would print up to 79 lines of its own above ours.
     transformers.utils.logging.set_verbosity(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
-    # Refuses a model that is not there, of which transformers' own words are unclear.
-    fetch(name, "config.json")
+    # Refuses a model that is not there, of which transformers' own words are unclear, and
+    # another kind of it, whose weights may have the same names and some more.
+    found = read_json(fetch(name, "config.json"), "a configuration").get("model_type")
+    wanted = getattr(getattr(transformers, kind), "config_class", None)
+    # An Auto class takes any. mT5's encoder is T5's.
+    fits = wanted is None or found in (None, wanted.model_type)
+    if not fits and (found, wanted.model_type) != ("mt5", "t5"):
+        raise UserError(f"{name}: not {wanted.model_type}, but {found}")
     try:
         model, report = getattr(transformers, kind).from_pretrained(
             name, output_loading_info=True, **options)
@@ -847,6 +857,10 @@ def pretrained(name, kind, companion=None, device=None, **options):
     if wrong:
         raise UserError(f"{name}: not the weights of a {type(model).__name__} ({len(wrong)} are "
                         f"missing or wrong, {wrong[0]} first)")
+    for key, weights in model.named_parameters():
+        # NaN and infinity survive a sum, the cheapest look at all numbers.
+        if not weights.sum(dtype=torch.float32).isfinite():
+            raise UserError(f"{name}: {key} is not finite")
     if companion:
         refuse_strange_tokenizer(name, getattr(companion, "tokenizer", companion), model.config)
     return model.eval().requires_grad_(False).to(device or local_device()), companion
@@ -877,3 +891,10 @@ def refuse_strange_tokenizer(name, tokenizer, config):
         hint = needs_sentencepiece(name) or "are its tokenizer's files missing?"
         raise UserError(f"{name}: a tokenizer of {len(tokenizer)} words for a model of "
                         f"{vocabulary}: {hint}")
+
+
+def with_unknown_words(tokenizer, texts):
+    """Return those of some texts that hold tokens which a tokenizer does not know."""
+    # CLIP's calls its end token the unknown one too, and knows all bytes.
+    unknown = {tokenizer.unk_token_id} - {None, tokenizer.eos_token_id}
+    return [text for text in texts if unknown.intersection(tokenizer(text).input_ids)]

@@ -27,9 +27,9 @@ from pathlib import Path
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (Options, UserError, ahead, command_line, contact_sheet, default_workers,
                     fetch, fingerprint, in_batches, keep_apart, list_images, load_image,
-                    local_device, make_together, number, pretrained, progress, read_jsonl,
-                    reading, reason_without, save_png, shorten, to_images, write_json,
-                    write_jsonl)
+                    local_device, make_together, number, pretrained, progress,
+                    reading, reason_without, save_png, shorten, to_images,
+                    with_unknown_words, write_json, write_jsonl)
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from caption import match, read_captions
+from caption import match, read_captions, read_composites
 from cutmix import CUTS
 
 # --------------------------------------------------------------------------------------
@@ -260,9 +260,10 @@ def load_vae(path_or_repo, device="cpu"):
     with reading(path_or_repo, "an AutoencoderKL of diffusers"):
         vae = AutoencoderKL(**vae_arguments(json.loads(config.read_text())))
         vae.load_state_dict(translate_vae(load_file(weights)))
-        numbers = [*vae.state_dict().values(), torch.tensor(vae.scaling_factor)]
-        if not all(tensor.isfinite().all() for tensor in numbers):
+        if not all(tensor.isfinite().all() for tensor in vae.state_dict().values()):
             raise ValueError("some numbers are not finite")
+        if not 0 < vae.scaling_factor < math.inf:
+            raise ValueError("its scaling_factor is not a positive number")
     return vae.eval().requires_grad_(False).to(device)
 
 
@@ -275,7 +276,9 @@ def vae_arguments(config):
         if key in VAE_CHOICES:
             entries = value if isinstance(value, list) else [value]
             known = all(entry == VAE_CHOICES[key] for entry in entries)
-        if not known:
+        # Blocks by the million would take hours.
+        too_large = key not in VAE_HARMLESS and isinstance(value, int) and value > 10_000
+        if not known or too_large:
             raise ValueError(f"{key} = {shorten(value)} is another network than this one")
     return {key: value for key, value in config.items() if key in arguments}
 
@@ -298,6 +301,9 @@ def load_text_encoder(path_or_repo, device="cpu", dtype=torch.float32):
     """Return (tokenizer, T5's encoder in eval mode), local or from the hub. Raises UserError."""
     t5, tokenizer = pretrained(path_or_repo, "T5EncoderModel", "AutoTokenizer", device,
                                dtype=dtype)
+    # Another model's adds other tokens or none, and a text of no tokens cannot be encoded.
+    if tokenizer("").input_ids != [t5.config.eos_token_id]:
+        raise UserError(f"{path_or_repo}: not T5's tokenizer: it does not end a text with </s>")
     return tokenizer, t5
 
 
@@ -489,8 +495,7 @@ def composites_in(images):
     manifest = Path(images) / "cutmix.jsonl"
     if not manifest.is_file():
         return {}
-    with reading(manifest, "a list of composites"):
-        return {row["file"]: str(row["setting"]) for row in read_jsonl(manifest)}
+    return {file: setting for file, setting, _ in read_composites(manifest)}
 
 
 def encode_captions(tokenizer, t5, captions, args):
@@ -510,9 +515,7 @@ def encode_captions(tokenizer, t5, captions, args):
         unpadded = text[mask].to(dtype).cpu()                        # (sum of L_i, D)
         lengths = mask.sum(1).tolist()
         tokens.update(zip(batch, unpadded.split(lengths)))
-        for caption, ids in zip(batch, tokenizer(batch).input_ids):
-            if tokenizer.unk_token_id in ids:
-                unknown.append(caption)
+        unknown += with_unknown_words(tokenizer, batch)
 
     # No tokens stand before the first caption, so that the offsets begin with 0.
     texts = [torch.empty(0, t5.config.d_model, dtype=dtype)]

@@ -27,7 +27,7 @@ from common import (Options, UserError, ahead, command_line, complete, default_w
                     fingerprint, in_batches, jsonl, line_chart, list_images, local_device,
                     make_together, number, open_image, pretrained, progress, read_json,
                     read_jsonl, reading, reason_without, resize_and_crop, sha256, weights_hash,
-                    write_json, write_jsonl)
+                    with_unknown_words, write_json, write_jsonl)
 
 import numpy as np
 import torch
@@ -60,7 +60,9 @@ def load_networks(inception, dino):
     """Return FID's Inception and DINOv2, on this process's device."""
     model, _ = pretrained(dino, "Dinov2Model")
     resize_positions(model)
-    return Inception(inception).to(local_device()), model
+    with reading(inception, "the Inception weights of FID, pytorch-fid's or torch-fidelity's"):
+        network = Inception(inception)
+    return network.to(local_device()), model
 
 
 def load_pixels(path, size):
@@ -109,7 +111,7 @@ def read_stats(path, made_with):
 
     Raises UserError if it was made with other weights or at another size.
     """
-    with reading(path, "a file of --save-stats"), safe_open(path, "pt") as stored:
+    with reading(path, "a file of --save-stats (npz is not read)"), safe_open(path, "pt") as stored:
         about = stored.metadata()
         if json.loads(about["made_with"]) != made_with:
             raise UserError(f"{path}: made with other weights or another --size")
@@ -159,6 +161,9 @@ def asked_for(source, files, names):
 
 def quality(args):
     """Table 1: FID, FID-DINOv2, precision, recall, density, coverage of --fake against --real"""
+    if args.save_stats and Path(args.save_stats).suffix != ".safetensors":
+        raise UserError(f"--save-stats {args.save_stats}: must end in .safetensors (npz is neither "
+                        f"written nor read)")
     if not (args.fake or args.save_stats):
         raise UserError("--real alone has nothing to be compared with: --fake or --save-stats")
     # Wrong paths are reported before anything is downloaded.
@@ -213,6 +218,10 @@ def clip(args):
     prompts, names = read_samples(args.samples)
     weights = {args.clip: weights_hash(args.clip)}
     network = load_once(args.clip, "CLIPModel", "AutoTokenizer")
+    unknown = with_unknown_words(network[1], prompts.values())
+    if unknown:
+        print(f"{len(unknown)} of {len(prompts)} prompts hold words that CLIP's tokenizer does not "
+              f"know; the first: {unknown[0][:200]!r}", file=sys.stderr)
     encoders = {"clip": (functools.partial(clip_images, network),
                          functools.partial(clip_texts, network))}
     if args.trust_remote_code:
@@ -261,6 +270,9 @@ def read_geneval(folder):
                 metadata[key].encode()
             # Looks at all clauses.
             geneval_verdict({}, metadata, None)
+            for clause in [*metadata["include"], *metadata.get("exclude", [])]:
+                if clause["class"] not in CLASSES:
+                    raise ValueError(f"no class of GenEval's: {clause['class']}")
         found = sorted(path.glob("samples/*.png"))
         if not found:
             raise UserError(f"{path}: no images in it (samples/0000.png, ...)")
@@ -371,6 +383,8 @@ def read_questions(path):
                 text = row["question_natural_language"]
                 questions = prompts.setdefault(row["item_id"], {})
                 questions[int(row["proposition_id"])] = (text, parents, category)
+        if not prompts:
+            raise ValueError("no questions in it")
     return prompts
 
 

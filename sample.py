@@ -30,8 +30,8 @@ from typing import NamedTuple, Protocol
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (Options, UserError, autocast, command_line, complete, contact_sheet, fetch,
                     fingerprint, in_batches, local_device, make_together, number, open_image,
-                    rank_and_world, read_json, reading, save_png, sha256, to_images, write_json,
-                    write_jsonl)
+                    rank_and_world, read_json, reading, save_png, sha256, to_images,
+                    with_unknown_words, write_json, write_jsonl)
 
 import torch
 from safetensors.torch import load_file, save
@@ -584,12 +584,11 @@ def png_is_whole(path):
 
 def make_images(args, pipeline, missing):
     """Yield the `missing` samples' PNG files as bytes, made in batches of --batch-size."""
-    tokenizer = pipeline.tokenizer
-    unknown = [sample["prompt"] for sample in missing
-               if tokenizer.unk_token_id in tokenizer(sample["prompt"]).input_ids]
+    texts = [args.negative_prompt, *[sample["prompt"] for sample in missing]]
+    unknown = with_unknown_words(pipeline.tokenizer, texts)
     if unknown:
-        print(f"{len(unknown)} of {len(missing)} images are of words that the text encoder "
-              f"does not know; the first: {unknown[0][:200]!r}", file=sys.stderr)
+        print(f"{len(unknown)} of {len(texts)} prompts hold words that the text encoder does "
+              f"not know; the first: {unknown[0][:200]!r}", file=sys.stderr)
 
     # Compiling takes a while: not for a few images.
     worth_compiling = len(missing) >= 4 * args.batch_size

@@ -386,6 +386,9 @@ def train(args):
 # Where a default comes from, for --help.
 PAPER, RELEASE, OURS = "[paper]", "[released CAD-I]", "[ours]"
 
+# What save_checkpoint writes.
+CHECKPOINT = ("config.json", "model.safetensors", "README.md")
+
 # Settings that must stay when a run goes on: all that its bits depend on.
 BINDING = ("model", "preset", "seed", "p", "tau", "drop", "batch_size", "schedule_steps", "clip",
            "optimizer", "betas", "weight_decay", "warmup", "rate", "ema", "precision")
@@ -540,6 +543,12 @@ class Run:
         if log.exists():
             with reading(log, "a log of train.py"):
                 rows = [row for row in read_jsonl(log) if row["step"] <= self.done]
+        # A run begins with its log: without one, a checkpoint is somebody else's.
+        elif not self.path.exists():
+            for path in [args.out / name for name in CHECKPOINT]:
+                if path.exists():
+                    raise UserError(f"{path}: not of this run, which would replace it: choose "
+                                    f"another --out")
         write_jsonl(log, rows)
 
         training = self.config()["training"]

@@ -156,7 +156,7 @@ def confident(things, tag):
     """
     for thing in things:
         x0, y0, x1, y1 = thing["box"][:4]
-        if not math.isfinite(x0 + y0 + x1 + y1 + thing["score"]):
+        if not (math.isfinite(x0 + y0 + x1 + y1) and 0 <= thing["score"] <= 1):
             raise ValueError(f"box {thing['box']}, score {thing['score']}")
         if thing.get("color") and thing["color"] not in COLORS:
             raise ValueError(f"color {thing['color']!r}, and GenEval has {', '.join(COLORS)}")

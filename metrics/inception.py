@@ -166,7 +166,7 @@ class Inception(nn.Sequential):
 
     `weights` is the file pt_inception-2015-12-05-6726825d.pth, or torch-fidelity's.
     Without it they are random until `load_state_dict`, which passes over the
-    classifier's. Raises UserError for another file, torchvision's among them.
+    classifier's. Raises whatever another file gives, ValueError for torchvision's.
     """
 
     def __init__(self, weights=None):
@@ -198,19 +198,15 @@ class Inception(nn.Sequential):
 
         self.eval().requires_grad_(False)
         if weights is not None:
-            # A wrong file fails in any of a dozen ways.
-            try:
-                self.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-            except Exception as error:  # noqa: BLE001
-                reason = " ".join(str(error).split())[:100]
-                raise UserError(f"{weights}: not the Inception weights of FID, {INCEPTION} or "
-                                f"torch-fidelity's ({reason})") from None
+            self.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
 
     def load_state_dict(self, state, strict=True):
         # torchvision's network has the same names, other weights and 1,000 classes.
-        classifier = state.get("fc.weight", torch.empty(1008, 2048))
+        classifier = state["fc.weight"]
         if "AuxLogits.fc.weight" in state or classifier.shape != (1008, 2048):
-            raise UserError("torchvision's inception_v3")
+            raise ValueError("torchvision's inception_v3")
+        if not all(x.isfinite().all() for x in state.values()):
+            raise ValueError("some numbers are not finite")
         # The features are taken before the classifier, so its weights have no place here.
         kept = {name: x for name, x in state.items() if not name.startswith("fc.")}
         return super().load_state_dict(kept, strict)

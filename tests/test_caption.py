@@ -338,7 +338,8 @@ def test_captions_find_their_files_and_only_the_other_pictures_need_one(pictures
 
 
 @pytest.mark.parametrize("change", [
-    {"box": [0, 0, float("nan"), 8]}, {"box": "0088"}, {"box": [0, 0, 8]}, {"setting": "1/5"}, {"file": 3}])
+    {"box": [0, 0, float("nan"), 8]}, {"box": "0088"}, {"box": [0, 0, 8]}, {"setting": "1/5"}, {"file": 3},
+    {"box": [8, 8, 0, 0]}])
 def test_a_row_that_cutmix_did_not_write_is_refused_by_its_number(tmp_path, change):
     row = {"file": "0.jpg", "setting": "1/4", "box": [0, 0, 8, 8]}
     common.write_jsonl(tmp_path / "cutmix.jsonl", [row, {**row, **change}])
@@ -408,7 +409,7 @@ def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_made(
             (photos, tiny_llava, "model.safetensors", lambda content: content[:5000], "does not load"),
             (photos, tiny_llava, "chat_template.jinja", lambda _: b"text", "no <image> in its chat"),
             (photos, tiny_llava, "processor_config.json", other_grid, "no 2 x 2 grid"),
-            (photos, tiny_llm, "config.json", bytes, "not LLaVA-NeXT, but llama"),
+            (photos, tiny_llm, "config.json", bytes, "not llava_next, but llama"),
             (prompts, tiny_llm, "chat_template.jinja", None, "not a model that can be asked")]:
         model = shutil.copytree(model, tmp_path / "model")
         content = (model / name).read_bytes()

@@ -1,6 +1,7 @@
 """What all stages share: mistakes, whole files, outputs that ranks make together, images, the hub."""
 
 import errno
+import io
 import json
 import os
 import signal
@@ -35,6 +36,13 @@ def test_an_error_is_one_line_that_no_progress_bar_touches(capsys, monkeypatch):
     assert stop.value.code == 2
     last = capsys.readouterr().err.split("\n")[-2:]
     assert last == ["train.py: --lr 7: must be small, much smaller", ""]
+
+
+def test_what_a_terminal_cannot_show_ends_no_run(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    common.command_line(lambda: print("caf\xe9 \udcff", flush=True))
+    assert terminal.buffer.getvalue() == b"caf\\xe9 \\udcff\n"
 
 
 def test_a_gpu_without_enough_memory_is_one_line(capsys):

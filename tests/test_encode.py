@@ -140,6 +140,7 @@ def test_an_old_diffusers_folder_gives_equal_latents(tmp_path):
     ("down_block_types", ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]),
     ("_class_name", "AsymmetricAutoencoderKL"), ("block_out_channels", [8, 16, 16, 64]),
     ("norm_num_groups", 0), ("scaling_factor", "x"), ("scaling_factor", math.nan),
+    ("scaling_factor", 0), ("layers_per_block", 10 ** 6),
 ])
 def test_a_config_of_another_autoencoder_is_refused(tmp_path, key, value):
     shutil.copyfile(VAE / WEIGHTS, tmp_path / WEIGHTS)
@@ -157,6 +158,27 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
     change_vae(tmp_path, math.nan)
     with pytest.raises(UserError, match="not finite"):
         encode.load_vae(tmp_path)
+
+
+def test_a_text_encoder_of_another_kind_or_with_broken_weights_or_anothers_tokenizer_is_refused(
+        t5_folder, tmp_path):
+    shutil.copytree(t5_folder, tmp_path, dirs_exist_ok=True)
+
+    # The weights of the other kind have T5's names, and some more.
+    for name, other, words in [("config.json", {"model_type": "umt5"}, "not t5, but umt5"),
+                               ("tokenizer.json", {"post_processor": None}, "not T5's tokenizer")]:
+        content = (t5_folder / name).read_text()
+        (tmp_path / name).write_text(json.dumps({**json.loads(content), **other}))
+        with pytest.raises(UserError, match=words):
+            encode.load_text_encoder(tmp_path)
+        (tmp_path / name).write_text(content)
+    for shard in tmp_path.glob("model-*.safetensors"):
+        weights = load_file(shard)
+        for tensor in weights.values():
+            tensor.fill_(math.nan)
+        save_file(weights, shard, {"format": "pt"})
+    with pytest.raises(UserError, match="is not finite"):
+        encode.load_text_encoder(tmp_path)
 
 
 def test_captions_in_a_batch_are_encoded_as_each_alone(t5_folder):
@@ -247,7 +269,8 @@ def test_a_data_set_of_composites_names_its_settings_and_an_example_of_each(data
 
     def encoded_with(*cuts):
         """Return meta.json where the first images are composites of these settings."""
-        rows = [{"file": row["file"], "setting": cut} for row, cut in zip(data.rows, cuts)]
+        rows = [{"file": row["file"], "setting": cut, "box": [0, 0, 8, 8]}
+                for row, cut in zip(data.rows, cuts)]
         data.write(rows, "images/cutmix.jsonl")
         return encode.Encoded(data.encode(captions="aio.jsonl")).meta
 

@@ -118,13 +118,13 @@ def test_inception_features_are_those_of_the_network_written_out_a_second_time(i
     assert (found[:, ::64] - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_inception_takes_torch_fidelitys_file_and_refuses_torchvisions(tmp_path):
+def test_inception_takes_torch_fidelitys_file_and_refuses_torchvisions(models, tmp_path):
     state = random_inception()
     evaluate.Inception().load_state_dict({key: x for key, x in state.items() if "num_batches" not in key})
     for wrong in ({"AuxLogits.fc.weight": torch.zeros(1000, 768)}, {"fc.weight": torch.zeros(1000, 2048)}):
         torch.save({**state, **wrong}, tmp_path / "wrong.pth")
         with pytest.raises(UserError, match="wrong.pth: .*torchvision's inception_v3"):
-            evaluate.Inception(tmp_path / "wrong.pth")
+            evaluate.load_networks.__wrapped__(tmp_path / "wrong.pth", models / "dino")
 
 
 # --------------------------------------------------------------------------------------
@@ -184,7 +184,9 @@ def test_equal_scores_and_scores_at_the_threshold_count_as_in_genevals_float32()
     a["score"] = 0.91
     assert geneval_rules.confident([a, b, c], "counting") == [a]
     assert len(geneval_rules.confident([a] * 30, "two_object")) == 16
-    for key, value in ("score", np.nan), ("score", "0.9"), ("box", [0, 0, 1]), ("color", "violet"):
+    strange = [("score", np.nan), ("score", "0.9"), ("score", 90), ("box", [0, 0, 1]),
+               ("color", "violet")]
+    for key, value in strange:
         with pytest.raises((ValueError, TypeError)):
             geneval_rules.confident([{**a, key: value}], "colors")
 
@@ -442,6 +444,11 @@ def geneval_folder(folder, *lines, images=2):
 DOG = {"tag": "single_object", "include": clauses(1, "dog")}
 RED_DOG = {"tag": "colors", "include": clauses(1, "dog", color="red")}
 TWO_DOGS = {"tag": "counting", "include": clauses(2, "dog"), "exclude": clauses(3, "dog")}
+
+
+def test_a_class_that_is_not_genevals_is_refused(tmp_path):
+    folder = geneval_folder(tmp_path, {**DOG, "exclude": clauses(1, "mouse")})
+    assert "no class of GenEval's: mouse" in refused("evaluate.py", "geneval", "--images", folder)
 
 
 def test_geneval_judges_given_detections_by_task(tmp_path):

@@ -470,3 +470,7 @@ def test_a_state_or_start_of_other_data_or_settings_or_damaged_is_refused(words,
     for damage in (b"", b"hello\n", whole[:-1000]):
         (tmp_path / "out/state.pt").write_bytes(damage)
         assert "not a training state" in refused("train.py", *words("out", "--steps", 6))
+    # A checkpoint that was not trained here.
+    for name in ("state.pt", "log.jsonl"):
+        (tmp_path / "out" / name).unlink()
+    assert "config.json: not of this run" in refused("train.py", *words("out", "--steps", 6))
