@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -191,6 +192,7 @@ def quality(args):
             save_file(real, path, about)
         print(f"{args.save_stats}: {len(files)} images, {len(unread_real)} skipped")
     if not args.fake:
+        shutil.rmtree(f"{args.save_stats}.parts", ignore_errors=True)
         return
 
     # Statistics may be those of more images.
