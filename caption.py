@@ -30,7 +30,7 @@ from collections import Counter
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (IMAGE_SUFFIXES, Options, UserError, ahead, class_of, command_line,
+from common import (IMAGE_SUFFIXES, Options, UserError, ahead, command_line,
                     fingerprint, has_content, in_batches, is_lfs_pointer, join_rows, jsonl,
                     keep_apart, list_images, load_image, local_device, make_together, number,
                     pretrained, progress, read_json, read_jsonl, reading, reason_without,
@@ -39,7 +39,7 @@ from common import (IMAGE_SUFFIXES, Options, UserError, ahead, class_of, command
 import torch
 from PIL import Image
 
-from cutmix import CUTS
+from cutmix import CUTS, class_of
 
 # --------------------------------------------------------------------------------------
 # aio: 'An image of <class-name>' (paper 3.1)

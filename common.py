@@ -242,15 +242,6 @@ def local_device():
     return torch.device("cuda", number)
 
 
-def autocast(device, precision):
-    """Return the context for `--precision` auto, fp32 or bf16; auto is bf16 on CUDA."""
-    import torch
-    use_bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    if use_bf16:
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
-
-
 # --------------------------------------------------------------------------------------
 # Whole files
 
@@ -269,10 +260,8 @@ def complete(path):
         yield temporary
         # Otherwise a crash of the machine may leave an empty file of that name.
         descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.fsync(descriptor)
+        os.close(descriptor)
         os.replace(temporary, path)
     except BaseException as error:
         # The temporary path may be a folder; the first error is the one to report.
@@ -533,15 +522,6 @@ def list_images(folder):
     return sorted(files)
 
 
-def class_of(file):
-    """Return the class of an image, its first folder: "n02099601/7.JPEG" -> "n02099601".
-
-    An image that is in no folder has the class "".
-    """
-    folder, slash, _ = file.partition("/")
-    return folder if slash else ""
-
-
 def rgb(image):
     """Return a PIL image in RGB, itself if it is RGB already."""
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -695,9 +675,6 @@ def save_png(image, path):
         image.save(temporary, "PNG")
 
 
-CHART_WIDTH, CHART_HEIGHT = 720, 300
-
-
 def line_chart(curves, x_label, y_label, log=False):
     """Return curves {name: [(x, y), ...]} as an SVG picture, for a page or a file alone.
 
@@ -712,15 +689,16 @@ def line_chart(curves, x_label, y_label, log=False):
     corners = list(itertools.chain(*drawn.values())) or [(0, 1)]
     xs = axis([x for x, _ in corners])
     ys = axis([y for _, y in corners])
-    left, right, top, bottom = 72, CHART_WIDTH - 16, 12, CHART_HEIGHT - 42
+    width, height = 720, 300
+    left, right, top, bottom = 72, width - 16, 12, height - 42
 
     def place(x, y):
         across = left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left)
         up = bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)
         return f"{across:.1f},{up:.1f}"
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{CHART_WIDTH}" '
-             f'height="{CHART_HEIGHT}" font-family="sans-serif" font-size="11">',
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" '
+             f'height="{height}" font-family="sans-serif" font-size="11">',
              '<rect width="100%" height="100%" fill="white"/>']
 
     def write(place, words, more='text-anchor="middle"'):
@@ -735,7 +713,7 @@ def line_chart(curves, x_label, y_label, log=False):
         parts.append(f'<polyline points="{line}" stroke="#ddd"/>')
         value = 10 ** y if log else y
         write(place(xs[0], y), f"{value:.3g}", 'dx="-6" dy="4" text-anchor="end"')
-    write(f"{(left + right) / 2},{CHART_HEIGHT - 8}", x_label)
+    write(f"{(left + right) / 2},{height - 8}", x_label)
     write(f"14,{(top + bottom) / 2}) rotate(-90", y_label)
 
     # The curves, and a legend in the upper right corner.
@@ -891,10 +869,3 @@ def refuse_strange_tokenizer(name, tokenizer, config):
         hint = needs_sentencepiece(name) or "are its tokenizer's files missing?"
         raise UserError(f"{name}: a tokenizer of {len(tokenizer)} words for a model of "
                         f"{vocabulary}: {hint}")
-
-
-def with_unknown_words(tokenizer, texts):
-    """Return those of some texts that hold tokens which a tokenizer does not know."""
-    # CLIP's calls its end token the unknown one too, and knows all bytes.
-    unknown = {tokenizer.unk_token_id} - {None, tokenizer.eos_token_id}
-    return [text for text in texts if unknown.intersection(tokenizer(text).input_ids)]

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from common import (Options, UserError, ahead, class_of, command_line, contact_sheet,
+from common import (Options, UserError, ahead, command_line, contact_sheet,
                     default_workers, fingerprint, join_rows, jsonl, keep_apart, list_images,
                     make_together, number, open_image, progress, reason_without,
                     resize_and_crop, rgb, save_png)
@@ -242,6 +242,15 @@ def shuffled(settings, seed, group):
     """Return the settings in an order that depends on `seed` and `group` only."""
     order = np.random.default_rng((seed, group, 1)).permutation(len(settings))
     return [settings[k] for k in order]
+
+
+def class_of(file):
+    """Return the class of an image, its first folder: "n02099601/7.JPEG" -> "n02099601".
+
+    An image that is in no folder has the class "".
+    """
+    folder, slash, _ = file.partition("/")
+    return folder if slash else ""
 
 
 def may_be_mixed(a, b):

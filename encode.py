@@ -28,8 +28,8 @@ from pathlib import Path
 from common import (Options, UserError, ahead, command_line, contact_sheet, default_workers,
                     fetch, fingerprint, in_batches, keep_apart, list_images, load_image,
                     local_device, make_together, number, pretrained, progress,
-                    reading, reason_without, save_png, shorten, to_images,
-                    with_unknown_words, write_json, write_jsonl)
+                    reading, reason_without, save_png, shorten, to_images, write_json,
+                    write_jsonl)
 
 import numpy as np
 import torch
@@ -319,6 +319,13 @@ def encode_text(tokenizer, t5, captions, max_tokens=256):
     tokens = tokens.to(t5.device)                                    # (B, L)
     output = t5(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
     return output.last_hidden_state, tokens.attention_mask.bool()
+
+
+def with_unknown_words(tokenizer, texts):
+    """Return those of some texts that hold tokens which a tokenizer does not know."""
+    # CLIP's calls its end token the unknown one too, and knows all bytes.
+    unknown = {tokenizer.unk_token_id} - {None, tokenizer.eos_token_id}
+    return [text for text in texts if unknown.intersection(tokenizer(text).input_ids)]
 
 
 def fingerprint_of_t5(tokenizer, t5):

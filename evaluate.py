@@ -28,7 +28,7 @@ from common import (Options, UserError, ahead, command_line, complete, default_w
                     fingerprint, in_batches, jsonl, line_chart, list_images, local_device,
                     make_together, number, open_image, pretrained, progress, read_json,
                     read_jsonl, reading, reason_without, resize_and_crop, sha256, weights_hash,
-                    with_unknown_words, write_json, write_jsonl)
+                    write_json, write_jsonl)
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from encode import with_unknown_words
 from metrics.distances import frechet_distance, mean_prdc, prdc  # noqa: F401
 from metrics.geneval import (CLASSES, IMAGENET_PIXELS, clip_images, clip_texts, color_of_object,
                              confident, detect, dpg_score, geneval_verdict, normalised, pixels_of)

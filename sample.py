@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, autocast, command_line, complete, contact_sheet, fetch,
+from common import (Options, UserError, command_line, complete, contact_sheet, fetch,
                     fingerprint, in_batches, local_device, make_together, number, open_image,
                     rank_and_world, read_json, reading, save_png, sha256, to_images,
-                    with_unknown_words, write_json, write_jsonl)
+                    write_json, write_jsonl)
 
 import torch
 from safetensors.torch import load_file, save
@@ -41,7 +41,8 @@ from tqdm import tqdm
 import model_cad
 import model_dit
 from caption import read_prompts
-from encode import encode_text, fingerprint_of_t5, load_text_encoder, load_vae
+from encode import (encode_text, fingerprint_of_t5, load_text_encoder, load_vae,
+                    with_unknown_words)
 
 # Encoders of a checkpoint whose config.json names none, as the released CAD-I's.
 VAE = "stabilityai/sd-vae-ft-ema"
@@ -438,6 +439,14 @@ def changed_encoders(checkpoint, found):
     training = checkpoint.get("training") or {}
     return {key: training[key] for key, value in found.items()
             if value and training.get(key) not in (None, value)}
+
+
+def autocast(device, precision):
+    """Return the context for `--precision` auto, fp32 or bf16; auto is bf16 on CUDA."""
+    use_bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    if use_bf16:
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def compile_blocks(model, dynamic=None):

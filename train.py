@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, ahead, autocast, command_line, complete, contact_sheet,
+from common import (Options, UserError, ahead, command_line, complete, contact_sheet,
                     in_batches, jsonl, keep_apart, line_chart, local_device, number, one_line,
                     only_command, rank_and_world, read_jsonl, reading, refuse_other_settings,
                     save_png, to_images, write_jsonl)
@@ -39,7 +39,7 @@ from tqdm import tqdm
 import model_cad
 from encode import (SAME_ENCODERS, Encoded, load_vae, pad_text, padded_length,
                     refuse_other_encoders)
-from sample import (MODELS, changed_encoders, compile_blocks, ddim, encoders_of, gamma, load_model,
+from sample import (MODELS, autocast, changed_encoders, compile_blocks, ddim, encoders_of, gamma, load_model,
                     save_checkpoint)
 
 # --------------------------------------------------------------------------------------

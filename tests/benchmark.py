@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import UserError, autocast, command_line, local_device  # noqa: E402
+from common import UserError, command_line, local_device  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from encode import Encoded, encode_text  # noqa: E402
+from sample import autocast  # noqa: E402
 
 CAPTION_TOKENS = 160        # about as many as a caption of LLaVA's has
 
