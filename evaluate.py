@@ -37,7 +37,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from encode import with_unknown_words
 from metrics.distances import frechet_distance, mean_prdc, prdc  # noqa: F401
 from metrics.geneval import (CLASSES, IMAGENET_PIXELS, clip_images, clip_texts, color_of_object,
                              confident, detect, dpg_score, geneval_verdict, normalised, pixels_of)
@@ -221,10 +220,6 @@ def clip(args):
     prompts, names = read_samples(args.samples)
     weights = {args.clip: weights_hash(args.clip)}
     network = load_once(args.clip, "CLIPModel", "AutoTokenizer")
-    unknown = with_unknown_words(network[1], prompts.values())
-    if unknown:
-        print(f"{len(unknown)} of {len(prompts)} prompts hold words that CLIP's tokenizer does not "
-              f"know; the first: {unknown[0][:200]!r}", file=sys.stderr)
     encoders = {"clip": (functools.partial(clip_images, network),
                          functools.partial(clip_texts, network))}
     if args.trust_remote_code:
@@ -491,7 +486,7 @@ def measure(kind, out, jobs, size, about, look, load=open_full):
     file in OUT/measured/KIND, named after all that its rows depend on: `about`, what is asked,
     the images' sizes and times. So only what has changed is measured again.
 
-    Ends the process if another rank goes on, that which ends last. Raises UserError.
+    Only the rank that ends last returns; the others exit. Raises UserError.
     """
     units = {}              # {name: (folder, what it is made of)}
     names = []              # those of each job's units
