@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ from unittest import mock
 # Before torch is imported: the networks here are tiny, and a second thread would only make a
 # busy machine much slower.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell starts what it runs in the background deaf to Ctrl-C, and nohup deafens to a closed terminal:
+# commands that tests start would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The numbers that are expected are a CPU's. test_cuda.py, run alone, sees the GPU.
 if os.environ.get("GPU_TESTS") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
