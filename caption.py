@@ -31,10 +31,9 @@ from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (IMAGE_SUFFIXES, Options, UserError, ahead, command_line,
-                    fingerprint, has_content, in_batches, is_lfs_pointer, join_rows, jsonl,
-                    keep_apart, list_images, load_image, local_device, make_together, number,
-                    pretrained, progress, read_json, read_jsonl, reading, reason_without,
-                    refuse_other_settings, shorten, write_json)
+                    fingerprint, has_content, in_batches, is_lfs_pointer, join_rows, keep_apart,
+                    list_images, load_image, local_device, make_rows, number, pretrained,
+                    read_json, read_jsonl, reading, refuse_other_settings, shorten, write_json)
 
 import torch
 from PIL import Image
@@ -239,7 +238,7 @@ def load_views(batch, folder, processor, side, prune):
                 file_side = min(header.size)
         except OSError as error:
             # One broken file must not end the whole run.
-            skipped.append({"file": file, "reason": reason_without(path, error)})
+            skipped.append({"file": file, "reason": error.strerror})
             continue
         views = processor(images=square, return_tensors="pt")["pixel_values"][0]
         kept = kept_patches(setting, box, file_side) if prune else ALL_VIEWS
@@ -737,18 +736,15 @@ def write_together(out, settings, items, unit, rows_of):
     record = Path(f"{out}.settings")
     units = {f"{k:05d}.jsonl": some for k, some in enumerate(in_batches(items, unit))}
 
-    def make(missing):
-        mine = list(itertools.chain.from_iterable(missing))
-        rows = progress(rows_of(mine), len(mine), "rows", out.stem)
-        for some in missing:
-            yield jsonl(itertools.islice(rows, len(some))).encode()
+    def rows_of_all(missing):
+        return rows_of(list(itertools.chain(*missing)))
 
     try:
         if not out.exists():
             skipped = Path(str(out).removesuffix(".jsonl") + ".skipped.jsonl")
             # Beside our record, they are of an OUT that was deleted.
             products = () if record.exists() else (skipped,)
-            if not make_together(parts, settings, units, make, products=products):
+            if not make_rows(parts, settings, units, rows_of_all, products):
                 return False
             # Before OUT, which is the sign that all is done.
             write_json(record, settings)
@@ -797,14 +793,14 @@ def main(argv=None):
     add("--images", metavar="FOLDER", help="photos (or composites: the folder of --cutmix)")
     add("--cutmix", metavar="FILE", help="cutmix.jsonl: caption its composites")
     add("--captioned", nargs="+", default=[], metavar="FILE", help="captions that exist already")
-    add("--workers", type=number(int, 0), default=8, help="threads that decode pictures; 0: none")
+    add("--workers", type=number(int, 0, 1024), default=8, help="threads that decode pictures; 0: none")
     add("--no-prune", action="store_true", help="show all five views: transformers' own path")
 
     add = sub_command("extend", extend, "meta-llama/Llama-3.1-8B-Instruct")
     add("--prompts", required=True, metavar="FILE",
         help="text, JSONL, CSV, TSV; a folder of .txt; COCO's captions_val2014.json")
     add("--limit", type=number(int, 1), metavar="N", help="only so many of them")
-    add("--seed", type=number(int, 0), default=0, help="chooses the prompts of --limit")
+    add("--seed", type=number(int, 0, 2 ** 62), default=0, help="chooses the prompts of --limit")
     add("--attempts", type=number(int, 1), default=3, help="times to ask before it stays short")
     args = parser.parse_args(argv)
     args.function(args)

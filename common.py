@@ -9,6 +9,7 @@ look at, models from a folder or the hub. Torch is imported only where it is nee
 import argparse
 import collections
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -20,6 +21,7 @@ import math
 import os
 import stat
 import sys
+import textwrap
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +41,7 @@ class UserError(Exception):
 def command_line(main):
     """Run a stage's `main()`. A mistake becomes one line and exit code 2.
 
-    A failing file system, too little GPU memory and a lost rank end the same way.
+    So do a failing file system, too little GPU memory and a lost rank.
     """
     # A terminal that cannot show a letter, and a file name that is no text, end no run.
     with contextlib.suppress(AttributeError):
@@ -58,28 +60,28 @@ def command_line(main):
             raise
         end_with(f"another rank has ended, see its line, or is lost ({one_line(error)})")
     except KeyboardInterrupt:
-        close_progress_bars()
-        sys.exit(130)
+        end_with("interrupted", 130)
 
 
-def end_with(message):
-    """End the program with a message in one line, and exit code 2."""
-    close_progress_bars()
+def end_with(message, code=2):
+    """End the program with a message in one line, and an exit code."""
+    # The line of an open progress bar would be continued by the message.
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
     path = Path(sys.argv[0])
     name = path.parent.name if path.name == "__main__.py" else path.name
     print(f"{name}: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def close_progress_bars():
-    """End the line of every open progress bar, so that a message does not continue it."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
+    sys.exit(code)
 
 
 def one_line(error, length=200):
     """Return an exception's message as one line of at most `length` characters."""
-    return " ".join(str(error).split())[:length] or type(error).__name__
+    text = str(error)
+    # Python's own words would be "[Errno 2] No such file or directory: 'x'".
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    return " ".join(text.split())[:length] or type(error).__name__
 
 
 def end_quietly(kind, error, trace):
@@ -143,16 +145,16 @@ class Options(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=10 ** 6):
     """Return what turns an option's text into an int or float from `low` to `high`.
 
-    It goes beside the option: `type=number(int, 1)`. Not a number and infinity are refused.
+    It goes beside the option: `type=number(int, 1)`. Not a number is refused.
     """
     def convert(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text}: must be {bounds}")
+        if not low <= value <= high:
+            bound = f"at most {high}" if value > high else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {bound}")
         return value
     # argparse names it where the text is no number at all.
     convert.__name__ = "whole number" if kind is int else "number"
@@ -175,8 +177,7 @@ def rank_and_world():
     """Return (rank, number of ranks) as torchrun sets them, (0, 1) without. Raises UserError."""
     rank = os.environ.get("RANK", "0")
     world = os.environ.get("WORLD_SIZE", "1")
-    valid = rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
-    if not valid:
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise UserError(f"RANK {rank}, WORLD_SIZE {world} in the environment: not a rank below "
                         f"their number")
     return int(rank), int(world)
@@ -194,8 +195,7 @@ def default_workers():
 def ahead(function, items, threads):
     """Yield function(item) for all items, in order, while threads compute those that come next.
 
-    At most twice as many results as there are threads wait to be taken. threads: 0 computes
-    each one when it is asked for.
+    At most 2 x threads results wait to be taken. Without threads, each is computed when asked for.
     """
     if not threads:
         yield from map(function, items)
@@ -227,19 +227,16 @@ def in_batches(items, size):
 
 
 def local_device():
-    """Return this process's device: the GPU of its rank on this node, or the CPU.
-
-    Raises UserError if there are more ranks than GPUs.
-    """
+    """Return this process's device: the GPU of its rank on this node, or the CPU."""
     import torch
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    number = int(os.environ.get("LOCAL_RANK", "0"))
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
     count = torch.cuda.device_count()
-    if number >= count:
-        raise UserError(f"rank {number} of this node has no GPU: there are {count} "
+    if rank >= count:
+        raise UserError(f"rank {rank} of this node has no GPU: there are {count} "
                         f"(torchrun --nproc-per-node {count})")
-    return torch.device("cuda", number)
+    return torch.device("cuda", rank)
 
 
 # --------------------------------------------------------------------------------------
@@ -249,27 +246,36 @@ def local_device():
 def complete(path):
     """Yield a temporary path to write to, and rename it when its bytes are on the disk.
 
-    The temporary name is the same at the next attempt (and another for each rank), so that
-    running the same command again clears away what a kill left behind. An OSError that names
-    no file gets the name of this one.
+    Its name is the same at the next attempt (and another for each rank): running the same
+    command again clears away what a kill left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{rank_and_world()[0]}.tmp")
     try:
-        yield temporary
-        # Otherwise a crash of the machine may leave an empty file of that name.
-        descriptor = os.open(temporary, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-        os.replace(temporary, path)
-    except BaseException as error:
-        # The temporary path may be a folder; the first error is the one to report.
+        with naming(path):
+            yield temporary
+            # Otherwise a crash of the machine may leave an empty file of that name.
+            # Not opened as a file, because it may be a folder.
+            descriptor = os.open(temporary, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+            os.replace(temporary, path)
+    except BaseException:
+        # The first error is the one to report.
         with contextlib.suppress(OSError):
             temporary.unlink()
-        # "No space left on device" alone does not say which disk is full.
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Give an OSError that names no file this one: which disk is full?"""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
         raise
 
 
@@ -298,12 +304,11 @@ def read_jsonl(path):
     # Bytes, because a torn line may end inside a character, and lines end at \n only.
     with reading(path, "JSONL"), open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            # Editors put a mark (BOM) before the first line.
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not text.strip():
+            if not line.strip():
                 continue
             try:
-                row = json.loads(text)
+                # Editors put a mark (BOM) before the first line.
+                row = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
                 if not line.endswith(b"\n"):
                     print(f"{path}: its last line is torn, and left out", file=sys.stderr)
@@ -337,12 +342,12 @@ def sha256(path):
 def fingerprint(rows, weights=()):
     """Return 16 hexadecimal digits that tell lists of JSON values, and networks, apart.
 
-    weights: (name, tensor) of a network. The first 256 values of each tensor count: whoever
-    trains a network further changes all of its tensors.
+    weights: (name, tensor) of a network.
     """
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row).encode())
+    # The first values will do: whoever trains a network further changes all of its tensors.
     for name, tensor in weights:
         digest.update(f"{name} {tensor.flatten()[:256].tolist()}".encode())
     return digest.hexdigest()[:16]
@@ -365,14 +370,13 @@ def only_command(folder):
         taken = False
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            taken = True
-        except OSError:
-            pass                        # A file system without locks.
+        except OSError as error:
+            # It may also be a file system without locks.
+            taken = isinstance(error, (BlockingIOError, PermissionError))
         # One that has just ended may have removed the file that was opened here.
         if taken or os.fstat(file.fileno()).st_nlink == 0:
-            raise UserError(f"{folder}: another command is writing to it; wait until it "
-                            f"has ended, or choose another --out")
+            raise UserError(f"{folder}: another command is writing to it; wait for its end, or "
+                            f"choose another --out")
         try:
             yield
         finally:
@@ -460,6 +464,20 @@ def make_together(out, settings, units, make, is_whole=has_content, products=())
     return whole
 
 
+def make_rows(out, settings, units, rows_of, products=()):
+    """Make JSONL files as `make_together` does, which see; return whether all are there.
+
+    units: {name of a file: items}. rows_of([items, ...]) yields a row for each item of these
+    files, in order. It is called where some are missing, and may read ahead.
+    """
+    def make(parts):
+        rows = progress(rows_of(parts), sum(map(len, parts)), "row")
+        for part in parts:
+            yield jsonl(itertools.islice(rows, len(part))).encode()
+
+    return make_together(out, settings, units, make, products=products)
+
+
 def join_rows(folder, units, product, skipped):
     """Join JSONL files of a folder to `product`, but rows with a "reason" to `skipped`.
 
@@ -468,18 +486,17 @@ def join_rows(folder, units, product, skipped):
     """
     good, bad = [], []
     for name in units:
-        for line in (folder / name).read_text().splitlines(keepends=True):
-            (bad if "reason" in json.loads(line) else good).append(line)
+        for row in read_jsonl(folder / name):
+            (bad if "reason" in row else good).append(row)
     if not good:
         for name in units:
             (folder / name).unlink(missing_ok=True)
-        first = json.loads(bad[0])
         raise UserError(f"{product}: nothing could be made of {len(bad)} files; the first: "
-                        f"{first['file']}: {first['reason']}")
+                        f"{bad[0]['file']}: {bad[0]['reason']}")
+
     # The product is the sign that all is done, so it comes last.
-    for path, lines in ((skipped, bad), (product, good)):
-        with complete(path) as temporary:
-            temporary.write_text("".join(lines))
+    write_jsonl(skipped, bad)
+    write_jsonl(product, good)
     return len(good), len(bad)
 
 
@@ -493,17 +510,13 @@ def list_images(folder):
     """Return all images below `folder`, as sorted paths relative to it with forward slashes.
 
     Only names are read, no file is opened. Hidden files and folders are passed over. Raises
-    UserError.
+    UserError if there are none, OSError if there is no such folder.
     """
-    if not os.path.isdir(folder):
-        is_file = os.path.exists(folder)
-        raise UserError(f"{folder}: {'a file, not a folder of images' if is_file else 'no such folder'}")
     files = []
 
     def walk(here, prefix, above):
-        """List one folder; `above` are the folders that are being walked."""
-        status = os.stat(here)
-        this = (status.st_dev, status.st_ino)
+        """List one folder; `above` are the folders that are being walked, as links resolve."""
+        this = os.path.realpath(here)
         # A link may lead back up: its photos would be listed again and again.
         if this in above:
             return
@@ -511,28 +524,22 @@ def list_images(folder):
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                walk(entry.path, f"{prefix}{entry.name}/", above | {this})
+                walk(entry.path, f"{prefix}{entry.name}/", {*above, this})
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
                 files.append(prefix + entry.name)
 
-    walk(str(folder), "", frozenset())
+    walk(str(folder), "", set())
     if not files:
         known = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"{folder}: no images in it (looked for {known})")
     return sorted(files)
 
 
-def rgb(image):
-    """Return a PIL image in RGB, itself if it is RGB already."""
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
 def open_image(path, size):
     """Return any image file as an upright RGB PIL image.
 
-    Its shorter side is at least `size` if the file has as much. Understands grey, CMYK,
-    palette, 16-bit, alpha (put on white) and EXIF rotation. Raises OSError with one line
-    that names the file.
+    Its shorter side is at least `size` if the file has as much. Understands grey, CMYK, palette,
+    16-bit, alpha (put on white) and EXIF rotation. Raises OSError with `filename` and `strerror`.
     """
     being_opened.path = path
     try:
@@ -564,16 +571,15 @@ def open_image(path, size):
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
-            return rgb(image)
+            return image.convert("RGB")
     # Pillow raises almost any exception on broken bytes.
     except Exception as error:  # noqa: BLE001
         reason = getattr(error, "strerror", None)
         if is_lfs_pointer(path):
             reason = LFS_POINTER
-        if not reason:
-            # Pillow's messages often name the path, which ours does already.
-            reason = str(error).replace(repr(str(path)), "").strip() or type(error).__name__
-        raise OSError(f"{path}: not a readable image ({reason})") from None
+        # Pillow's messages often name the path.
+        reason = reason or one_line(error).replace(repr(str(path)), "").strip()
+        raise OSError(errno.EIO, f"not a readable image ({reason})", str(path)) from None
     finally:
         being_opened.path = None
 
@@ -590,11 +596,6 @@ def name_the_image(message, *where):
 
 
 warnings.formatwarning = name_the_image
-
-
-def reason_without(path, error):
-    """Return open_image's reason alone, for a row that names the file already."""
-    return str(error).removeprefix(f"{path}: ")
 
 
 def resize_and_crop(image, size, part=None, resample=Image.Resampling.LANCZOS):
@@ -633,17 +634,15 @@ def to_images(pixels):
 # Pictures to look at
 
 def contact_sheet(images, captions=None, columns=None, gap=4, lines=3):
-    """Return PIL images of one size as a grid, each with the start of its caption below.
+    """Return PIL images of one size as a grid, each above the first `lines` lines of its caption.
 
-    The grid is square unless `columns` says otherwise. Of each caption, `lines` lines are shown.
+    Without `columns`, the grid is square.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     width, height = images[0].size
-    text_height = 0
-    if captions:
-        width = max(width, 96)
-        text_height = 12 * lines
+    width = max(width, 96) if captions else width
+    text_height = 12 * lines if captions else 0
     step_x = width + gap
     step_y = height + text_height + gap
     sheet = Image.new("RGB", (columns * step_x + gap, rows * step_y + gap), "white")
@@ -654,19 +653,10 @@ def contact_sheet(images, captions=None, columns=None, gap=4, lines=3):
         y = gap + row * step_y
         sheet.paste(image, (x + (width - image.width) // 2, y))
         if captions:
-            text = wrap_text(captions[i], width, pen)[:lines]
+            # Six pixels are enough for most letters.
+            text = textwrap.wrap(captions[i], width // 6)[:lines]
             pen.multiline_text((x, y + height), "\n".join(text), fill="black", spacing=1)
     return sheet
-
-
-def wrap_text(text, width, pen):
-    """Return a text as lines that are at most `width` pixels wide when `pen` draws them."""
-    lines = [""]
-    for word in text.split():
-        if pen.textlength(f"{lines[-1]} {word}") > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines
 
 
 def save_png(image, path):
@@ -678,8 +668,7 @@ def save_png(image, path):
 def line_chart(curves, x_label, y_label, log=False):
     """Return curves {name: [(x, y), ...]} as an SVG picture, for a page or a file alone.
 
-    Points that are not finite (or, with `log`, not positive) are left out. `log` makes the y
-    axis logarithmic. A curve of one point is drawn as a dot.
+    `log` makes the y axis logarithmic. Points that have no place on the axes are left out.
     """
     height_of = math.log10 if log else float
     drawn = {}
@@ -748,8 +737,7 @@ def axis(values):
 def fetch(path_or_repo, *names):
     """Return the path of the first of `names` in a local folder or in a hub repository.
 
-    The hub is asked only where there is no such folder. Raises UserError: no such folder or
-    repository, the hub is out of reach, none of the names is there, or a git-lfs pointer is.
+    The hub is asked only where there is no such folder. Raises UserError.
     """
     folder = Path(path_or_repo)
     for name in names:
@@ -761,18 +749,13 @@ def fetch(path_or_repo, *names):
             return folder / name
     # "out/dit" beside an existing "out" is a mistyped path, not a repository.
     mistyped = folder.parent != Path(".") and folder.parent.exists()
-    if not folder.exists() and not mistyped:
-        downloaded = download(str(path_or_repo), names)
-        if downloaded:
-            return downloaded
-    raise UserError(f"{folder}: no such folder, or no {' or '.join(names)} in it")
+    if folder.exists() or mistyped:
+        raise UserError(f"{folder}: no such folder, or no {' or '.join(names)} in it")
+    return download(str(path_or_repo), names)
 
 
 def download(repo, names):
-    """Return a local copy of the first of `names` that a hub repository has, or None.
-
-    Raises UserError if the repository cannot be read.
-    """
+    """Return a local copy of the first of `names` that a hub repository has. Raises UserError."""
     import huggingface_hub as hub
     # What was downloaded before needs no network.
     for name in names:
@@ -785,10 +768,10 @@ def download(repo, names):
         for name in names:
             with contextlib.suppress(hub.errors.RemoteEntryNotFoundError):
                 return Path(hub.hf_hub_download(repo, name))
+        raise LookupError(f"no {' or '.join(names)} in it")
     except Exception as error:  # noqa: BLE001
         reason = one_line(error)
         raise UserError(f"{repo}: no such folder, and not on the hub ({reason})")
-    return None
 
 
 def weights_hash(name):
@@ -801,9 +784,7 @@ def pretrained(name, kind, companion=None, device=None, **options):
     """Return (model, companion) of a folder or hub id, the model in eval mode on a device.
 
     kind: a class of transformers; companion: that of its tokenizer or processor, None for none.
-    device: without, this process's. options: further arguments of the model's `from_pretrained`.
-    Raises UserError where there is no such model, the weights are those of another one, or the
-    tokenizer does not know the model's words.
+    device: without, this process's. options: of the model's `from_pretrained`. Raises UserError.
     """
     import logging
 
@@ -829,9 +810,8 @@ def pretrained(name, kind, companion=None, device=None, **options):
         hint = needs_sentencepiece(name) or one_line(error)
         raise UserError(f"{name}: does not load as {kind} ({hint})") from None
     # What the file lacks, transformers fills with random numbers.
-    parameters = {key for key, _ in model.named_parameters()}
-    lacking = [key for key in report["missing_keys"] if key in parameters]
-    wrong = [*lacking, *map(str, report["mismatched_keys"])]
+    lacking = dict(model.named_parameters()).keys() & report["missing_keys"]
+    wrong = sorted(lacking) + [str(key) for key in report["mismatched_keys"]]
     if wrong:
         raise UserError(f"{name}: not the weights of a {type(model).__name__} ({len(wrong)} are "
                         f"missing or wrong, {wrong[0]} first)")
@@ -855,10 +835,8 @@ def needs_sentencepiece(name):
 
 
 def refuse_strange_tokenizer(name, tokenizer, config):
-    """Raise UserError if a tokenizer is not the model's own.
-
-    Without its files, transformers invents one of some hundred words, and says nothing.
-    """
+    """Raise UserError if a tokenizer is not the model's own."""
+    # Without its files, transformers invents one of some hundred words, and says nothing.
     vocabulary = getattr(config.get_text_config(), "vocab_size", 0)
     tokens = tokenizer("The image shows a photo of a red dog and an apple.").input_ids
     # The invented one knows the space before each word, and no letter.

@@ -26,9 +26,8 @@ import numpy as np
 from PIL import Image
 
 from common import (Options, UserError, ahead, command_line, contact_sheet,
-                    default_workers, fingerprint, join_rows, jsonl, keep_apart, list_images,
-                    make_together, number, open_image, progress, reason_without,
-                    resize_and_crop, rgb, save_png)
+                    default_workers, fingerprint, in_batches, join_rows, keep_apart, list_images,
+                    make_rows, naming, number, open_image, resize_and_crop, save_png)
 
 # --------------------------------------------------------------------------------------
 # The composite (paper 3.2, "Image augmentation")
@@ -125,8 +124,8 @@ def mix(base, paste, setting, size, rng):
     The images may have any size; the composite is RGB, `size` x `size`. Nothing is
     squashed: of each image its central square is used.
     """
-    base = rgb(base)
-    paste = rgb(paste)
+    base = base.convert("RGB")
+    paste = paste.convert("RGB")
     picture = Image.new("RGB", (size, size))
     box = paste_box(setting, size, rng)
 
@@ -203,8 +202,7 @@ class Composites:
         try:
             base_image = open_image(f"{self.images}/{base}", detail)
         except OSError as error:
-            reason = reason_without(f"{self.images}/{base}", error)
-            return None, {"file": base, "reason": reason}
+            return None, {"file": base, "reason": error.strerror}
 
         for _ in range(100):
             paste = self.partner(base, rng)
@@ -228,11 +226,9 @@ class Composites:
             # 4:4:4: pixels that share a colour would carry it over the seam.
             picture.save(jpeg, "JPEG", quality=95, subsampling=0)
             path = self.out / row["file"]
-            try:
+            path.parent.mkdir(exist_ok=True)
+            with naming(path):
                 path.write_bytes(jpeg.getbuffer())
-            except OSError as error:
-                # "No space left on device" alone does not say which one is full.
-                raise OSError(error.errno, error.strerror, str(path)) from error
         return row
 
 
@@ -272,29 +268,19 @@ def make_all(composites, workers):
 
     A folder's rows, in OUT/parts, are the sign that it is whole. Raises UserError.
     """
+    def rows_of(folders):
+        """Yield the rows of folders, ranges of numbers, when their JPEGs are there."""
+        return ahead(composites.save, itertools.chain(*folders), workers)
+
     out = composites.out
-
-    def make(folders):
-        """Yield the rows of each folder, a range of numbers, when its JPEGs are there."""
-        for numbers in folders:
-            (out / composite_file(numbers[0])).parent.mkdir(parents=True, exist_ok=True)
-        # Threads do not wait at a folder's end.
-        total = sum(len(numbers) for numbers in folders)
-        made = ahead(composites.save, itertools.chain(*folders), workers)
-        rows = progress(made, total, "img", "cutmix")
-        for numbers in folders:
-            yield jsonl(itertools.islice(rows, len(numbers))).encode()
-
-    count = len(composites.files)
-    units = {}
-    for start in range(0, count, A_FOLDER):
-        units[f"{start // A_FOLDER:05d}.jsonl"] = range(start, min(start + A_FOLDER, count))
+    folders = in_batches(range(len(composites.files)), A_FOLDER)
+    units = {f"{k:05d}.jsonl": numbers for k, numbers in enumerate(folders)}
     # The table is among the settings: with another cut in it, `all` means something else.
     cuts = {name: [cut.scale, cut.place.__name__] for name, cut in CUTS.items()}
     settings = {"setting": composites.setting, "cuts": cuts, "size": composites.size,
                 "seed": composites.seed, "photos": fingerprint(composites.files)}
     lists = (out / "cutmix.jsonl", out / "skipped.jsonl")
-    if make_together(out / "parts", settings, units, make, products=lists):
+    if make_rows(out / "parts", settings, units, rows_of, lists):
         good, bad = join_rows(out / "parts", units, *lists)
         print(f"{good} composites in {out}, {bad} photos skipped (named in skipped.jsonl)")
 
@@ -335,7 +321,8 @@ def main(argv=None):
     add("--setting", default="all", choices=[*CUTS, "all"],
         help="the share of the second photo")
     add("--size", type=number(int, 16, 8192), default=256, help="side of a composite, in pixels")
-    add("--seed", type=number(int, 0), default=0, help="another seed, other partners and places")
+    add("--seed", type=number(int, 0, 2 ** 62), default=0,
+        help="another seed, other partners and places")
     add("--workers", type=number(int, 0, 1024), default=default_workers(),
         help="threads; 0: one composite after the other")
     add("--preview", action="store_true",

@@ -25,10 +25,9 @@ from typing import NamedTuple
 
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (Options, UserError, ahead, command_line, complete, default_workers,
-                    fingerprint, in_batches, jsonl, line_chart, list_images, local_device,
-                    make_together, number, open_image, pretrained, progress, read_json,
-                    read_jsonl, reading, reason_without, resize_and_crop, sha256, weights_hash,
-                    write_json, write_jsonl)
+                    fingerprint, in_batches, line_chart, list_images, local_device, make_rows,
+                    number, open_image, pretrained, read_json, read_jsonl, reading,
+                    resize_and_crop, sha256, weights_hash, write_json, write_jsonl)
 
 import numpy as np
 import torch
@@ -39,11 +38,12 @@ from safetensors.torch import load_file, save_file
 
 from metrics.distances import frechet_distance, mean_prdc, prdc  # noqa: F401
 from metrics.geneval import (CLASSES, IMAGENET_PIXELS, clip_images, clip_texts, color_of_object,
-                             confident, detect, dpg_score, geneval_verdict, normalised, pixels_of)
-from metrics.inception import Inception, inception_file, resize_positions
+                             confident, detect, dpg_score, geneval_verdict, normalised, pixels_of,
+                             refuse_strange_clauses)
+from metrics.inception import Inception, inception_file, resize_dino_positions
 
-# Images are read in full. `encode.py` lets the JPEG decoder shrink large photos, which is
-# faster and moves their pixels a little; a figure beside the paper's has to be exact.
+# `encode.py` lets the JPEG decoder shrink large photos, which is faster and moves their pixels a
+# little. A figure beside the paper's has to be exact.
 open_full = functools.partial(open_image, size=1 << 16)
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -60,7 +60,7 @@ load_once = functools.cache(pretrained)
 def load_networks(inception, dino):
     """Return FID's Inception and DINOv2, on this process's device."""
     model, _ = pretrained(dino, "Dinov2Model")
-    resize_positions(model)
+    resize_dino_positions(model)
     with reading(inception, "the Inception weights of FID, pytorch-fid's or torch-fidelity's"):
         network = Inception(inception)
     return network.to(local_device()), model
@@ -108,10 +108,7 @@ def tables_of(rows):
 
 
 def read_stats(path, made_with):
-    """Return ({network: features (N, D) float32}, files) of --save-stats.
-
-    Raises UserError if it was made with other weights or at another size.
-    """
+    """Return ({network: features (N, D) float32}, files) of --save-stats. Raises UserError."""
     with reading(path, "a file of --save-stats (npz is not read)"), safe_open(path, "pt") as stored:
         about = stored.metadata()
         if json.loads(about["made_with"]) != made_with:
@@ -139,7 +136,7 @@ def read_samples(path):
     return prompts, set(map(str, names)) if all(names) else set()
 
 
-def list_samples(folder):
+def images_of(folder):
     """Return (files, names of images of COCO) of the images of a folder that count.
 
     They are those of its samples.jsonl, or without one all but sample.py's sheet.png.
@@ -168,9 +165,9 @@ def quality(args):
     if not (args.fake or args.save_stats):
         raise UserError("--real alone has nothing to be compared with: --fake or --save-stats")
     # Wrong paths are reported before anything is downloaded.
-    generated, names = list_samples(args.fake) if args.fake else ([], set())
+    generated, names = images_of(args.fake) if args.fake else ([], set())
     real_is_file = os.path.isfile(args.real)
-    photos = [] if real_is_file else asked_for(args.real, list_samples(args.real)[0], names)
+    photos = [] if real_is_file else asked_for(args.real, images_of(args.real)[0], names)
     args.inception = inception_file(args.inception)
     weights = {args.inception: sha256(args.inception), args.dino: weights_hash(args.dino)}
 
@@ -266,11 +263,7 @@ def read_geneval(folder):
             [metadata, *_] = read_jsonl(file)
             for key in ("tag", "prompt"):
                 metadata[key].encode()
-            # Looks at all clauses.
-            geneval_verdict({}, metadata, None)
-            for clause in [*metadata["include"], *metadata.get("exclude", [])]:
-                if clause["class"] not in CLASSES:
-                    raise ValueError(f"no class of GenEval's: {clause['class']}")
+            refuse_strange_clauses(metadata)
         found = sorted(path.glob("samples/*.png"))
         if not found:
             raise UserError(f"{path}: no images in it (samples/0000.png, ...)")
@@ -315,7 +308,9 @@ def geneval(args):
     else:
         args.detector = args.detector or DETECTOR
         detector, _ = load_once(args.detector, "Mask2FormerForUniversalSegmentation")
-        if len(detector.config.id2label) != len(CLASSES):
+        labels = detector.config.id2label
+        # A configuration without names has LABEL_0 and so on.
+        if len(labels) != len(CLASSES) or labels[0] not in (CLASSES[0], "LABEL_0"):
             raise UserError(f"{args.detector}: not a detector of COCO's {len(CLASSES)} classes")
         weights = {name: weights_hash(name) for name in (args.detector, args.clip)}
         notes = ["On the hub, the detector is Meta's own training of Mask2Former, not the "
@@ -488,56 +483,54 @@ def measure(kind, out, jobs, size, about, look, load=open_full):
 
     Only the rank that ends last returns; the others exit. Raises UserError.
     """
-    units = {}              # {name: (folder, what it is made of)}
+    units = {}              # {name: what it is made of}
     names = []              # those of each job's units
     for folder, asked in jobs:
         items = []
         for file, question in asked.items():
             path = Path(folder, file)
             status = os.stat(path) if path.exists() else None
-            items.append((file, question, status and (status.st_size, status.st_mtime_ns)))
+            stamp = status and (status.st_size, status.st_mtime_ns)
+            items.append((str(folder), file, question, stamp))
         names.append([])
         for part in in_batches(items, size):
-            name = f"{fingerprint([about, part])}.jsonl"
+            # The folder may be another one, or be called otherwise.
+            name = f"{fingerprint([about, [item[1:] for item in part]])}.jsonl"
             names[-1].append(name)
-            units[name] = (folder, part)
+            units[name] = part
     place = Path(out, "measured", kind)
-    make = functools.partial(make_units, look, load)
-    if not make_together(place, {"kind": kind}, units, make):
+    rows_of = functools.partial(rows_of_units, look, load)
+    if not make_rows(place, {"kind": kind}, units, rows_of):
         sys.exit()
     return [read_units(folder, place, of_job) for (folder, _), of_job in zip(jobs, names)]
 
 
-def make_units(look, load, parts):
-    """Yield the bytes of a unit, JSONL, for each (folder, [(file, what is asked, stamp), ...]).
+def rows_of_units(look, load, parts):
+    """Yield a row for each (folder, file, what is asked, stamp) of the parts, which are lists.
 
-    A row is {"file", ...what `look` says}, or {"file", "reason"} for what cannot be read.
+    It is {"file", ...what `look` says}, or {"file", "reason"} for what cannot be read.
     """
     def attempt(path):
         try:
             return load(path)
         except OSError as error:
-            return {"reason": reason_without(path, error)}
+            return {"reason": error.strerror}
 
-    paths = []
-    for folder, part in parts:
-        paths += [Path(folder, file) for file, *_ in part]
     # Threads read the images that come next.
-    loaded = progress(ahead(attempt, paths, default_workers()), len(paths), "img")
-    for _, part in parts:
-        rows = []
+    paths = [Path(folder, file) for folder, file, *_ in itertools.chain(*parts)]
+    loaded = ahead(attempt, paths, default_workers())
+    for part in parts:
         readable = []       # (file, what is asked of it, image)
         # The part first: at its end, nothing is taken of what is loaded.
-        for (file, question, _), image in zip(part, loaded):
+        for (_, file, question, _), image in zip(part, loaded):
             if isinstance(image, dict):
-                rows.append({"file": file, **image})
+                yield {"file": file, **image}
             else:
                 readable.append((file, question, image))
         if readable:
             files, asked, images = map(list, zip(*readable))
             for file, row in zip(files, look(files, asked, images)):
-                rows.append({"file": file, **row})
-        yield jsonl(rows).encode()
+                yield {"file": file, **row}
 
 
 def read_units(folder, place, names):
@@ -624,6 +617,8 @@ def finish(folder, args, scores, weights, counts, notes, skipped, data=None):
 
 
 class Score(NamedTuple):
+    """A number of the tables."""
+
     value: float
     text: str               # as a table shows it
     note: str               # how it was measured, which is said wherever it is printed
@@ -636,15 +631,15 @@ def scores_of(command, section):
     group = "dpg" if command == "dpg" else data.removeprefix("ImageNet")
     groups = section["scores"] if command == "geneval" else {group: section["scores"]}
 
-    measured = dict(section.get("counts", {}))
+    facts = dict(section.get("counts", {}))
     for key, value in section.get("settings", {}).items():
         # Numbers, but no flags.
         if type(value) is int or key in ("detector", "judge") and value:
-            measured[key] = value
+            facts[key] = value
     # A network is known by the hash of its weights, whatever its folder is called.
-    measured["weights"] = [value[:8] for value in section.get("weights", {}).values()]
-    measured = re.sub(r'[{}\[\]"]', "", json.dumps(measured))
-    note = ". ".join([f"{data} {command}: {measured}".strip(), *section.get("notes", [])])
+    facts["weights"] = [value[:8] for value in section.get("weights", {}).values()]
+    facts = re.sub(r'[{}\[\]"]', "", json.dumps(facts))
+    note = ". ".join([f"{data} {command}: {facts}".strip(), *section.get("notes", [])])
 
     scores = {}
     for group, found in groups.items():

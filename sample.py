@@ -18,7 +18,6 @@ From Python, see `generate`.
 import contextlib
 import io
 import math
-import os
 import random
 import re
 import string
@@ -34,6 +33,7 @@ from common import (Options, UserError, command_line, complete, contact_sheet, f
                     write_json, write_jsonl)
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -584,10 +584,11 @@ def name_of(row, p):
 
 
 def png_is_whole(path):
-    """Tell whether a PNG file need not be made. One that was cut has no IEND at its end."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        file.seek(-12, os.SEEK_END)
-        return b"IEND" in file.read()
+    """Tell whether a PNG file need not be made: it is there, and neither cut nor damaged."""
+    # Pillow raises almost any exception on broken bytes.
+    with contextlib.suppress(Exception), Image.open(path) as image:
+        image.verify()
+        return True
     return False
 
 

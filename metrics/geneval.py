@@ -16,6 +16,7 @@ MAX_OBJECTS = 16            # of one class, the most confident ones
 POSITION_THRESHOLD = 0.1    # times both boxes' sizes: the offset that still counts as none
 DIRECTION = 0.5             # "left of": x is beyond this share of the offset's length
 
+RELATIONS = ("left of", "right of", "above", "below")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
 # COCO's classes in their order. GenEval calls COCO's mouse, remote and keyboard otherwise.
@@ -147,6 +148,18 @@ def color_of_object(load_clip, image, thing, class_name):
         likeness = color_texts(clip, class_name) @ vector              # (10,)
         thing["color"] = COLORS[int(likeness.argmax())]
     return thing["color"]
+
+
+def refuse_strange_clauses(metadata):
+    """Raise ValueError, KeyError or TypeError for a clause that GenEval's metadata never has."""
+    clauses = metadata["include"]
+    for clause in [*clauses, *metadata.get("exclude", [])]:
+        relation, target = clause.get("position") or ("above", 0)
+        usual = (clause["class"] in CLASSES and clause["count"] >= 1
+                 and (clause.get("color") or "red") in COLORS
+                 and relation in RELATIONS and 0 <= target < len(clauses))
+        if not usual:
+            raise ValueError(f"no clause of GenEval's: {clause}")
 
 
 def confident(things, tag):

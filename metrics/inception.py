@@ -232,7 +232,7 @@ def inception_file(given):
     return os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION)
 
 
-def resize_positions(dino, size=224):
+def resize_dino_positions(dino, size=224):
     """Give DINOv2 the positions that torch.hub's `dinov2_vitl14` has at `size` x `size` pixels.
 
     Its 37 x 37 trained positions become 16 x 16, bicubic and without antialias, with the

@@ -10,7 +10,7 @@ from conftest import FIXTURES, photo, refused
 SAMPLE = ["--checkpoint", FIXTURES / "cad_tiny", "--out", "{tmp}/out"]
 MISTAKES = [
     # ---- cutmix.py
-    ("cutmix.py", ["--images", "{tmp}/nowhere", "--out", "{tmp}/out"], "no such folder"),
+    ("cutmix.py", ["--images", "{tmp}/nowhere", "--out", "{tmp}/out"], "No such file"),
     ("cutmix.py", ["--images", "{bad}/empty", "--out", "{tmp}/out"], "no images in it"),
     ("cutmix.py", ["--images", "{bad}/photos/n1", "--out", "{tmp}/out"], "one class only"),
     ("cutmix.py", ["--images", "{bad}/pointers", "--out", "{tmp}/out"], "git-lfs pointer"),
@@ -25,7 +25,7 @@ MISTAKES = [
 
     # ---- caption.py
     ("caption.py", ["aio", "--images", "{bad}/photos/n1", "--out", "{tmp}/out"], "no class folder"),
-    ("caption.py", ["aio", "--images", "{tmp}/nowhere", "--out", "{tmp}/out"], "no such folder"),
+    ("caption.py", ["aio", "--images", "{tmp}/nowhere", "--out", "{tmp}/out"], "nowhere: No such file"),
     ("caption.py", ["aio", "--images", "{bad}/photos", "--out", "{bad}/latin.jsonl"], "not from this"),
     ("caption.py", ["aio", "--images", "{bad}/photos", "--class-names", "{bad}/nothing", "--out",
                     "{bad}/nothing"], "is an input"),
@@ -124,15 +124,16 @@ MISTAKES = [
     ("evaluate.py", [], "required"),
     ("evaluate.py", ["quality", "--real", "{bad}/photos"], "--real alone"),
     ("evaluate.py", ["quality", "--real", "{bad}/photos", "--fake", "{bad}/empty"], "no images in it"),
-    ("evaluate.py", ["quality", "--real", "{bad}/photos", "--fake", "{bad}/binary"], "not a folder"),
+    ("evaluate.py", ["quality", "--real", "{bad}/photos", "--fake", "{bad}/binary"], "Not a directory"),
     ("evaluate.py", ["quality", "--real", "{bad}/binary", "--fake", "{bad}/photos", "--inception",
                      "{bad}/binary", "--dino", FIXTURES / "cad_tiny"], "binary: not a file of --save-stats"),
-    ("evaluate.py", ["quality", "--real", "{tmp}/a.safetensors", "--fake", "{bad}/photos"], "no such folder"),
+    ("evaluate.py", ["quality", "--real", "{tmp}/a.safetensors", "--fake", "{bad}/photos"], "No such file"),
     ("evaluate.py", ["quality", "--real", "{bad}/photos", "--fake", "{bad}/photos", "--inception",
                      "{bad}/binary", "--dino", "{tmp}/no"], "no: no such folder"),
     ("evaluate.py", ["quality", "--real", "a", "--size", 2 ** 40], "--size: 1099511627776: must be"),
     ("evaluate.py", ["quality", "--real", "a", "--seed", 2 ** 64], "--seed: 18446744073709551616: must"),
     ("evaluate.py", ["quality", "--real", "a", "--k", 0], "--k: 0: must be at least 1"),
+    ("evaluate.py", ["quality", "--real", "a", "--k", 10 ** 7], "--k: 10000000: must be at most"),
     ("evaluate.py", ["quality", "--real", "a", "--no-crop"], "--no-crop"),
     ("evaluate.py", ["clip", "--samples", "{bad}/nothing"], "no samples in it"),
     ("evaluate.py", ["clip", "--samples", "{bad}/latin.jsonl"], "line 1: not JSON"),

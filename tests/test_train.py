@@ -425,7 +425,7 @@ def test_ten_bad_steps_in_a_row_end_the_run_and_a_lower_rate_goes_on(words, tmp_
     assert read_jsonl(tmp_path / "out/log.jsonl")[-1]["lr"] == train.lr_at(6, 1e-4, 2, 40, 0.7)
 
 
-@pytest.mark.parametrize("optimizer, lr", [("lamb", 1e6), ("adamw", 1e30)])
+@pytest.mark.parametrize("optimizer, lr", [("lamb", 1e6), ("adamw", 1e6)])
 def test_weights_that_one_step_spoilt_never_replace_a_good_state(words, tmp_path, optimizer, lr):
     begun = words("out", "--optimizer", optimizer, "--schedule-steps", 40)
     train.main([*begun, "--steps", "4"])
