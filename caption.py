@@ -146,11 +146,12 @@ def kept_patches(setting, box, size):
 def image_tokens(features, kept, newline):
     """Return what stands for a picture in the language model's input, (tokens, D).
 
-    It is LLaVA-NeXT's packing, of the kept views only: the whole, then the rows of the 2 x 2
-    grid of quadrants, each with a newline at its end. With P x P patches a view, all five give
-    transformers' own sequence, 5 P^2 + 2 P tokens (2,928). The whole alone gives P^2 + 1 (577),
-    as transformers packs a picture of one view. Beside quadrants it gives P^2 (576), each
-    quadrant as many, and each row of quadrants of which one is kept P newlines (24).
+    It is LLaVA-NeXT's packing, of the kept views only: the whole, then the rows of the
+    2 x 2 grid of quadrants, each with a newline at its end. With P x P patches a view, all
+    five give transformers' own sequence, 5 P^2 + 2 P tokens (2,928). The whole alone gives
+    P^2 + 1 (577), as transformers packs a picture of one view. Beside quadrants it gives
+    P^2 (576), each quadrant as many, and each row of quadrants of which one is kept P
+    newlines (24).
 
     features: (views, P * P, D), the kept views in order; newline: (D,).
     """
@@ -222,10 +223,10 @@ def embed_question(model, pixels, kept, prompt):
 def load_views(batch, folder, processor, side, prune):
     """Return [(file, views, kept), ...] of a batch of pictures, and its skipped rows.
 
-    batch: (file, setting, box) of each, the last two None for a photo. views: (V, 3, H, W);
-    kept: which ones these are. LLaVA-NeXT cuts a picture into tiles, as many as its size and
-    shape suggest. The five views that the paper counts exist for 2 x 2 tiles only, so every
-    picture is shown as a square of `side` pixels, which has just these.
+    batch: (file, setting, box) of each, the last two None for a photo. views:
+    (V, 3, H, W); kept: which ones these are. LLaVA-NeXT cuts a picture into tiles, as many
+    as its size and shape suggest. The five views that the paper counts exist for 2 x 2
+    tiles only, so every picture is shown as a square of `side` pixels, which has just these.
     """
     shown = []
     skipped = []
@@ -290,17 +291,21 @@ def llava(args):
 
 def load_llava(name, question):
     """Return a LLaVA-NeXT, its processor, the side of 2 x 2 views, and a question's tokens."""
-    model, processor = load_chat_model("LlavaNextForConditionalGeneration", "AutoProcessor", name)
-    # A view has the size of the vision tower's input. Without a grid of 2 x 2, a square would
-    # be cut in another way, and views 1 to 4 would not be its quadrants.
-    side = 2 * model.config.vision_config.image_size
-    if [side, side] not in map(list, processor.image_processor.image_grid_pinpoints):
-        raise UserError(f"{name}: no 2 x 2 grid, {side} x {side}, in image_grid_pinpoints")
+    model, processor = load_chat_model("LlavaNextForConditionalGeneration", "AutoProcessor",
+                                       name)
+    # A view has the size of the vision tower's input.
+    view = model.config.vision_config.image_size
     with reading(name, "a model that can be asked about pictures"):
+        # Without a grid of 2 x 2, a square would be cut in another way, and views 1 to 4
+        # would not be its quadrants.
+        square = Image.new("RGB", (2 * view, 2 * view))
+        views = processor.image_processor(square, return_tensors="pt")["pixel_values"][0]
+        if views.shape != (5, 3, view, view):
+            raise ValueError(f"no 2 x 2 grid of views of {view} pixels in its image processor")
         prompt = prompt_tokens(processor, question)
         if model.config.image_token_id not in prompt:
             raise ValueError("no <image> in its chat template")
-    return model, processor, side, prompt
+    return model, processor, 2 * view, prompt
 
 
 def pictures_to_caption(args):
@@ -456,8 +461,8 @@ def load_chat_model(kind, companion, name):
     """Return a model (of transformers' class `kind`), and its processor or tokenizer."""
     dtype = torch.bfloat16 if local_device().type == "cuda" else torch.float32
     model, processor = pretrained(name, kind, companion, dtype=dtype)
-    # Batches are padded on the left, so that all answers begin at the same place. Any token will
-    # do, because the padding is masked; some tokenizers, Llama's among them, have none for it.
+    # Batches are padded on the left, so that all answers begin at the same place. Any token
+    # will do, because the padding is masked; some tokenizers, as Llama's, have none for it.
     tokenizer = getattr(processor, "tokenizer", processor)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -516,7 +521,7 @@ def whole_sentences(text):
 # --------------------------------------------------------------------------------------
 # Captions and prompts, in the formats in which users have them
 
-# What a column, or a key of JSON, may be called, in capitals too. The first that is there counts.
+# What a column, or a key of JSON, may be called, in capitals too. The first one counts.
 FILE_COLUMNS = ("file", "image_path", "file_path", "file_name", "filename", "image", "path")
 CAPTION_COLUMNS = ("caption", "text")
 PROMPT_COLUMNS = ("prompt", "caption", "text")
@@ -525,9 +530,9 @@ PROMPT_COLUMNS = ("prompt", "caption", "text")
 def read_captions(path):
     """Return ({file: caption}, skipped rows); every file is a path below the folder of images.
 
-    The captions that the paper's authors have published leave out an image's folder. A caption
-    without a word is a skipped row, {"file", "reason"}. Formats: see read_rows. Raises UserError:
-    a row that lacks one of the two, a file with two captions.
+    The captions that the paper's authors have published leave out an image's folder. A
+    caption without a word is a skipped row, {"file", "reason"}. Formats: see read_rows.
+    Raises UserError: a row that lacks one of the two, a file with two captions.
     """
     captions = {}
     skipped = []
@@ -597,8 +602,8 @@ def read_prompts(path, limit=None, seed=0):
     # Not the first ones: files are sorted by class or task.
     chosen = random.Random(seed).sample(list(rows), limit)
     if of_coco:
-        # An image draws a lot that depends on `seed` and its id alone, and the lowest are taken:
-        # a lower limit gives a part of what a higher one gives.
+        # An image draws a lot that depends on `seed` and its id alone, and the lowest are
+        # taken: a lower limit gives a part of what a higher one gives.
         lots = {key: hashlib.sha256(f"{seed} {key}".encode()).digest() for key in rows}
         chosen = sorted(rows, key=lots.get)[:limit]
     return [rows[key] for key in sorted(chosen)], skipped
@@ -625,9 +630,10 @@ def has_word(text, where):
 def read_rows(path):
     """Return the rows of a file of captions or prompts as dicts. Raises UserError.
 
-    The suffix tells the format. JSONL: an object a line. CSV and TSV: a line with the names of
-    the columns comes first. All else is text with a prompt a line, or a folder of such .txt files
-    with a prompt each, as DPG-Bench has them. Lines end at \\n only, not at U+2028 and its like.
+    The suffix tells the format. JSONL: an object a line. CSV and TSV: a line with the
+    names of the columns comes first. All else is text with a prompt a line, or a folder
+    of .txt files with a prompt each, as DPG-Bench has them. Lines end at \\n only, not at
+    U+2028 and its like.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -728,9 +734,9 @@ def read_coco(path):
 def write_together(out, settings, items, unit, rows_of):
     """Make OUT, JSONL, with a row for each of `items`; return whether it is complete.
 
-    rows_of(items) yields their rows; those with a "reason" are skipped ones. It is called, and
-    loads its model, only where rows are missing. `unit` rows are a file in OUT.parts, from
-    which a killed command goes on. Raises UserError.
+    rows_of(items) yields their rows; those with a "reason" are skipped ones. It is called,
+    and loads its model, only where rows are missing. `unit` rows are a file in OUT.parts,
+    from which a killed command goes on. Raises UserError.
     """
     parts = Path(f"{out}.parts")
     record = Path(f"{out}.settings")

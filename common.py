@@ -747,6 +747,7 @@ def fetch(path_or_repo, *names):
                 if is_lfs_pointer(path):
                     raise UserError(f"{path}: {LFS_POINTER}")
             return folder / name
+
     # "out/dit" beside an existing "out" is a mistyped path, not a repository.
     mistyped = folder.parent != Path(".") and folder.parent.exists()
     if folder.exists() or mistyped:

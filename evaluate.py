@@ -366,8 +366,7 @@ def read_questions(path):
     which others depend on it: it scores 1,064 of 1,065. Raises UserError.
     """
     prompts = {}
-    with (reading(path, "dpg_bench.csv"),
-          open(path, encoding="utf-8-sig", newline="") as file):
+    with reading(path, "dpg_bench.csv"), open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         for row in reader:
             with reading(f"{path} line {reader.line_num}", "a question of DPG-Bench"):

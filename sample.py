@@ -3,14 +3,15 @@
     python sample.py --checkpoint Lucasdegeorge/CAD-I --out out/samples \\
         --prompt "A retriever on a red sofa"
 
-Prompts come from --prompt (which may be repeated) or from any file of captions or prompts
-that `caption.read_prompts` understands: text (one a line), JSONL, CSV, TSV, a folder of .txt
-files (DPG-Bench's) or COCO's captions_val2014.json. Image i depends on --seed + i alone:
-another batch size, more ranks under torchrun, or a command that was killed and started again
-give the same images.
+Prompts come from --prompt (which may be repeated) or from any file of captions
+or prompts that `caption.read_prompts` understands: text (one a line), JSONL,
+CSV, TSV, a folder of .txt files (DPG-Bench's) or COCO's captions_val2014.json.
+Image i depends on --seed + i alone: another batch size, more ranks under
+torchrun, or a command that was killed and started again give the same images.
 
-The estimate x_0 is clamped to +-1.2 at every step, as in the released pipeline: guidance
-overshoots, and the error grows from step to step. 1.2 is tight; see --clamp.
+The estimate x_0 is clamped to +-1.2 at every step, as in the released pipeline:
+guidance overshoots, and the error grows from step to step. 1.2 is tight; see
+--clamp.
 
 From Python, see `generate`.
 """
@@ -151,9 +152,9 @@ def times(steps, spacing="linear"):
 class GuidedModel:
     """The network with classifier-free guidance (Ho and Salimans 2022), for one batch.
 
-    Calling it with x_t and t gives the estimates of x_0 and of the noise. The texts are
-    processed once, here, because they are the same at every step. Between calls it
-    remembers the model's state (CAD's latents).
+    Calling it with x_t and t gives the estimates of x_0 and of the noise. The
+    texts are processed once, here, because they are the same at every step.
+    Between calls it remembers the model's state (CAD's latents).
     """
 
     def __init__(self, model, cond, null, noise, guidance, clamp):
@@ -183,8 +184,9 @@ class GuidedModel:
     def __call__(self, x, t, first):
         """Return x_0 and eps at the time t, both like x: (B, C, H, W) in float64.
 
-        There is no guidance at the first step, as in the release: there x_0 is divided by
-        sqrt(gamma) = 3e-5, and guidance would multiply the network's error in addition.
+        There is no guidance at the first step, as in the release: there x_0 is
+        divided by sqrt(gamma) = 3e-5, and guidance would multiply the network's
+        error in addition.
         """
         if self.guidance and not first:
             x_twice = torch.cat([x, x])                         # (2 B, C, H, W)
@@ -220,10 +222,11 @@ def ddim(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
          spacing=None, on_step=None):
     """Return x_0 (B, C, H, W) for noise (B, C, H, W) by DDIM (Song et al. 2021), eta = 0.
 
-    cond, null: (text, mask) of the captions and of the null prompt, each with 1 or B
-    rows. steps: at least 1. guidance: w of eps = eps_cond + w (eps_cond - eps_null); 0
-    is none. clamp: bound of |x_0| at every step; 0 or None is none. spacing: see `times`;
-    without, linear. on_step(step, x, x_0) is called after every step.
+    cond, null: (text, mask) of the captions and of the null prompt, each with 1
+    or B rows. steps: at least 1. guidance: w of eps = eps_cond + w (eps_cond -
+    eps_null); 0 is none. clamp: bound of |x_0| at every step; 0 or None is
+    none. spacing: see `times`; without, linear. on_step(step, x, x_0) is called
+    after every step.
     """
     t = times(steps, spacing or "linear")
     predict = GuidedModel(model, cond, null, noise, guidance, clamp)
@@ -245,15 +248,16 @@ def dpm_solver(model, noise, cond, null, steps=250, guidance=8.0, clamp=1.2,
                spacing=None, on_step=None):
     """Return x_0 (B, C, H, W) by DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2).
 
-    The arguments are those of `ddim`, and so is the cost: one evaluation a step. DDIM
-    takes x_0 to be constant during a step; this solver extends the line through the
-    last two estimates, as a function of lambda, half the logarithm of the
-    signal-to-noise ratio.
+    The arguments are those of `ddim`, and so is the cost: one evaluation a
+    step. DDIM takes x_0 to be constant during a step; this solver extends the
+    line through the last two estimates, as a function of lambda, half the
+    logarithm of the signal-to-noise ratio.
 
-    Without guidance its error falls almost with the square of the number of steps, DDIM's
-    only in proportion. That needs the cosine spacing, its default: the first and the last
-    step of the linear one are too long in lambda. With guidance both fall in proportion:
-    the first step has none, and that alone is an error of the size of one step.
+    Without guidance its error falls almost with the square of the number of
+    steps, DDIM's only in proportion. That needs the cosine spacing, its
+    default: the first and the last step of the linear one are too long in
+    lambda. With guidance both fall in proportion: the first step has none, and
+    that alone is an error of the size of one step.
     """
     t = times(steps, spacing or "cosine")
     alpha = gamma(t).sqrt()
@@ -452,13 +456,15 @@ def autocast(device, precision):
 def compile_blocks(model, dynamic=None):
     """Let torch.compile translate a network: the captions' part, then block by block.
 
-    Equal blocks are translated only once. And DDP sends a gradient as soon as it is there:
-    those of a compiled block are sent while the backward pass goes on below it. A network
-    compiled as a whole hands over all of them at its end, and torch's way of splitting it for
-    DDP knows neither activation checkpoints nor CAD's first pass without gradients.
+    Equal blocks are translated only once. And DDP sends a gradient as soon as
+    it is there: those of a compiled block are sent while the backward pass goes
+    on below it. A network compiled as a whole hands over all of them at its
+    end, and torch's way of splitting it for DDP knows neither activation
+    checkpoints nor CAD's first pass without gradients.
 
-    dynamic: False makes one version for each batch size and length of text; None, torch's
-    default, makes a version for all of them when the second one comes.
+    dynamic: False makes one version for each batch size and length of text;
+    None, torch's default, makes a version for all of them when the second one
+    comes.
     """
     # In this process. A signal to the whole job would end compiler processes, and the step
     # would wait for them for ever.
@@ -481,12 +487,13 @@ def generate(pipeline, prompts, seeds=None, steps=250, guidance=8.0, clamp=1.2,
              precision="auto", on_step=None):
     """Return PIL images for prompts, all made as one batch (a GPU holds some 16 to 64).
 
-    seeds: one number an image; without, 0, 1, 2, ... The same prompt and seed give the
-    same image in any batch. negative_prompts: what guidance leads away from, one text
-    for all or one for each prompt; it is the null prompt "" unless given. max_tokens: a
-    longer prompt loses its end. precision: "auto" (bf16 on CUDA), "fp32" or "bf16".
-    solver: a key of SOLVERS. spacing: without, the solver's own. The other arguments are
-    those of `ddim`. Raises UserError.
+    seeds: one number an image; without, 0, 1, 2, ... The same prompt and seed
+    give the same image in any batch. negative_prompts: what guidance leads away
+    from, one text for all or one for each prompt; it is the null prompt ""
+    unless given. max_tokens: a longer prompt loses its end. precision: "auto"
+    (bf16 on CUDA), "fp32" or "bf16". solver: a key of SOLVERS. spacing:
+    without, the solver's own. The other arguments are those of `ddim`. Raises
+    UserError.
 
         >>> pipeline = load_pipeline("out/toy/dit")
         >>> images = generate(pipeline, ["a large red circle on dark ground"], guidance=1.5)

@@ -39,8 +39,8 @@ from tqdm import tqdm
 import model_cad
 from encode import (SAME_ENCODERS, Encoded, load_vae, pad_text, padded_length,
                     refuse_other_encoders)
-from sample import (MODELS, autocast, changed_encoders, compile_blocks, ddim, encoders_of, gamma, load_model,
-                    save_checkpoint)
+from sample import (MODELS, autocast, changed_encoders, compile_blocks, ddim, encoders_of, gamma,
+                    load_model, save_checkpoint)
 
 # --------------------------------------------------------------------------------------
 # Algorithm 1: what a step is trained on
@@ -546,7 +546,8 @@ class Run:
                 rows = [row for row in read_jsonl(log) if row["step"] <= self.done]
         # A run begins with its log: without one, a checkpoint is somebody else's.
         elif not self.path.exists():
-            for path in [args.out / name for name in CHECKPOINT]:
+            for name in CHECKPOINT:
+                path = args.out / name
                 if path.exists():
                     raise UserError(f"{path}: not of this run, which would replace it: choose "
                                     f"another --out")
