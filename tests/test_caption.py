@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import photo
+from conftest import photo, refusal
 from PIL import Image
 
 import caption
@@ -99,14 +99,6 @@ def do(*words):
     caption.main([str(word) for word in words])
 
 
-def refusal(function, *arguments):
-    """Return the one line with which a function refuses its arguments."""
-    with pytest.raises(common.UserError) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 # ---- aio
 
 def test_class_names_come_from_folders_or_from_either_table(tmp_path):
@@ -142,9 +134,8 @@ def test_kept_patches_are_the_quadrants_with_most_of_the_second_photo():
         x0, y0, x1, y1 = (2 * v for v in box)
         covered = np.zeros((2 * size, 2 * size), int)
         covered[y0:y1, x0:x1] = 1
-        counts = [covered[:size, :size].sum(), covered[:size, size:].sum(),
-                  covered[size:, :size].sum(), covered[size:, size:].sum()]
-        most = [1 + k for k in range(4) if counts[k] == max(counts)]
+        counts = covered.reshape(2, size, 2, size).sum((1, 3)).flatten()
+        most = 1 + np.flatnonzero(counts == counts.max())
         assert caption.kept_patches(setting, box, size) == [0, *most]
     assert caption.kept_patches(None, None, 256) == [0]
     assert caption.kept_patches("1/2", (128, 0, 256, 256), 256) == [0]
@@ -415,47 +406,37 @@ def write(out, rows_of=rows_of, rank=0, world=1, model="a model"):
         return caption.write_together(out, {"model": model}, ITEMS, 8, rows_of)
 
 
-def test_rows_that_are_whole_are_not_made_again_whoever_made_them(tmp_path):
+def test_rows_that_are_whole_are_not_made_again_whoever_made_them(tmp_path, monkeypatch):
     one, many = tmp_path / "one/c.jsonl", tmp_path / "many/c.jsonl"
     assert write(one)
     files = [row["file"] for row in common.read_jsonl(one)]
     assert files == [item for item in ITEMS if int(item[1:]) % 5 != 3]
-    made = []
 
     def killed(items):
-        for row in itertools.islice(rows_of(items), 10):
-            made.append(row["file"])
-            yield row
+        yield from itertools.islice(rows_of(items), 10)
         raise KeyboardInterrupt
+
+    def after_another(*arguments):
+        # While this rank is about to join the units, another one joins and removes them.
+        monkeypatch.undo()
+        assert write(many, None, 0, 3)
+        common.join_rows(*arguments)
 
     with pytest.raises(KeyboardInterrupt):
         write(many, killed)
     # Of three units the first is there; of two ranks the second has but one to make.
-    assert made == ITEMS[:10]
     assert sorted(os.listdir(f"{many}.parts")) == ["00000.jsonl", "settings.json"]
     assert not write(many, rank=1, world=2) and not many.exists()
+    monkeypatch.setattr(caption, "join_rows", after_another)
     assert write(many, rank=2, world=3)
-    for name in ("c.jsonl", "c.jsonl.settings", "c.skipped.jsonl"):
-        assert (many.parent / name).read_bytes() == (one.parent / name).read_bytes()
+    assert sorted(os.listdir(many.parent)) == ["c.jsonl", "c.jsonl.settings", "c.skipped.jsonl"]
+    for path in many.parent.iterdir():
+        assert path.read_bytes() == (one.parent / path.name).read_bytes()
     # No row is asked for, and another command's file is left alone.
     assert write(many, None, 0, 5)
     assert "c.jsonl: begun with other settings (model a model" in refusal(write, many, None, 0, 1, "b")
-    assert len(os.listdir(many.parent)) == 3
     many.write_bytes(b"")
     assert "c.jsonl: is empty" in refusal(write, many)
-
-
-def test_of_two_ranks_that_end_together_the_second_finds_its_work_done(tmp_path, monkeypatch):
-    join_rows = caption.join_rows
-
-    def after_another(*arguments):
-        # While this rank is about to join the units, another one joins and removes them.
-        monkeypatch.setattr(caption, "join_rows", join_rows)
-        assert write(tmp_path / "c.jsonl")
-        join_rows(*arguments)
-
-    monkeypatch.setattr(caption, "join_rows", after_another)
-    assert write(tmp_path / "c.jsonl") and not (tmp_path / "c.jsonl.parts").exists()
 
 
 # ---- Captions and prompts
@@ -518,19 +499,16 @@ def test_cocos_prompts_are_each_images_first_caption_with_a_word(tmp_path):
         assert skipped == [{"file": "coco.json 2", "reason": "no word in it"}]
 
 
-def test_a_limit_chooses_by_seed_what_it_always_chose(tmp_path):
+# What commit cf74f17 chose; a lower limit takes a part of COCO's images.
+@pytest.mark.parametrize("name, limit, seed, chosen", [
+    ("coco.json", 5, 0, [6, 14, 34, 38, 44]), ("coco.json", 5, 1, [1, 16, 32, 35, 47]),
+    ("coco.json", 3, 0, [6, 38, 44]), ("p.txt", 5, 0, [2, 16, 24, 26, 48]),
+    ("p.txt", 5, 1, [4, 8, 16, 36, 48]), ("p.txt", 99, 0, range(50))])
+def test_a_limit_chooses_by_seed_what_it_always_chose(tmp_path, name, limit, seed, chosen):
     (tmp_path / "coco.json").write_text(json.dumps(coco(50, ["caption {}"])))
     (tmp_path / "p.txt").write_text("".join(f"caption {k}\n" for k in range(50)))
-    # What commit cf74f17 chose.
-    for name, seed, expected in [
-            ("coco.json", 0, [6, 14, 34, 38, 44]), ("coco.json", 1, [1, 16, 32, 35, 47]),
-            ("p.txt", 0, [2, 16, 24, 26, 48]), ("p.txt", 1, [4, 8, 16, 36, 48])]:
-        rows, _ = caption.read_prompts(tmp_path / name, 5, seed)
-        assert [row["prompt"] for row in rows] == [f"caption {k}" for k in expected]
-        assert len(caption.read_prompts(tmp_path / name, 99)[0]) == 50
-    # A lower limit takes a part of COCO's images.
-    rows, _ = caption.read_prompts(tmp_path / "coco.json", 3)
-    assert {row["name"] for row in rows} < {"6", "14", "34", "38", "44"}
+    rows, _ = caption.read_prompts(tmp_path / name, limit, seed)
+    assert [row["prompt"] for row in rows] == [f"caption {k}" for k in chosen]
 
 
 IMAGE = b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": ['
