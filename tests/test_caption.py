@@ -316,6 +316,47 @@ def test_a_row_that_cutmix_did_not_write_is_refused_by_its_number(tmp_path, chan
     assert "cutmix.jsonl row 2: not a composite of cutmix.py" in refusal(do, *words)
 
 
+def test_a_killed_command_goes_on_with_other_ranks_to_the_same_bytes(
+        tiny_llava, pictures, tmp_path, monkeypatch):
+    one, many = tmp_path / "one/c.jsonl", tmp_path / "many/c.jsonl"
+    words = ["llava", "--images", pictures / "photos", "--model", tiny_llava, "--batch-size", 1,
+             "--workers", 0, "--max-new-tokens", 2, "--out"]
+    do(*words, one)
+    made = []
+
+    def load_views(batch, *rest, load_views=caption.load_views):
+        made.append(batch)
+        if len(made) == 10:
+            raise KeyboardInterrupt
+        return load_views(batch, *rest)
+
+    def join_rows(*arguments):
+        # While this rank is about to join the units, another one joins and removes them.
+        monkeypatch.setattr(caption, "join_rows", common.join_rows)
+        do(*words, many)
+        common.join_rows(*arguments)
+
+    monkeypatch.setattr(caption, "load_views", load_views)
+    monkeypatch.setattr(caption, "join_rows", join_rows)
+    with pytest.raises(KeyboardInterrupt):
+        do(*words, many)
+    made.clear()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    # Of two units the first, of 8 pictures, is there, and the third rank has none to make.
+    for rank, count in (("2", 0), ("1", 5), ("0", 5)):
+        monkeypatch.setenv("RANK", rank)
+        assert not many.exists() or rank == "0"
+        do(*words, many)
+        assert len(made) == count
+    assert sorted(os.listdir(many.parent)) == ["c.jsonl", "c.jsonl.settings", "c.skipped.jsonl"]
+    for path in many.parent.iterdir():
+        assert path.read_bytes() == (one.parent / path.name).read_bytes()
+    # Another command's file is left alone.
+    assert "c.jsonl: begun with other settings (no prune False" in refusal(do, *words, many, "--no-prune")
+    many.write_bytes(b"")
+    assert "c.jsonl: is empty" in refusal(do, *words, many)
+
+
 # ---- extend
 
 def test_lost_words_are_found():
@@ -385,58 +426,6 @@ def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_made(
     options = [*given[command], "--out", tmp_path / "out.jsonl", "--model", model]
     assert words in refusal(do, command, *options)
     assert not list(tmp_path.glob("out*"))
-
-
-# ---- A file that ranks make together
-
-ITEMS = [f"f{k}" for k in range(23)]
-
-
-def rows_of(items):
-    """Yield a row for each item, of which some are broken; captions depend on the batch of 4."""
-    for batch in common.in_batches(items, 4):
-        for item in batch:
-            good = {"file": item, "caption": f"{item} of {batch[0]} ä\u2028"}
-            yield {"file": item, "reason": "broken"} if int(item[1:]) % 5 == 3 else good
-
-
-def write(out, rows_of=rows_of, rank=0, world=1, model="a model"):
-    """Write ITEMS as one of several ranks; return whether all is there."""
-    with mock.patch.dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world)):
-        return caption.write_together(out, {"model": model}, ITEMS, 8, rows_of)
-
-
-def test_rows_that_are_whole_are_not_made_again_whoever_made_them(tmp_path, monkeypatch):
-    one, many = tmp_path / "one/c.jsonl", tmp_path / "many/c.jsonl"
-    assert write(one)
-    files = [row["file"] for row in common.read_jsonl(one)]
-    assert files == [item for item in ITEMS if int(item[1:]) % 5 != 3]
-
-    def killed(items):
-        yield from itertools.islice(rows_of(items), 10)
-        raise KeyboardInterrupt
-
-    def after_another(*arguments):
-        # While this rank is about to join the units, another one joins and removes them.
-        monkeypatch.undo()
-        assert write(many, None, 0, 3)
-        common.join_rows(*arguments)
-
-    with pytest.raises(KeyboardInterrupt):
-        write(many, killed)
-    # Of three units the first is there; of two ranks the second has but one to make.
-    assert sorted(os.listdir(f"{many}.parts")) == ["00000.jsonl", "settings.json"]
-    assert not write(many, rank=1, world=2) and not many.exists()
-    monkeypatch.setattr(caption, "join_rows", after_another)
-    assert write(many, rank=2, world=3)
-    assert sorted(os.listdir(many.parent)) == ["c.jsonl", "c.jsonl.settings", "c.skipped.jsonl"]
-    for path in many.parent.iterdir():
-        assert path.read_bytes() == (one.parent / path.name).read_bytes()
-    # No row is asked for, and another command's file is left alone.
-    assert write(many, None, 0, 5)
-    assert "c.jsonl: begun with other settings (model a model" in refusal(write, many, None, 0, 1, "b")
-    many.write_bytes(b"")
-    assert "c.jsonl: is empty" in refusal(write, many)
 
 
 # ---- Captions and prompts

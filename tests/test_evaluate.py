@@ -481,17 +481,17 @@ def test_detections_are_those_of_transformers(models):
 
 
 def test_a_colour_is_asked_of_the_object_alone_grey_outside_its_mask(monkeypatch):
-    seen = []
-    monkeypatch.setattr(geneval_rules, "clip_images",
-                        lambda clip, images: seen.extend(images) or torch.eye(10)[[4]])
+    clip_images = mock.Mock(return_value=torch.eye(10)[[4]])
+    monkeypatch.setattr(geneval_rules, "clip_images", clip_images)
     monkeypatch.setattr(geneval_rules, "color_texts", lambda clip, name: torch.eye(10))
     mask = np.zeros((8, 8), bool)
     mask[2:4, 1:5] = True
     mask[2, 1] = False
     thing = {"box": [1, 2, 5, 4], "mask": mask}
     assert evaluate.color_of_object(tuple, Image.new("RGB", (8, 8), "red"), thing, "dog") == "blue"
-    assert seen[0].size == (4, 2) and seen[0].getpixel((0, 0)) == (0x99,) * 3
-    assert seen[0].getpixel((1, 0)) == (255, 0, 0)
+    [piece] = clip_images.call_args[0][1]
+    assert piece.size == (4, 2)
+    assert [piece.getpixel((x, 0)) for x in (0, 1)] == [(0x99,) * 3, (255, 0, 0)]
 
 
 def test_geneval_sees_by_itself_and_looks_again_where_the_metadata_have_changed(models, tmp_path):

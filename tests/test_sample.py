@@ -1,6 +1,5 @@
 """The samplers against exact solutions, and the command as people use it."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -48,12 +47,7 @@ def test_a_solver_takes_the_steps_of_its_paper_with_guidance_after_the_first_ste
     """Song et al. 2021, eq. 12, and Lu et al. 2022, Algorithm 2, from their formulas."""
     model = Known(0.5)
     noise = torch.randn(2, 1, 2, 2)
-    seen = []
-    x_0 = solver(model, noise, CAPTION, NULL, 6, 1.5, 0.4, spacing,
-                 on_step=lambda step, x, x_0: seen.append((step, x.float())))
-    # A caller sees every step.
-    assert [step for step, _ in seen] == [0, 1, 2, 3, 4, 5]
-    assert torch.equal(seen[-1][1], x_0)
+    x_0 = solver(model, noise, CAPTION, NULL, 6, 1.5, 0.4, spacing)
     # Captions and null prompts share a batch.
     assert model.rows == [2, 4, 4, 4, 4, 4]
 
@@ -143,8 +137,8 @@ def options(checkpoint, out, *words):
 
 def change(checkpoint, **entries):
     """Change entries of a checkpoint's config.json, and return all of them."""
-    config = {**json.loads((checkpoint / "config.json").read_text()), **entries}
-    (checkpoint / "config.json").write_text(json.dumps(config))
+    config = {**read_json(checkpoint / "config.json", ""), **entries}
+    write_json(checkpoint / "config.json", config)
     return config
 
 
@@ -152,14 +146,6 @@ def same(images, others):
     """Tell whether two lists of images are equal, up to rounding of a pixel."""
     a, b = [np.stack([np.asarray(image) for image in images]).astype(int) for images in (images, others)]
     return a.shape == b.shape and np.abs(a - b).max() <= 1
-
-
-def test_generate_makes_the_images_of_the_command_whose_solver_takes_its_own_spacing(
-        toy_paper, tmp_path, pipeline):
-    sample.main(options(toy_paper[0] / "dit", tmp_path, "--prompt", "ring", "--solver", "dpm++", "--seed", 4))
-    for spacing in (None, "cosine", "linear"):
-        images = sample.generate(pipeline, ["ring"], [4], steps=3, solver="dpm++", spacing=spacing)
-        assert same(images, [Image.open(tmp_path / "000000.png")]) == (spacing != "linear")
 
 
 def test_an_image_depends_on_its_seed_and_prompt_and_not_on_its_batch(pipeline):
@@ -246,8 +232,8 @@ def prompts(tmp_path_factory):
     return path
 
 
-def test_a_killed_command_goes_on_with_other_ranks_and_batches_and_the_last_rank_finishes(
-        toy_paper, tmp_path, prompts, monkeypatch):
+def test_a_killed_command_goes_on_with_other_ranks_and_batches_and_its_images_are_those_of_generate(
+        toy_paper, tmp_path, prompts, monkeypatch, pipeline):
     one, two = tmp_path / "one", tmp_path / "two"
     words = options(toy_paper[0] / "dit", one, "--prompts", prompts, "--seed", 7, "--images-per-prompt", 4)
     sample.main(words)
@@ -256,6 +242,8 @@ def test_a_killed_command_goes_on_with_other_ranks_and_batches_and_the_last_rank
     rows = read_jsonl(prompts)
     expected = [{"file": file, "seed": 7 + i, **rows[i // 4]} for i, file in enumerate(files)]
     assert read_jsonl(one / "samples.jsonl") == expected
+    own = sample.generate(pipeline, [rows[4]["prompt"]] * 4, [23, 24, 25, 26], steps=3)
+    assert same(own, [Image.open(one / file) for file in files[16:]])
     assert (one / "checkpoint.json").read_bytes() == (toy_paper[0] / "dit/config.json").read_bytes()
 
     words += ["--out", str(two), "--batch-size", "1"]
@@ -316,20 +304,25 @@ def test_skipped_prompts_and_words_that_the_text_encoder_does_not_know_are_told(
 # --------------------------------------------------------------------------------------
 # Layouts
 
-def test_the_tools_of_geneval_and_dpg_find_the_folders_that_they_expect(toy_paper, tmp_path, prompts):
-    out = tmp_path / "geneval"
-    sample.main(options(toy_paper[0] / "dit", out, "--prompts", prompts, "--format", "geneval",
-                        "--images-per-prompt", 2))
+def test_coco_and_the_tools_of_geneval_and_dpg_find_what_they_expect(toy_paper, tmp_path, prompts):
+    def make(out, prompts, *layout):
+        sample.main(options(toy_paper[0] / "dit", tmp_path / out, "--prompts", prompts, *layout))
+        return tmp_path / out
+
+    out = make("geneval", prompts, "--format", "geneval", "--images-per-prompt", 2)
     assert read_jsonl(out / "00002/metadata.jsonl") == [read_jsonl(prompts)[2]]
     assert (out / "00004/samples/0001.png").exists()
-
     # A grid a prompt, and no other picture in sight.
-    out = tmp_path / "dpg"
     (tmp_path / "COCO_7.txt").write_text("a red circle\n")
-    sample.main(options(toy_paper[0] / "dit", out, "--prompts", tmp_path, "--format", "dpg",
-                        "--images-per-prompt", 4))
+    out = make("dpg", tmp_path, "--format", "dpg", "--images-per-prompt", 4)
     assert [path.name for path in out.glob("*.png")] == ["COCO_7.png"]
     assert Image.open(out / "COCO_7.png").size == (128, 128)
+    # By the names of COCO's photos evaluate.py finds them.
+    content = {"images": [{"id": 3, "file_name": "COCO_3.jpg"}],
+               "annotations": [{"id": 0, "image_id": 3, "caption": "une étoile"}]}
+    write_json(tmp_path / "captions.json", content)
+    assert read_jsonl(make("coco", tmp_path / "captions.json") / "samples.jsonl") == [
+        {"file": "COCO_3.png", "prompt": "une étoile", "seed": 0, "name": "COCO_3"}]
 
 
 def test_a_name_that_is_no_file_name_or_comes_twice_is_refused(tmp_path):
@@ -342,16 +335,3 @@ def test_a_name_that_is_no_file_name_or_comes_twice_is_refused(tmp_path):
     write_jsonl(path, [{"prompt": "ring", "name": "a"}, {"prompt": "a star"}, {"prompt": "a", "name": "a"}])
     assert "prompt 3" in refused("sample.py", *words)
     assert [file.name for file in tmp_path.rglob("*")] == ["prompts.jsonl"]
-
-
-def test_cocos_captions_give_each_image_the_name_of_its_photo(toy_paper, tmp_path):
-    path = tmp_path / "captions_val2014.json"
-    names = {i: f"COCO_val2014_{i:012d}" for i in (3, 7)}
-    images = [{"id": i, "file_name": f"{name}.jpg"} for i, name in names.items()]
-    annotations = [{"id": 0, "image_id": 7, "caption": "ring"},
-                   {"id": 1, "image_id": 3, "caption": "une étoile"}]
-    path.write_text(json.dumps({"images": images, "annotations": annotations}))
-    sample.main(options(toy_paper[0] / "dit", tmp_path / "out", "--prompts", path))
-    # evaluate.py finds the photos by them.
-    found = [(row["file"], row["name"], row["prompt"]) for row in read_jsonl(tmp_path / "out/samples.jsonl")]
-    assert found == [(f"{names[3]}.png", names[3], "une étoile"), (f"{names[7]}.png", names[7], "ring")]
