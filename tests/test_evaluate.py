@@ -23,8 +23,7 @@ from toy.text_encoder import make_text_encoder
 RNG = np.random.default_rng
 
 
-# --------------------------------------------------------------------------------------
-# Fréchet distance, precision, recall, density, coverage
+# ---- Fréchet distance, precision, recall, density, coverage
 
 @pytest.mark.parametrize("n, m, D", [(500, 300, 32), (20, 9, 300), (20, 900, 300)])
 def test_frechet_distance_is_that_of_its_definition_in_other_words(n, m, D):
@@ -85,8 +84,7 @@ def test_prdc_is_the_mean_over_chunks_that_the_seed_fixes():
     assert found == {name: pytest.approx(np.mean([part[name] for part in parts])) for name in found}
 
 
-# --------------------------------------------------------------------------------------
-# Inception
+# ---- Inception
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory):
@@ -121,8 +119,7 @@ def test_inception_takes_torch_fidelitys_file_and_refuses_torchvisions(inception
         assert "wrong.pth: not the Inception weights" in line and "torchvision's inception_v3" in line
 
 
-# --------------------------------------------------------------------------------------
-# GenEval's verdicts, DPG's score
+# ---- GenEval's verdicts, DPG's score
 
 BOX = [0, 0, 10, 10]
 
@@ -188,8 +185,7 @@ def test_a_no_reaches_grandchildren_and_questions_without_parents_stand_alone():
     assert evaluate.dpg_score({1: False, 3: True, 5: True}, {1: [0], 3: [5], 5: [1]}) == 1 / 3
 
 
-# --------------------------------------------------------------------------------------
-# Tiny models of the same classes as the real ones, with random weights
+# ---- Tiny models of the same classes as the real ones, with random weights
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
@@ -246,8 +242,7 @@ def section(folder, command):
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))[command]
 
 
-# --------------------------------------------------------------------------------------
-# `quality`
+# ---- `quality`
 
 def dinov2_positions(positions, side):
     """The original code's interpolation of (1, 1 + n * n, D) positions, in float64.
@@ -380,8 +375,7 @@ def test_ranks_share_the_units_that_are_missing_and_the_last_one_measures(models
     assert (images / "geneval.jsonl").read_bytes() == (alone / "geneval.jsonl").read_bytes()
 
 
-# --------------------------------------------------------------------------------------
-# `clip`, `geneval`, `dpg`
+# ---- `clip`, `geneval`, `dpg`
 
 def test_clip_score_is_the_cosine_of_transformers_own_pipeline(models, tmp_path):
     import transformers as tf
@@ -505,24 +499,24 @@ def test_geneval_sees_by_itself_and_looks_again_where_the_metadata_have_changed(
     assert sorted(sum("color" in dog for dog in row["objects"]["dog"]) for row in rows) == [0, 1]
 
 
-def questions(path, prompts):
-    rows = [(1, "0", "entity - whole (dog)", "Is there a dog?"),
-            (2, "1", "attribute - color (dog, red)", "Is the dog red?"),
-            (3, "1, 2", "other - count (dog, ==2)", "Are there two dogs?")]
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["item_id", "proposition_id", "dependency", "tuple", "question_natural_language"])
-        writer.writerows([(prompt, *row) for prompt in prompts for row in rows])
-    return path
+@pytest.fixture
+def dpg(tmp_path):
+    """A command that asks three questions about each of two pictures; a third one is not there."""
+    lines = ["item_id,proposition_id,dependency,tuple,question_natural_language"]
+    for prompt in ("g0", "g1", "c"):
+        lines += [f"{prompt},1,0,entity - whole (dog),Is there a dog?",
+                  f'{prompt},2,1,"attribute - color (dog, red)",Is the dog red?',
+                  f'{prompt},3,"1, 2","other - count (dog, ==2)",Are there two dogs?']
+    (tmp_path / "dpg.csv").write_text("\n".join(lines))
+    folder = pictures(tmp_path / "grids", 2, names="g{}.png")
+    return ["dpg", "--images", folder, "--questions", tmp_path / "dpg.csv"]
 
 
-def test_dpg_scores_given_answers_of_all_images_of_a_grid(tmp_path):
-    grids = pictures(tmp_path / "grids", 2, names="g{}.png")
+def test_dpg_scores_given_answers_of_all_images_of_a_grid(dpg, tmp_path):
+    grids, given = tmp_path / "grids", tmp_path / "answers.jsonl"
+    command = [*dpg, "--answers", given]
     yes, no_dog = {"1": 1, "2": "yes", "3": True}, {"1": 0, "2": 1, "3": 1}
     answers = {"g0.png": [yes, yes, no_dog, {**yes, "2": "no"}], "g1.png": [yes] * 4}
-    given = tmp_path / "answers.jsonl"
-    command = ["dpg", "--images", grids, "--questions", questions(tmp_path / "dpg.csv", ["g0", "g1", "c"]),
-               "--answers", given]
     write_jsonl(given, [{"file": file, "answers": each} for file, each in answers.items()])
     run(*command)
     assert section(grids, "dpg")["scores"] == pytest.approx({           # g0: (1 + 1 + 0 + 1/3) / 4
@@ -535,10 +529,9 @@ def test_dpg_scores_given_answers_of_all_images_of_a_grid(tmp_path):
     assert "g0.jpg and g0.png are both named after prompt g0" in refused("evaluate.py", *command)
 
 
-def test_dpg_cuts_only_what_is_said_to_be_a_grid(models, tmp_path, monkeypatch):
-    folder = pictures(tmp_path / "pictures", 2, names="g{}.png")
-    command = ["dpg", "--images", folder, "--questions", questions(tmp_path / "dpg.csv", ["g0", "g1"]),
-               "--vqa", models / "vqa"]
+def test_dpg_cuts_only_what_is_said_to_be_a_grid(dpg, models, tmp_path, monkeypatch):
+    folder = tmp_path / "grids"
+    command = [*dpg, "--vqa", models / "vqa"]
     run(*command)                                           # random weights, in earnest
     ask = mock.Mock(return_value=[True, False, True])
     monkeypatch.setattr(evaluate, "ask", ask)
@@ -556,8 +549,7 @@ def test_dpg_cuts_only_what_is_said_to_be_a_grid(models, tmp_path, monkeypatch):
     assert "g0.png: 41 x 41 pixels are not a 2 x 2 grid" in refused("evaluate.py", *command)
 
 
-# --------------------------------------------------------------------------------------
-# `compare`, `curve`
+# ---- `compare`, `curve`
 
 def write_results(folder, **sections):
     folder.mkdir(parents=True, exist_ok=True)

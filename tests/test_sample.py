@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 import sample
 from common import UserError, read_json, read_jsonl, write_json, write_jsonl
 
-# --------------------------------------------------------------------------------------
-# The samplers
+# ---- The samplers
 
 class Known:
     """The best `denoise` for x_0 ~ N(mean, std^2); the caption says the mean. It notes its batches."""
@@ -112,8 +111,7 @@ def test_a_model_that_is_half_added_is_refused_at_once():
         sample.check_models({"new": sample.ModelFamily(torch.nn.Linear, {"S": {}}, "S")})
 
 
-# --------------------------------------------------------------------------------------
-# Checkpoints, and `generate`
+# ---- Checkpoints, and `generate`
 
 @pytest.fixture(scope="module")
 def pipeline(toy_paper):
@@ -221,8 +219,7 @@ def test_damaged_foreign_and_infinite_weights_are_refused_by_name(checkpoint, tm
     assert not (tmp_path / "out").exists()
 
 
-# --------------------------------------------------------------------------------------
-# The command
+# ---- The command
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
@@ -301,8 +298,7 @@ def test_skipped_prompts_and_words_that_the_text_encoder_does_not_know_are_told(
     assert [row["file"] for row in read_jsonl(tmp_path / "out/skipped.jsonl")] == ["prompts.jsonl row 2"]
 
 
-# --------------------------------------------------------------------------------------
-# Layouts
+# ---- Layouts
 
 def test_coco_and_the_tools_of_geneval_and_dpg_find_what_they_expect(toy_paper, tmp_path, prompts):
     def make(out, prompts, *layout):
