@@ -175,16 +175,12 @@ def test_without_pruning_it_is_transformers_own_path_to_the_last_bit(llava):
     text = llava.processor.tokenizer.decode(llava.prompt)
     answers = set()
     for image, views in zip(llava.images, llava.views):
-        seen = []
-        hook = llava.model.model.language_model.register_forward_pre_hook(
-            lambda module, args, inputs, seen=seen: seen.append(inputs["inputs_embeds"]), with_kwargs=True)
         inputs = llava.processor(images=image, text=text, add_special_tokens=False, return_tensors="pt")
-        own = llava.model.generate(**inputs, do_sample=False, max_new_tokens=20)
-        hook.remove()
-        own = own[0, inputs["input_ids"].shape[1]:]
-
+        theirs = llava.model(**inputs, output_hidden_states=True).hidden_states[0]
         embeddings, mask = caption.embed_question(llava.model, [views], [caption.ALL_VIEWS], llava.prompt)
-        assert torch.equal(embeddings, seen[0]) and mask.all()
+        assert torch.equal(embeddings, theirs) and mask.all()
+        own = llava.model.generate(**inputs, do_sample=False, max_new_tokens=20)
+        own = own[0, inputs["input_ids"].shape[1]:]
         [ours] = llava.answers([views], [caption.ALL_VIEWS])
         assert ours == llava.processor.tokenizer.decode(own, skip_special_tokens=True)
         answers.add(ours)

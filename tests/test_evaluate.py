@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import FIXTURES, photo, refusal, refused
 from PIL import Image, ImageOps
+from safetensors.torch import load_file
 
 import evaluate
 from common import read_jsonl, write_jsonl
@@ -122,10 +123,9 @@ def test_inception_takes_torch_fidelitys_file_and_refuses_torchvisions(inception
 # ---- GenEval's verdicts, DPG's score
 
 BOX = [0, 0, 10, 10]
-
-
-def things(*boxes):
-    return [{"box": box, "score": 0.9 - 0.01 * i} for i, box in enumerate(boxes)]
+THING = {"box": BOX, "score": 0.9}
+RED, BLUE = [{**THING, "color": color} for color in ("red", "blue")]
+NEAR, FAR, OTHER = [{"box": [x, 0, x + 10, 10]} for x in (30, 90, -90)]
 
 
 def clauses(count, name, **more):
@@ -134,25 +134,22 @@ def clauses(count, name, **more):
 
 TWO_RED_CUPS = clauses(2, "cup", color="red")
 LEFT = clauses(2, "dog") + clauses(1, "cat", position=["left of", 0])
-RED, ALSO_RED, BLUE = [0, 0, 1, 1], [0, 0, 2, 2], [0, 0, 3, 3]
-NEAR, FAR, OTHER = [30, 0, 40, 10], [90, 0, 99, 10], [-90, 0, -80, 10]
 
 
 @pytest.mark.parametrize("include, objects, fault", [
-    (clauses(3, "dog"), {"dog": [BOX] * 3}, ""),
-    (clauses(3, "dog"), {"dog": [BOX] * 2}, "expected dog>=3, found 2"),
-    (clauses(3, "dog"), {"dog": [BOX] * 4}, "expected dog<4, found 4"),
-    (TWO_RED_CUPS, {"cup": [RED, ALSO_RED, BLUE]}, ""),     # the third is not looked at
-    (TWO_RED_CUPS, {"cup": [RED, BLUE, ALSO_RED]}, "expected red cup>=2, found red, blue"),
-    (TWO_RED_CUPS, {"cup": [BOX]}, "expected cup>=2, found 1"),         # whose colour is not asked
-    (LEFT, {"cat": [BOX], "dog": [NEAR, FAR, OTHER]}, ""),
-    (LEFT, {"cat": [BOX], "dog": [NEAR, OTHER]}, "expected cat left of dog"),
-    (LEFT, {"cat": [BOX], "dog": [NEAR]}, "expected dog>=2, found 1; no target for cat to be left of")])
+    (clauses(3, "dog"), {"dog": [THING] * 3}, ""),
+    (clauses(3, "dog"), {"dog": [THING] * 2}, "expected dog>=3, found 2"),
+    (clauses(3, "dog"), {"dog": [THING] * 4}, "expected dog<4, found 4"),
+    (TWO_RED_CUPS, {"cup": [RED, RED, BLUE]}, ""),          # the third is not looked at
+    (TWO_RED_CUPS, {"cup": [RED, BLUE, RED]}, "expected red cup>=2, found red, blue"),
+    (TWO_RED_CUPS, {"cup": [THING]}, "expected cup>=2, found 1"),       # whose colour is not asked
+    (LEFT, {"cat": [THING], "dog": [NEAR, FAR, OTHER]}, ""),
+    (LEFT, {"cat": [THING], "dog": [NEAR, OTHER]}, "expected cat left of dog"),
+    (LEFT, {"cat": [THING], "dog": [NEAR]},
+     "expected dog>=2, found 1; no target for cat to be left of")])
 def test_verdicts_are_those_of_genevals_rules(include, objects, fault):
-    colors = {tuple(RED): "red", tuple(ALSO_RED): "red", tuple(BLUE): "blue"}
-    objects = {name: things(*boxes) for name, boxes in objects.items()}
     metadata = {"include": include, "exclude": clauses(4, "dog")}
-    found = evaluate.geneval_verdict(objects, metadata, lambda thing, name: colors[tuple(thing["box"])])
+    found = evaluate.geneval_verdict(objects, metadata, lambda thing, name: thing["color"])
     assert found == (not fault, fault)
 
 
@@ -266,10 +263,10 @@ def test_features_are_those_of_other_means(models, inception_file, tmp_path):
     from transformers import Dinov2Model
     fine = Image.fromarray(RNG(0).integers(0, 256, (1400, 1200, 3), dtype=np.uint8))
     fine.save(tmp_path / "large.jpg", quality=95)           # which must be decoded in full
-    loaded = [evaluate.load_pixels(tmp_path / "large.jpg", 256)]
-    args = SimpleNamespace(inception=inception_file, dino=models / "dino")
-    [row] = evaluate.features_of(args, ["large.jpg"], [None], loaded)
-    found, _ = evaluate.tables_of([{"file": "large.jpg", **row}])
+    stats = tmp_path / "stats.safetensors"
+    run("quality", "--real", tmp_path, "--save-stats", stats, "--inception", inception_file,
+        "--dino", models / "dino")
+    found = load_file(stats)
 
     image = ImageOps.fit(Image.open(tmp_path / "large.jpg"), (256, 256), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
@@ -421,7 +418,7 @@ def test_geneval_judges_given_detections_by_task(tmp_path):
             rows.append({"file": f"{number:05}/samples/{n:04}.png", "objects": {"dog": dogs}})
     given, others = tmp_path / "given.jsonl", tmp_path / "others.jsonl"
     write_jsonl(given, rows)
-    write_jsonl(others, [{"file": f"00000/samples/{n:04}.png", "objects": {"dog": things(BOX)[:n == 2]}}
+    write_jsonl(others, [{"file": f"00000/samples/{n:04}.png", "objects": {"dog": [THING][:n == 2]}}
                          for n in range(4)])
     run("geneval", "--images", folder, "--extended", extended, "--detections", given, others)
     found = section(folder, "geneval")
@@ -444,7 +441,7 @@ def test_geneval_judges_given_detections_by_task(tmp_path):
 def test_detections_and_metadata_that_geneval_does_not_know_are_refused(
         tmp_path, name, metadata, change, words):
     folder = geneval_folder(tmp_path / "images", {**RED_DOG, **metadata}, images=1)
-    objects = {name: [{"box": BOX, "score": 0.9, **change}]}
+    objects = {name: [{**THING, **change}]}
     write_jsonl(tmp_path / "given.jsonl", [{"file": "00000/samples/0000.png", "objects": objects}])
     assert words in refused("evaluate.py", "geneval", "--images", folder, "--detections",
                             tmp_path / "given.jsonl")
