@@ -429,6 +429,14 @@ def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_made(
 TEXT = "x\u2028y\x85\nz"
 
 
+def coco(count, texts, indent=None):
+    """Return COCO's captions, some for each image but the first; the last id comes first."""
+    images = [{"id": k, "file_name": f"{k}.jpg"} for k in reversed(range(count + 1))]
+    annotations = [{"id": 100 * i + k, "image_id": k, "caption": texts[i].format(k)}
+                   for k, i in itertools.product(range(count), reversed(range(len(texts))))]
+    return json.dumps({"images": images, "annotations": annotations}, indent=indent)
+
+
 @pytest.mark.parametrize("name, content, captions, skipped", [
     ("a.jsonl", '\ufeff{"file": "ä.jpg", "caption": "x\u2028y\x85\\nz"}\n{"file": "b", "text": " "}\n',
      {"ä.jpg": TEXT}, ["b"]),
@@ -444,7 +452,10 @@ TEXT = "x\u2028y\x85\nz"
     # As PartiPrompts has it, and as pandas writes it.
     ("p.tsv", 'Prompt\tNote\n"G I G" in paint\tx\na "red" tag\t\n', ['"G I G" in paint', 'a "red" tag'], []),
     ("p.tsv", 'Prompt\tNote\n"""G I G"" in paint"\tx\n', ['"G I G" in paint'], []),
-    ("p.csv", 'id,PROMPT\n1,"a, b"\n2,\n', ["a, b"], ["p.csv row 2"])])
+    ("p.csv", 'id,PROMPT\n1,"a, b"\n2,\n', ["a, b"], ["p.csv row 2"]),
+    # An image's first caption that has a word.
+    ("p.json", coco(2, ["- ", "eins {} ä ", "zwei"]), ["eins 0 ä", "eins 1 ä"], ["p.json 2"]),
+    ("p.json", coco(1, ["eins"], indent=1), ["eins"], ["p.json 1"])])
 def test_captions_and_prompts_are_read_as_people_have_them(tmp_path, name, content, captions, skipped):
     (tmp_path / name).write_bytes(content.encode())
     if isinstance(captions, dict):
@@ -466,31 +477,13 @@ def test_a_folder_of_texts_gives_each_prompt_its_name(tmp_path):
     assert skipped == [{"file": f"{tmp_path.name} 1", "reason": "no word in it"}]
 
 
-def coco(count, texts):
-    """Return COCO's captions, some for each image, with the last id first."""
-    images = [{"id": k, "file_name": f"{k}.jpg"} for k in reversed(range(count))]
-    annotations = [{"id": 100 * i + k, "image_id": k, "caption": texts[i].format(k)}
-                   for k, i in itertools.product(range(count), reversed(range(len(texts))))]
-    return {"images": images, "annotations": annotations}
-
-
-def test_cocos_prompts_are_each_images_first_caption_with_a_word(tmp_path):
-    content = coco(2, ["- ", "eins {} ä ", "zwei"])
-    content["images"].append({"id": 2, "file_name": "2.jpg"})
-    for indent in (None, 1):
-        (tmp_path / "coco.json").write_text(json.dumps(content, indent=indent))
-        rows, skipped = caption.read_prompts(tmp_path / "coco.json")
-        assert rows == [{"prompt": f"eins {k} ä", "name": f"{k}", "file": f"{k}.jpg"} for k in range(2)]
-        assert skipped == [{"file": "coco.json 2", "reason": "no word in it"}]
-
-
 # What commit cf74f17 chose; a lower limit takes a part of COCO's images.
 @pytest.mark.parametrize("name, limit, seed, chosen", [
     ("coco.json", 5, 0, [6, 14, 34, 38, 44]), ("coco.json", 5, 1, [1, 16, 32, 35, 47]),
     ("coco.json", 3, 0, [6, 38, 44]), ("p.txt", 5, 0, [2, 16, 24, 26, 48]),
     ("p.txt", 5, 1, [4, 8, 16, 36, 48]), ("p.txt", 99, 0, range(50))])
 def test_a_limit_chooses_by_seed_what_it_always_chose(tmp_path, name, limit, seed, chosen):
-    (tmp_path / "coco.json").write_text(json.dumps(coco(50, ["caption {}"])))
+    (tmp_path / "coco.json").write_text(coco(50, ["caption {}"]))
     (tmp_path / "p.txt").write_text("".join(f"caption {k}\n" for k in range(50)))
     rows, _ = caption.read_prompts(tmp_path / name, limit, seed)
     assert [row["prompt"] for row in rows] == [f"caption {k}" for k in chosen]
