@@ -321,8 +321,8 @@ def test_decoding_a_jpeg_at_reduced_scale_loses_nothing_that_can_be_seen(tmp_pat
     with Image.open(tmp_path / "big.jpg") as image:
         full = np.asarray(common.resize_and_crop(image.convert("RGB"), 128)).astype(float)
     error = np.asarray(common.load_image(tmp_path / "big.jpg", 128)) - full
-    # 40 decibels.
-    assert (error ** 2).mean() < 255 ** 2 / 10_000
+    # 53 decibels; decoded at this size at once, the file would give 51.
+    assert (error ** 2).mean() < 255 ** 2 / 10 ** 5.3
 
 
 # ---- Charts
