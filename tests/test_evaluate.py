@@ -54,14 +54,14 @@ def normal(seed, *shape):
     return RNG(seed).normal(size=shape).astype(np.float32)
 
 
-GRID = np.stack(np.meshgrid(*[np.arange(5, dtype=np.float32)] * 3), -1).reshape(-1, 3)
+GRID = np.stack(np.meshgrid(*[np.arange(5.0)] * 3), -1).reshape(-1, 3)
 
 
 @pytest.mark.parametrize("real, fake, k", [
     (normal(0, 270, 64), 0.9 * normal(1, 530, 64) + 0.1, 5),
     (normal(0, 40, 3), normal(1, 1000, 3), 1),
     (GRID, GRID[::2] + 1, 3),
-    (GRID + 1000, GRID[::2] + 1001, 3),                     # where float32 products lose digits
+    (GRID + 1e8, GRID[::2] + 1e8 + 1, 3),                   # where products lose digits
     (np.tile(normal(0, 99, 50), (2, 1)), normal(0, 99, 50), 1)])        # balls of reals are empty
 def test_prdc_is_that_of_its_definition_and_decides_ties_as_exact_arithmetic_does(real, fake, k):
     assert evaluate.prdc(real, fake, k) == pytest.approx(brute_force(real, fake, k), abs=1e-12)
@@ -432,15 +432,16 @@ def test_geneval_judges_given_detections_by_task(tmp_path):
                            "correct": False, "reason": "expected dog>=2, found 1"}
 
 
-@pytest.mark.parametrize("name, metadata, change, words", [
-    ("mouse", {}, {}, "does not know: mouse. Its names are COCO's, but computer mouse"),
-    ("dog", {"exclude": clauses(1, "mouse")}, {}, "no class of GenEval's: mouse"),
-    *[("dog", {}, change, "0000.png: not in accord with") for change in [
-        {"box": [0, 0, np.nan, 9]}, {"box": [0, 0, 1e5, 1e5]}, {"box": [0, 0, 1]}, {"color": "violet"},
-        {"score": np.nan}, {"score": "0.9"}, {"score": 90}]]])
+@pytest.mark.parametrize("metadata, name, change, words", [
+    (DOG, "mouse", {}, "does not know: mouse. Its names are COCO's, but computer mouse"),
+    ({**DOG, "exclude": clauses(1, "mouse")}, "dog", {}, "no class of GenEval's: mouse"),
+    (RED_DOG, "dog", {"box": [0, 0, 1e5, 1e5]}, "0000.png: not in accord with"),
+    *[(DOG, "dog", change, "0000.png: not in accord with") for change in [
+        {"box": [0, 0, np.nan, 9]}, {"box": [0, 0, 1]}, {"color": "violet"}, {"score": np.nan},
+        {"score": "0.9"}, {"score": 90}]]])
 def test_detections_and_metadata_that_geneval_does_not_know_are_refused(
-        tmp_path, name, metadata, change, words):
-    folder = geneval_folder(tmp_path / "images", {**RED_DOG, **metadata}, images=1)
+        tmp_path, metadata, name, change, words):
+    folder = geneval_folder(tmp_path / "images", metadata, images=1)
     objects = {name: [{**THING, **change}]}
     write_jsonl(tmp_path / "given.jsonl", [{"file": "00000/samples/0000.png", "objects": objects}])
     assert words in refused("evaluate.py", "geneval", "--images", folder, "--detections",
