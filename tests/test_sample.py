@@ -258,6 +258,7 @@ def test_a_killed_command_goes_on_with_other_ranks_and_batches_and_its_images_ar
         monkeypatch.setenv("RANK", rank)
         sample.main([*words, "--batch-size", "3"])
     assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
+    assert all((two / file).read_bytes().endswith(b"IEND\xaeB`\x82") for file in files)
     assert same([Image.open(one / file) for file in files], [Image.open(two / file) for file in files])
     before = (two / "samples.jsonl").read_bytes()
     assert before == (one / "samples.jsonl").read_bytes()
