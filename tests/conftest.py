@@ -26,7 +26,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from common import command_line  # noqa: E402
+from common import UserError, command_line  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -56,6 +56,14 @@ def refused(stage, *words):
     lines = [line for line in stderr.getvalue().splitlines() if line.startswith(f"{stage}:")]
     assert len(lines) == 1, stderr.getvalue()
     return lines[0]
+
+
+def refusal(function, *arguments):
+    """Return the one line with which a function refuses its arguments."""
+    with pytest.raises(UserError) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def relative(a, b):

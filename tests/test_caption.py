@@ -1,17 +1,17 @@
 """Stage 2: class names, LLaVA with pruned tokens (against transformers), longer prompts, files that
 ranks make together, and the one reader of captions and prompts."""
 
-import argparse
-import copy
 import itertools
 import json
 import os
 import re
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from conftest import photo, refusal
 from PIL import Image
 
 import caption
@@ -52,16 +52,13 @@ def tiny_llava(tmp_path_factory):
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
         image_size=28, patch_size=7, projection_dim=32)
-    config = LlavaNextConfig(
-        vision_config=vision, text_config=LlamaConfig(**LLAMA), image_token_index=4,
-        image_grid_pinpoints=grids, image_seq_length=16)
     torch.manual_seed(0)
-    model = LlavaNext(config)
-    with torch.no_grad():
-        for weights in model.parameters():
-            # Livelier than the usual start, so that answers depend on the picture.
-            if weights.dim() > 1:
-                weights.mul_(6)
+    model = LlavaNext(LlavaNextConfig(
+        vision_config=vision, text_config=LlamaConfig(**LLAMA), image_token_index=4,
+        image_grid_pinpoints=grids, image_seq_length=16))
+    for weights in model.parameters():
+        # Livelier than the usual start, so that answers depend on the picture.
+        weights.data *= 6 if weights.dim() > 1 else 1
     model.save_pretrained(path)
     images = pil.LlavaNextImageProcessorPil(
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=grids)
@@ -87,12 +84,10 @@ def tiny_llm(tmp_path_factory):
 def pictures(tmp_path_factory):
     """Make 13 photos in two classes, one of them broken, and their composites."""
     folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
     for k in range(13):
         path = folder / "photos" / f"class{k % 2}" / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        noise = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((80, 64), Image.Resampling.NEAREST).save(path)
+        photo(k, (80, 64)).save(path)
     (folder / "photos/class0/4.png").write_bytes(b"broken")
     cutmix.main(["--images", str(folder / "photos"), "--out", str(folder / "cutmix"),
                  "--size", "64", "--workers", "0"])
@@ -102,14 +97,6 @@ def pictures(tmp_path_factory):
 def do(*words):
     """Run caption.py in this process."""
     caption.main([str(word) for word in words])
-
-
-def refusal(function, *arguments):
-    """Return the one line with which a function refuses its arguments."""
-    with pytest.raises(common.UserError) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # ---- aio
@@ -147,9 +134,8 @@ def test_kept_patches_are_the_quadrants_with_most_of_the_second_photo():
         x0, y0, x1, y1 = (2 * v for v in box)
         covered = np.zeros((2 * size, 2 * size), int)
         covered[y0:y1, x0:x1] = 1
-        counts = [covered[:size, :size].sum(), covered[:size, size:].sum(),
-                  covered[size:, :size].sum(), covered[size:, size:].sum()]
-        most = [1 + k for k in range(4) if counts[k] == max(counts)]
+        counts = covered.reshape(2, size, 2, size).sum((1, 3)).flatten()
+        most = 1 + np.flatnonzero(counts == counts.max())
         assert caption.kept_patches(setting, box, size) == [0, *most]
     assert caption.kept_patches(None, None, 256) == [0]
     assert caption.kept_patches("1/2", (128, 0, 256, 256), 256) == [0]
@@ -161,10 +147,7 @@ def test_the_box_of_a_composite_is_in_pixels_of_its_file_even_if_less_is_decoded
     # A JPEG as large as this is decoded at half its size: its views have 64 pixels.
     Image.new("RGB", (512, 512), "red").save(tmp_path / "large.jpg")
     composite = ("large.jpg", "1/4", (256, 256, 512, 512))
-
-    def processor(images, return_tensors):
-        return {"pixel_values": torch.zeros(1, 5, 3, 2, 2)}
-
+    processor = mock.Mock(return_value={"pixel_values": torch.zeros(1, 5, 3, 2, 2)})
     ((_, _, kept),), _ = caption.load_views([composite], tmp_path, processor, 64, prune=True)
     assert kept == [0, 4]
 
@@ -174,16 +157,11 @@ class Llava:
 
     def __init__(self, folder, pictures):
         self.model, self.processor, side, self.prompt = caption.load_llava(folder, "describe this image")
-        files = [file for file in common.list_images(pictures / "photos") if "4.png" not in file]
-        self.images = [common.load_image(pictures / "photos" / file, side) for file in files]
-        self.views = [self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
-                      for image in self.images]
-
-    def embed(self, pixels, kept):
-        return caption.embed_question(self.model, pixels, kept, self.prompt)
+        self.images = [common.load_image(file, side) for file in pictures.glob("photos/class1/*.png")]
+        self.views = self.processor.image_processor(images=self.images, return_tensors="pt")["pixel_values"]
 
     def answers(self, pixels, kept):
-        embeddings, mask = self.embed(pixels, kept)
+        embeddings, mask = caption.embed_question(self.model, pixels, kept, self.prompt)
         return caption.greedy_answers(self.model, self.processor.tokenizer, mask, 20,
                                       inputs_embeds=embeddings)
 
@@ -196,21 +174,14 @@ def llava(tiny_llava, pictures):
 def test_without_pruning_it_is_transformers_own_path_to_the_last_bit(llava):
     text = llava.processor.tokenizer.decode(llava.prompt)
     answers = set()
-    for image, views in zip(llava.images[:5], llava.views):
+    for image, views in zip(llava.images, llava.views):
         inputs = llava.processor(images=image, text=text, add_special_tokens=False, return_tensors="pt")
-        seen = []
-
-        def watch(module, args, kwargs, seen=seen):
-            seen.append(kwargs["inputs_embeds"])
-
-        hook = llava.model.model.language_model.register_forward_pre_hook(watch, with_kwargs=True)
+        theirs = llava.model(**inputs, output_hidden_states=True).hidden_states[0]
+        embeddings, mask = caption.embed_question(llava.model, [views], [caption.ALL_VIEWS], llava.prompt)
+        assert torch.equal(embeddings, theirs) and mask.all()
         own = llava.model.generate(**inputs, do_sample=False, max_new_tokens=20)
-        hook.remove()
         own = own[0, inputs["input_ids"].shape[1]:]
-
-        embeddings, mask = llava.embed([views], [caption.ALL_VIEWS])
-        assert torch.equal(embeddings, seen[0]) and mask.all()
-        ours = llava.answers([views], [caption.ALL_VIEWS])[0]
+        [ours] = llava.answers([views], [caption.ALL_VIEWS])
         assert ours == llava.processor.tokenizer.decode(own, skip_special_tokens=True)
         answers.add(ours)
     assert len(answers) > 1, "the answers should depend on the pictures"
@@ -234,8 +205,8 @@ def test_pruned_embeddings_are_the_kept_subset_in_order(llava, kept):
     hook = llava.model.model.vision_tower.register_forward_pre_hook(
         lambda module, args: passed.append(len(args[0])))
     views = llava.views[0]
-    full, _ = llava.embed([views], [caption.ALL_VIEWS])
-    pruned, mask = llava.embed([views[kept]], [kept])
+    full, _ = caption.embed_question(llava.model, [views], [caption.ALL_VIEWS], llava.prompt)
+    pruned, mask = caption.embed_question(llava.model, [views[kept]], [kept], llava.prompt)
     hook.remove()
     assert passed == [5, len(kept)], "other views should not pass through the vision tower"
     assert mask.all() and len(pruned[0]) == places.sum()
@@ -257,22 +228,21 @@ def test_a_batch_padded_on_the_left_says_what_each_picture_says_alone(llava):
     assert llava.answers(pixels, kept) == alone
 
 
-def test_an_answer_ends_at_the_models_end_token_and_at_the_tokenizers(llava, monkeypatch):
-    llava = copy.copy(llava)
-    llava.processor = copy.deepcopy(llava.processor)
-
+def test_an_answer_ends_at_the_models_end_token_and_at_the_tokenizers(llava):
     def answer(views):
         return llava.answers([views], [caption.ALL_VIEWS])[0].split()
 
     views = max(llava.views, key=lambda views: len(answer(views)))
     words = answer(views)
     assert len(words) > 1
-    llava.processor.tokenizer.eos_token = words[0]
-    assert answer(views) == words[:1]
-    llava.processor.tokenizer.eos_token = "</s>"
-    assert answer(views) == words
-    monkeypatch.setattr(llava.model.generation_config, "eos_token_id", [WORDS.index(words[0]), 2])
-    assert answer(views) == words[:1]
+    for place, name, end in [
+            (llava.processor.tokenizer, "eos_token", words[0]),
+            (llava.model.generation_config, "eos_token_id", [WORDS.index(words[0]), 2])]:
+        before = getattr(place, name)
+        setattr(place, name, end)
+        assert answer(views) == words[:1]
+        setattr(place, name, before)
+        assert answer(views) == words
 
 
 def test_answers_end_with_a_whole_sentence_on_one_line():
@@ -283,12 +253,16 @@ def test_answers_end_with_a_whole_sentence_on_one_line():
 
 # ---- llava: the command
 
-def test_every_photo_gets_a_caption_or_a_reason(tiny_llava, pictures, tmp_path):
-    do("llava", "--images", pictures / "photos", "--model", tiny_llava, "--batch-size", 3,
-       "--max-new-tokens", 12, "--out", tmp_path / "p.jsonl")
+def test_every_photo_gets_a_caption_or_a_reason_unless_it_has_one(tiny_llava, pictures, tmp_path, capsys):
+    (tmp_path / "some.csv").write_text("image_path,caption\n0.png,A dog.\n")
+    (tmp_path / "more.tsv").write_text("class1/11.png\tA cat.\nclass0/2.png\t \n")
+    do("llava", "--images", pictures / "photos", "--captioned", tmp_path / "some.csv", tmp_path / "more.tsv",
+       "--model", tiny_llava, "--batch-size", 3, "--max-new-tokens", 12, "--out", tmp_path / "p.jsonl")
+    assert "2 pictures have captions, 11 need one" in capsys.readouterr().out
     skipped = common.read_jsonl(tmp_path / "p.skipped.jsonl")
-    rows = common.read_jsonl(tmp_path / "p.jsonl") + skipped
-    assert sorted(row["file"] for row in rows) == common.list_images(pictures / "photos")
+    found = [row["file"] for row in common.read_jsonl(tmp_path / "p.jsonl") + skipped]
+    captioned = ["class0/0.png", "class1/11.png"]
+    assert sorted(found + captioned) == common.list_images(pictures / "photos")
     reasons = {row["file"]: row["reason"] for row in skipped}
     assert reasons["class0/4.png"].startswith("not a readable image")
 
@@ -305,36 +279,27 @@ def test_composites_are_shown_the_views_of_their_setting(tiny_llava, pictures, t
         return embed_question(model, pixels, kept, prompt)
 
     monkeypatch.setattr(caption, "embed_question", watch)
-    manifest = pictures / "cutmix/cutmix.jsonl"
-    rows = common.read_jsonl(manifest)
+    rows = common.read_jsonl(pictures / "cutmix/cutmix.jsonl")
     assert {row["setting"] for row in rows} == {"1/2", "1/4", "1/9", "1/16"}
-    options = ["llava", "--cutmix", manifest, "--model", tiny_llava, "--max-new-tokens", 2]
-    do(*options, "--out", tmp_path / "c.jsonl")
-    assert seen == [caption.kept_patches(row["setting"], row["box"], 64) for row in rows]
-    seen.clear()
-    do(*options, "--out", tmp_path / "d.jsonl", "--no-prune")
-    assert seen == [[0, 1, 2, 3, 4]] * len(rows)
+    expected = [caption.kept_patches(row["setting"], row["box"], 64) for row in rows]
+    for flags, kept in ([], expected), (["--no-prune"], [caption.ALL_VIEWS] * len(rows)):
+        seen.clear()
+        do("llava", "--cutmix", pictures / "cutmix/cutmix.jsonl", "--model", tiny_llava, *flags,
+           "--max-new-tokens", 2, "--out", tmp_path / f"c{len(flags)}.jsonl")
+        assert seen == kept
 
 
-def test_captions_find_their_files_and_only_the_other_pictures_need_one(pictures, tmp_path, capsys):
+def test_captions_find_their_files_with_a_folder_or_by_a_name_that_is_the_only_one():
     files = ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/3.jpg", "b/4.jpg"]
+    # The authors' files leave out the folder.
     captions = {"2.jpg": "two", "1.jpg": "which?", "b/3.jpg": "three", "9.jpg": "none"}
     matched, skipped = caption.match(files, captions)
-    # Without its folder, as in the authors' files, a name must be the only one.
     assert list(matched.items()) == [("a/2.jpg", "two"), ("b/3.jpg", "three")]
     assert [(row["file"], row["reason"]) for row in skipped] == [
         ("a/1.jpg", "no caption"), ("b/1.jpg", "no caption"), ("b/4.jpg", "no caption"),
         ("1.jpg", "caption, but images of this name in several folders"),
         ("9.jpg", "caption, but no such image")]
     assert caption.match(["1.jpg", "a/1.jpg"], {"1.jpg": "flat"})[0] == {"1.jpg": "flat"}
-
-    (tmp_path / "some.csv").write_text("image_path,caption\n0.png,A dog.\n")
-    (tmp_path / "more.tsv").write_text("class1/11.png\tA cat.\nclass0/2.png\t \n")
-    missing, _ = caption.pictures_to_caption(argparse.Namespace(
-        images=pictures / "photos", cutmix=None, captioned=[tmp_path / "some.csv", tmp_path / "more.tsv"]))
-    captioned = {"class0/0.png", "class1/11.png"}
-    assert {file for file, _, _ in missing} == set(common.list_images(pictures / "photos")) - captioned
-    assert "2 pictures have captions, 11 need one" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", [
@@ -345,6 +310,47 @@ def test_a_row_that_cutmix_did_not_write_is_refused_by_its_number(tmp_path, chan
     common.write_jsonl(tmp_path / "cutmix.jsonl", [row, {**row, **change}])
     words = ["llava", "--cutmix", tmp_path / "cutmix.jsonl", "--out", tmp_path / "out.jsonl"]
     assert "cutmix.jsonl row 2: not a composite of cutmix.py" in refusal(do, *words)
+
+
+def test_a_killed_command_goes_on_with_other_ranks_to_the_same_bytes(
+        tiny_llava, pictures, tmp_path, monkeypatch):
+    one, many = tmp_path / "one/c.jsonl", tmp_path / "many/c.jsonl"
+    words = ["llava", "--images", pictures / "photos", "--model", tiny_llava, "--batch-size", 1,
+             "--workers", 0, "--max-new-tokens", 2, "--out"]
+    do(*words, one)
+    made = []
+
+    def load_views(batch, *rest, load_views=caption.load_views):
+        made.append(batch)
+        if len(made) == 10:
+            raise KeyboardInterrupt
+        return load_views(batch, *rest)
+
+    def join_rows(*arguments):
+        # While this rank is about to join the units, another one joins and removes them.
+        monkeypatch.setattr(caption, "join_rows", common.join_rows)
+        do(*words, many)
+        common.join_rows(*arguments)
+
+    monkeypatch.setattr(caption, "load_views", load_views)
+    monkeypatch.setattr(caption, "join_rows", join_rows)
+    with pytest.raises(KeyboardInterrupt):
+        do(*words, many)
+    made.clear()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    # Of two units the first, of 8 pictures, is there, and the third rank has none to make.
+    for rank, count in (("2", 0), ("1", 5), ("0", 5)):
+        monkeypatch.setenv("RANK", rank)
+        assert not many.exists() or rank == "0"
+        do(*words, many)
+        assert len(made) == count
+    assert sorted(os.listdir(many.parent)) == ["c.jsonl", "c.jsonl.settings", "c.skipped.jsonl"]
+    for path in many.parent.iterdir():
+        assert path.read_bytes() == (one.parent / path.name).read_bytes()
+    # Another command's file is left alone.
+    assert "c.jsonl: begun with other settings (no prune False" in refusal(do, *words, many, "--no-prune")
+    many.write_bytes(b"")
+    assert "c.jsonl: is empty" in refusal(do, *words, many)
 
 
 # ---- extend
@@ -378,118 +384,60 @@ def test_prompts_become_long_stay_whole_or_stay_short(tiny_llm, tmp_path, monkey
 
     monkeypatch.setattr(caption, "greedy_answers", greedy_answers)
     dog = {"tag": "colors", "include": [{"class": "dog"}], "prompt": "a photo of a red dog"}
-    common.write_jsonl(tmp_path / "evaluation_metadata.jsonl", [
-        dog, {"prompt": ""}, {"tag": "counting", "prompt": "a photo of seven clocks"},
-        {"tag": "colors", "prompt": "a photo of a blue cat"}, {**dog, "tag": "again"}])
-    do("extend", "--prompts", tmp_path / "evaluation_metadata.jsonl", "--out", tmp_path / "long.jsonl",
+    cat = {"tag": "colors", "prompt": "a photo of a blue cat"}
+    clocks = {"tag": "counting", "prompt": "a photo of seven clocks"}
+    common.write_jsonl(tmp_path / "p.jsonl", [dog, {"prompt": ""}, clocks, cat, {**dog, "tag": "again"}])
+    do("extend", "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "long.jsonl",
        "--model", tiny_llm, "--batch-size", 3)
-    rows = common.read_jsonl(tmp_path / "long.jsonl")
-    assert rows[0] == {**dog, "short_prompt": "a photo of a red dog",
-                       "prompt": "The image features a red dog. The dog is on a table."}
-    assert rows[1]["prompt"] == "The image features seven clocks."
-    assert rows[2]["prompt"] == rows[2]["short_prompt"] == "a photo of a blue cat"
-    assert rows[3] == {**rows[0], "tag": "again"}
+    long_dog = {**dog, "prompt": "The image features a red dog. The dog is on a table.",
+                "short_prompt": dog["prompt"]}
+    assert common.read_jsonl(tmp_path / "long.jsonl") == [
+        long_dog,
+        {**clocks, "prompt": "The image features seven clocks.", "short_prompt": clocks["prompt"]},
+        {**cat, "short_prompt": cat["prompt"]},
+        {**long_dog, "tag": "again"}]
     # The first is the trial of the model.
     assert asked == [1, 3, 2, 1, 1]
     assert "1 of 4 prompts were kept short\n  a photo of a blue cat" in capsys.readouterr().out
-    skipped, = common.read_jsonl(tmp_path / "long.skipped.jsonl")
-    assert skipped == {"file": "evaluation_metadata.jsonl row 2", "reason": "no word in it"}
+    assert common.read_jsonl(tmp_path / "long.skipped.jsonl") == [
+        {"file": "p.jsonl row 2", "reason": "no word in it"}]
 
 
+def other_grid(content):
+    return re.sub(rb"56,\s*56", b"56, 84", content)
+
+
+@pytest.mark.parametrize("command, kind, name, change, words", [
+    ("llava", "llava", "model.safetensors", lambda content: content[:5000], "does not load"),
+    ("llava", "llava", "chat_template.jinja", lambda _: b"text", "no <image> in its chat"),
+    ("llava", "llava", "processor_config.json", other_grid, "no 2 x 2 grid"),
+    ("llava", "llm", "config.json", bytes, "not llava_next, but llama"),
+    ("extend", "llm", "chat_template.jinja", lambda _: b"", "not a model that can be asked")])
 def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_made(
-        tiny_llava, tiny_llm, pictures, tmp_path):
+        request, pictures, tmp_path, command, kind, name, change, words):
+    model = shutil.copytree(request.getfixturevalue(f"tiny_{kind}"), tmp_path / "model")
+    content = change((model / name).read_bytes())
+    (model / name).unlink()
+    if content:
+        (model / name).write_bytes(content)
     (tmp_path / "prompts.txt").write_text("a dog\n")
-    photos = ["llava", "--images", pictures / "photos"]
-    prompts = ["extend", "--prompts", tmp_path / "prompts.txt"]
-
-    def other_grid(content):
-        return re.sub(rb"56,\s*56", b"56, 84", content)
-
-    for command, model, name, change, words in [
-            (photos, tiny_llava, "model.safetensors", lambda content: content[:5000], "does not load"),
-            (photos, tiny_llava, "chat_template.jinja", lambda _: b"text", "no <image> in its chat"),
-            (photos, tiny_llava, "processor_config.json", other_grid, "no 2 x 2 grid"),
-            (photos, tiny_llm, "config.json", bytes, "not llava_next, but llama"),
-            (prompts, tiny_llm, "chat_template.jinja", None, "not a model that can be asked")]:
-        model = shutil.copytree(model, tmp_path / "model")
-        content = (model / name).read_bytes()
-        (model / name).unlink()
-        if change:
-            (model / name).write_bytes(change(content))
-        assert words in refusal(do, *command, "--out", tmp_path / "out.jsonl", "--model", model)
-        shutil.rmtree(model)
+    given = {"llava": ["--images", pictures / "photos"], "extend": ["--prompts", tmp_path / "prompts.txt"]}
+    options = [*given[command], "--out", tmp_path / "out.jsonl", "--model", model]
+    assert words in refusal(do, command, *options)
     assert not list(tmp_path.glob("out*"))
-
-
-# ---- A file that ranks make together
-
-ITEMS = [f"f{k}" for k in range(23)]
-
-
-def rows_of(items):
-    """Yield a row for each item, of which some are broken; captions depend on the batch of 4."""
-    for batch in common.in_batches(items, 4):
-        for item in batch:
-            good = {"file": item, "caption": f"{item} of {batch[0]} ä\u2028"}
-            yield {"file": item, "reason": "broken"} if int(item[1:]) % 5 == 3 else good
-
-
-def write(folder, rank=0, world=1, rows_of=rows_of, model="a model"):
-    """Write ITEMS as one of several ranks; return whether all is there, and all files."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RANK", str(rank))
-        patch.setenv("WORLD_SIZE", str(world))
-        done = caption.write_together(folder / "c.jsonl", {"model": model}, ITEMS, 8, rows_of)
-    return done, {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
-
-
-def test_rows_that_are_whole_are_not_made_again_whoever_made_them(tmp_path):
-    one, many = tmp_path / "one", tmp_path / "many"
-    _, expected = write(one)
-    assert sorted(expected) == ["c.jsonl", "c.jsonl.settings", "c.skipped.jsonl"]
-    files = [json.loads(line)["file"] for line in expected["c.jsonl"].splitlines()]
-    assert files == [item for item in ITEMS if int(item[1:]) % 5 != 3]
-    made = []
-
-    def killed(items):
-        for row in rows_of(items):
-            if row["file"] == "f10":
-                raise KeyboardInterrupt
-            made.append(row["file"])
-            yield row
-
-    with pytest.raises(KeyboardInterrupt):
-        write(many, rows_of=killed)
-    # Of three units the first is there; of two ranks the second has but one to make.
-    assert made == ITEMS[:10] and (many / "c.jsonl.parts/00000.jsonl").exists()
-    assert "begun with other settings (model a model" in refusal(write, many, 0, 2, None, "b")
-    done, files = write(many, 1, 2)
-    assert not done and not files
-    assert write(many, 2, 3) == (True, expected)
-    # No row is asked for, and another command's file is left alone.
-    assert write(many, 0, 5, rows_of=None) == (True, expected)
-    assert "c.jsonl: begun with other settings" in refusal(write, many, 0, 1, None, "another")
-    assert not (many / "c.jsonl.parts").exists()
-    (many / "c.jsonl").write_bytes(b"")
-    assert "c.jsonl: is empty" in refusal(write, many)
-
-
-def test_of_two_ranks_that_end_together_the_second_finds_its_work_done(tmp_path, monkeypatch):
-    join_rows = caption.join_rows
-
-    def after_another(*arguments):
-        # While this rank is about to join the units, another one joins and removes them.
-        monkeypatch.setattr(caption, "join_rows", join_rows)
-        assert write(tmp_path)[0]
-        join_rows(*arguments)
-
-    monkeypatch.setattr(caption, "join_rows", after_another)
-    assert write(tmp_path)[0] and not (tmp_path / "c.jsonl.parts").exists()
 
 
 # ---- Captions and prompts
 
 TEXT = "x\u2028y\x85\nz"
+
+
+def coco(count, texts, indent=None):
+    """Return COCO's captions, some for each image but the first; the last id comes first."""
+    images = [{"id": k, "file_name": f"{k}.jpg"} for k in reversed(range(count + 1))]
+    annotations = [{"id": 100 * i + k, "image_id": k, "caption": texts[i].format(k)}
+                   for k, i in itertools.product(range(count), reversed(range(len(texts))))]
+    return json.dumps({"images": images, "annotations": annotations}, indent=indent)
 
 
 @pytest.mark.parametrize("name, content, captions, skipped", [
@@ -499,26 +447,28 @@ TEXT = "x\u2028y\x85\nz"
     ("a.tsv", f'Filename\tText\nä.jpg\t"{TEXT}"\nb\t...\n', {"ä.jpg": TEXT}, ["b"]),
     # The authors' has no line of names.
     ("a.tsv", '1.JPEG\t"A dog" sits.\n2.JPEG\tA cat\twith a tab.\n3',
-     {"1.JPEG": '"A dog" sits.', "2.JPEG": "A cat\twith a tab."}, ["3"])])
-def test_captions_are_read_as_people_have_them(tmp_path, name, content, captions, skipped):
-    (tmp_path / name).write_bytes(content.encode())
-    rows = [{"file": file, "reason": "no word in its caption"} for file in skipped]
-    assert caption.read_captions(tmp_path / name) == (captions, rows)
-
-
-@pytest.mark.parametrize("name, content, prompts, skipped", [
-    ("p.txt", "\ufeffa\u2028b\x85c\x0cd\r\n...\r\n[V] dog\r\n\r\n", ["a\u2028b\x85c\x0cd", "[V] dog"], [2]),
+     {"1.JPEG": '"A dog" sits.', "2.JPEG": "A cat\twith a tab."}, ["3"]),
+    ("p.txt", "\ufeffa\u2028b\x85c\x0cd\r\n...\r\n[V] dog\r\n\r\n", ["a\u2028b\x85c\x0cd", "[V] dog"],
+     ["p.txt row 2"]),
     ("p.txt", "a star\ra dog\r", ["a star", "a dog"], []),
-    ("p.json", '{"caption": "a\u2028b"}\n{"prompt": ""}\n', ["a\u2028b"], [2]),
+    ("p.json", '{"caption": "a\u2028b"}\n{"prompt": ""}\n', ["a\u2028b"], ["p.json row 2"]),
     # As PartiPrompts has it, and as pandas writes it.
     ("p.tsv", 'Prompt\tNote\n"G I G" in paint\tx\na "red" tag\t\n', ['"G I G" in paint', 'a "red" tag'], []),
     ("p.tsv", 'Prompt\tNote\n"""G I G"" in paint"\tx\n', ['"G I G" in paint'], []),
-    ("p.csv", 'id,PROMPT\n1,"a, b"\n2,\n', ["a, b"], [2])])
-def test_prompts_are_read_as_people_have_them(tmp_path, name, content, prompts, skipped):
+    ("p.csv", 'id,PROMPT\n1,"a, b"\n2,\n', ["a, b"], ["p.csv row 2"]),
+    # An image's first caption that has a word.
+    ("p.json", coco(2, ["- ", "eins {} ä ", "zwei"]), ["eins 0 ä", "eins 1 ä"], ["p.json 2"]),
+    ("p.json", coco(1, ["eins"], indent=1), ["eins"], ["p.json 1"])])
+def test_captions_and_prompts_are_read_as_people_have_them(tmp_path, name, content, captions, skipped):
     (tmp_path / name).write_bytes(content.encode())
-    rows, left_out = caption.read_prompts(tmp_path / name)
-    assert [row["prompt"] for row in rows] == prompts
-    assert [row["file"] for row in left_out] == [f"{name} row {k}" for k in skipped]
+    if isinstance(captions, dict):
+        found, left_out = caption.read_captions(tmp_path / name)
+    else:
+        rows, left_out = caption.read_prompts(tmp_path / name)
+        found = [row["prompt"] for row in rows]
+    assert found == captions
+    assert [row["file"] for row in left_out] == skipped
+    assert all(row["reason"].startswith("no word in it") for row in left_out)
 
 
 def test_a_folder_of_texts_gives_each_prompt_its_name(tmp_path):
@@ -530,37 +480,16 @@ def test_a_folder_of_texts_gives_each_prompt_its_name(tmp_path):
     assert skipped == [{"file": f"{tmp_path.name} 1", "reason": "no word in it"}]
 
 
-def coco(count, texts):
-    """Return COCO's captions, some for each image, with the last id first."""
-    images = [{"id": k, "file_name": f"{k}.jpg"} for k in reversed(range(count))]
-    annotations = [{"id": 100 * i + k, "image_id": k, "caption": texts[i].format(k)}
-                   for k, i in itertools.product(range(count), reversed(range(len(texts))))]
-    return {"images": images, "annotations": annotations}
-
-
-def test_cocos_prompts_are_each_images_first_caption_with_a_word(tmp_path):
-    content = coco(2, ["- ", "eins {} ä ", "zwei"])
-    content["images"].append({"id": 2, "file_name": "2.jpg"})
-    for indent in (None, 1):
-        (tmp_path / "coco.json").write_text(json.dumps(content, indent=indent))
-        rows, skipped = caption.read_prompts(tmp_path / "coco.json")
-        assert rows == [{"prompt": f"eins {k} ä", "name": f"{k}", "file": f"{k}.jpg"} for k in range(2)]
-        assert skipped == [{"file": "coco.json 2", "reason": "no word in it"}]
-
-
-def test_a_limit_chooses_by_seed_what_it_always_chose(tmp_path):
-    (tmp_path / "coco.json").write_text(json.dumps(coco(50, ["caption {}"])))
+# What commit cf74f17 chose; a lower limit takes a part of COCO's images.
+@pytest.mark.parametrize("name, limit, seed, chosen", [
+    ("coco.json", 5, 0, [6, 14, 34, 38, 44]), ("coco.json", 5, 1, [1, 16, 32, 35, 47]),
+    ("coco.json", 3, 0, [6, 38, 44]), ("p.txt", 5, 0, [2, 16, 24, 26, 48]),
+    ("p.txt", 5, 1, [4, 8, 16, 36, 48]), ("p.txt", 99, 0, range(50))])
+def test_a_limit_chooses_by_seed_what_it_always_chose(tmp_path, name, limit, seed, chosen):
+    (tmp_path / "coco.json").write_text(coco(50, ["caption {}"]))
     (tmp_path / "p.txt").write_text("".join(f"caption {k}\n" for k in range(50)))
-    # What commit cf74f17 chose.
-    for name, seed, expected in [
-            ("coco.json", 0, [6, 14, 34, 38, 44]), ("coco.json", 1, [1, 16, 32, 35, 47]),
-            ("p.txt", 0, [2, 16, 24, 26, 48]), ("p.txt", 1, [4, 8, 16, 36, 48])]:
-        rows, _ = caption.read_prompts(tmp_path / name, 5, seed)
-        assert [row["prompt"] for row in rows] == [f"caption {k}" for k in expected]
-        assert len(caption.read_prompts(tmp_path / name, 99)[0]) == 50
-    # A lower limit takes a part of COCO's images.
-    rows, _ = caption.read_prompts(tmp_path / "coco.json", 3)
-    assert {row["name"] for row in rows} < {"6", "14", "34", "38", "44"}
+    rows, _ = caption.read_prompts(tmp_path / name, limit, seed)
+    assert [row["prompt"] for row in rows] == [f"caption {k}" for k in chosen]
 
 
 IMAGE = b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": ['
@@ -569,7 +498,6 @@ IMAGE = b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": ['
 @pytest.mark.parametrize("read, name, content, words", [
     ("captions", "a.tsv", b"1.jpg\tA dog.\n1.jpg\tA cat.\n", "row 2: 1.jpg had another caption"),
     ("captions", "a.tsv", b"1.jpg A dog.\n2.jpg A cat.\n", "row 1: needs a text called file or image_path"),
-    ("captions", "a.csv", b"1.jpg\t\xff\n", "text in UTF-8"),
     ("captions", "a.jsonl", b'{"file": "a", "caption": 3}\n', "caption or text, and has file, caption"),
     ("captions", "a.jsonl", b'{"file": "a", "caption": "x \\ud83d"}\n', "row 1: not text that UTF-8"),
     ("captions", "a.csv", b"file,caption\n1.jpg,A dog, a cat\n", "row 1 has more cells"),

@@ -2,40 +2,43 @@
 
 import errno
 import io
-import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, photo, run
+from conftest import ROOT, photo, refusal, run
 from PIL import Image
 from tqdm import tqdm
 
 import common
 from common import UserError
 
-# --------------------------------------------------------------------------------------
-# Mistakes and options
+# ---- Mistakes and options
 
-def test_an_error_is_one_line_that_no_progress_bar_touches(capsys, monkeypatch):
+@pytest.mark.parametrize("error, line", [
+    (UserError("--lr 7: must be small,\n  much smaller"), "--lr 7: must be small, much smaller"),
+    (torch.OutOfMemoryError("CUDA out of memory.\nGPU 0"), "CUDA out of memory. .*--micro-batch")])
+def test_an_error_is_one_line_that_no_progress_bar_touches(capsys, monkeypatch, error, line):
     monkeypatch.setattr(sys, "argv", ["/some/where/train.py"])
 
     def main():
-        bar = tqdm(range(3))
-        next(iter(bar))
-        raise UserError("--lr 7: must be small,\n  much smaller")
+        bar = iter(tqdm(range(3)))
+        next(bar)
+        raise error
 
     with pytest.raises(SystemExit) as stop:
         common.command_line(main)
     assert stop.value.code == 2
-    last = capsys.readouterr().err.split("\n")[-2:]
-    assert last == ["train.py: --lr 7: must be small, much smaller", ""]
+    *_, last, nothing = capsys.readouterr().err.split("\n")
+    assert re.match(f"train.py: {line}", last) and not nothing
 
 
 def test_what_a_terminal_cannot_show_ends_no_run(monkeypatch):
@@ -45,62 +48,33 @@ def test_what_a_terminal_cannot_show_ends_no_run(monkeypatch):
     assert terminal.buffer.getvalue() == b"caf\\xe9 \\udcff\n"
 
 
-def test_a_gpu_without_enough_memory_is_one_line(capsys):
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...")
-
-    with pytest.raises(SystemExit) as ended:
-        common.command_line(main)
-    assert ended.value.code == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "--micro-batch" in message
-
-
-@pytest.mark.parametrize("text, words", [
-    ("0", "must be at least 1"), ("nan", "invalid whole number"), ("1e3", "invalid whole number")])
-def test_an_option_out_of_its_bounds_is_refused_with_its_name(text, words):
-    parser = common.Options("About.")
-    parser.add_argument("--steps", type=common.number(int, 1))
-    parser.add_argument("--p", type=common.number(float, 0, 1))
-    with pytest.raises(UserError, match=f"--steps: .*{words}"):
-        parser.parse_args(["--steps", text])
-    for share in ("nan", "inf", "-0.1", "1.1"):
-        with pytest.raises(UserError, match="--p: .*must be at"):
-            parser.parse_args([f"--p={share}"])
-    assert parser.parse_args(["--steps", "3", "--p", "0.5"]).p == 0.5
-
-
 @pytest.mark.parametrize("content, why", [
     (b"\xff", "UnicodeDecodeError"), (b"{", "JSONDecodeError"), (b"[" * 100_000, "Recursion"),
     (b"[3]", "no JSON object"), (b"", "JSONDecodeError"), (b"version https://git-lfs.x", "git-lfs")])
 def test_whatever_is_wrong_with_a_file_is_one_line_with_its_name(tmp_path, content, why):
     (tmp_path / "car.json").write_bytes(content)
-    with pytest.raises(UserError, match=f"car.json: not the settings of a car .*{why}") as error:
-        common.read_json(tmp_path / "car.json", "the settings of a car")
-    assert "\n" not in str(error.value) and len(str(error.value)) < 500
-    with pytest.raises(UserError, match="none: No such file"):
-        common.read_json(tmp_path / "none", "a car")
+    line = refusal(common.read_json, tmp_path / "car.json", "the settings of a car")
+    assert "car.json: not the settings of a car (" in line and why in line and len(line) < 500
+    assert "none: No such file" in refusal(common.read_json, tmp_path / "none", "a car")
 
 
 def test_an_output_that_is_an_input_or_lies_in_one_is_refused(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "photos")
     for out in ("photos", "photos/out", "link/out", "photos/../photos"):
-        with pytest.raises(UserError, match="choose another"):
-            common.keep_apart(tmp_path / out, None, tmp_path / "photos")
+        assert "choose another" in refusal(common.keep_apart, tmp_path / out, None, tmp_path / "photos")
     common.keep_apart(tmp_path / "photos-2", None, tmp_path / "photos")
 
 
-# --------------------------------------------------------------------------------------
-# Files
+# ---- Files
 
-def test_what_failed_half_made_is_not_there(tmp_path):
+def test_what_failed_half_made_is_not_there_and_a_full_disk_is_told_with_the_files_name(tmp_path):
     path = tmp_path / "new" / "out"
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(OSError, match="No space left.*new/out"):
         with common.complete(path) as temporary:
             temporary.write_text("half")
             assert not path.exists()
-            raise ZeroDivisionError
+            raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(path.parent.iterdir())
     with common.complete(path) as temporary:
         temporary.write_text("whole")
@@ -108,135 +82,102 @@ def test_what_failed_half_made_is_not_there(tmp_path):
     assert path.read_text() == "whole"
 
 
-def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path):
-    with pytest.raises(OSError, match="No space left.*captions.jsonl"):
-        with common.complete(tmp_path / "captions.jsonl"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_jsonl_is_read_line_by_line_and_damage_is_named(tmp_path, capsys):
+def test_jsonl_keeps_every_name_and_a_torn_last_line_is_left_out(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
-    # A mark in front; U+2028 is no end of a line; torn inside a character.
-    path.write_bytes('\ufeff{"a": "x\u2028y"}\n\n{"a": "ä'.encode()[:-1])
-    assert common.read_jsonl(path) == [{"a": "x\u2028y"}]
-    assert "torn" in capsys.readouterr().err
-    path.write_text('{"a": 1}\n{"a": \n{"a": 2}\n')
-    with pytest.raises(UserError, match="line 2: not JSON"):
-        common.read_jsonl(path)
-    path.write_text("[1]\n")
-    with pytest.raises(UserError, match="line 1: not a JSON object"):
-        common.read_jsonl(path)
-
-
-def test_jsonl_keeps_every_name_even_one_that_is_not_utf8(tmp_path):
+    # A name that is not UTF-8; U+2028 is no end of a line.
     rows = [{"file": "latin-\udce4.jpg"}, {"file": "ä\u2028\n"}]
-    common.write_jsonl(tmp_path / "a.jsonl", rows)
-    assert common.read_jsonl(tmp_path / "a.jsonl") == rows
+    common.write_jsonl(path, rows)
+    # A mark in front; torn inside a character.
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + '\n{"a": "x\u2028y"}\n{"a": "ä'.encode()[:-1])
+    assert common.read_jsonl(path) == [*rows, {"a": "x\u2028y"}]
+    assert "torn" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------------------
-# An output that is made of files
+@pytest.mark.parametrize("content, words", [
+    ('{"a": 1}\n{"a": \n{"a": 2}\n', "line 2: not JSON"), ("[1]\n", "line 1: not a JSON object")])
+def test_jsonl_that_is_damaged_is_refused_by_its_line(tmp_path, content, words):
+    (tmp_path / "a.jsonl").write_text(content)
+    assert f"a.jsonl {words}" in refusal(common.read_jsonl, tmp_path / "a.jsonl")
+
+
+# ---- An output that is made of files
 
 UNITS = {f"{k}.txt": k for k in range(7)}
 
 
-def tenfold(numbers):
-    """Yield the content of a unit for each number."""
-    for k in numbers:
-        yield str(10 * k).encode()
-
-
-def make(out, settings=None, units=UNITS, maker=tenfold):
+def make(out, settings=None, units=UNITS, maker=None):
     return common.make_together(out, settings or {"size": 3, "box": (1, 2)}, units, maker)
 
 
-def test_any_number_of_ranks_shares_the_units_and_the_last_one_learns_that_all_are_there(tmp_path,
-                                                                                         monkeypatch):
-    for world in (1, 2, 3, 9):
-        monkeypatch.setenv("WORLD_SIZE", str(world))
-        ended = []
-        for rank in reversed(range(world)):
-            monkeypatch.setenv("RANK", str(rank))
-            ended.append(make(tmp_path / str(world)))
-        assert ended == [False] * (world - 1) + [True]
-        content = {path.name: path.read_text() for path in (tmp_path / str(world)).glob("*.txt")}
-        assert content == {name: str(10 * k) for name, k in UNITS.items()}
-        assert not list((tmp_path / str(world)).glob(".*"))
-
-
-def test_only_what_is_missing_or_empty_is_made_whoever_made_the_rest(tmp_path, monkeypatch):
+@pytest.mark.parametrize("world", [1, 2, 3, 9])
+def test_any_number_of_ranks_makes_what_a_kill_left_and_the_last_one_learns_that_all_is_there(
+        tmp_path, monkeypatch, world):
     asked = []
 
-    def watched(numbers):
+    def tenfold(numbers):
         for k in numbers:
             asked.append(k)
-            if len(asked) == 4:
-                raise KeyboardInterrupt
             yield str(10 * k).encode()
 
+    def killed(numbers):
+        yield from tenfold(numbers[:3])
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        make(tmp_path, maker=watched)
-    (tmp_path / "1.txt").write_bytes(b"")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
+        make(tmp_path, maker=killed)
+    assert asked == [0, 1, 2]
+    (tmp_path / "0.txt").write_bytes(b"")
     # What a rank of another number of ranks was killed over.
     (tmp_path / ".3.txt.7.tmp").write_text("half")
-    assert not make(tmp_path, maker=watched)
-    assert asked == [0, 1, 2, 3] + [1, 3, 5]
-    assert not (tmp_path / ".3.txt.7.tmp").exists()
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    ended = []
+    for rank in reversed(range(world)):
+        monkeypatch.setenv("RANK", str(rank))
+        ended.append(make(tmp_path, maker=tenfold))
+    assert ended == [False] * (world - 1) + [True]
+    assert sorted(asked[3:]) == [0, 3, 4, 5, 6]
+    (tmp_path / "settings.json").unlink()
+    content = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert content == {name: str(10 * k) for name, k in UNITS.items()}
 
 
 def test_settings_bind_as_soon_as_one_unit_is_there(tmp_path):
-    def fail(_):
-        raise UserError("nothing works")
-        yield
-
-    with pytest.raises(UserError, match="nothing works"):
-        make(tmp_path, {"size": 1}, maker=fail)
-    assert make(tmp_path, {"size": 3, "cuts": {"1/2": 1}}, units={"0.txt": 0})
+    with pytest.raises(ZeroDivisionError):
+        make(tmp_path, {"size": 1}, maker=lambda numbers: (1 / k for k in numbers))
+    assert make(tmp_path, {"size": 3, "cuts": {"1/2": 1}}, {"0.txt": 0}, lambda _: [b"0"])
     for other, words in [({"size": 4, "cuts": {"1/2": 1}}, "size 3, now 4"),
                          ({"size": 3, "cuts": {"1/2": 1, "1/25": 5}}, "1/25 None, now 5"),
-                         ({"size": 3}, "cuts .*, now None")]:
-        with pytest.raises(UserError, match=f"other settings .*{words}"):
-            make(tmp_path, other, units={"0.txt": 0})
+                         ({"size": 3}, "cuts {'1/2': 1}, now None")]:
+        assert f"other settings ({words}" in refusal(make, tmp_path, other, {"0.txt": 0})
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(UserError, match="settings.json: No such file"):
-        make(tmp_path, {"size": 3})
+    assert "settings.json: No such file" in refusal(make, tmp_path)
     (tmp_path / "0.txt").unlink()
     (tmp_path / "settings.json").write_text('{"of": "another command"}')
-    with pytest.raises(UserError, match="settings.json: of another command"):
-        make(tmp_path, {"size": 3})
+    assert "settings.json: of another command" in refusal(make, tmp_path)
 
 
-def test_a_kill_at_any_moment_leaves_whole_units_only_and_no_lock(tmp_path):
+def test_while_a_command_is_at_work_nobody_else_is_and_a_kill_leaves_no_lock(tmp_path):
     script = ("import sys, time, common\n"
               "def slow(numbers):\n"
-              "    for k in numbers:\n"
-              "        time.sleep(0.02)\n"
-              "        yield str(10 * k).encode() * 100_000\n"
-              "common.make_together(sys.argv[1], {'size': 3}, {f'{k}.txt': k for k in range(200)}, slow)\n")
-    out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", script, out], cwd=ROOT)
-    while len(list(out.glob("*.txt"))) < 3:
+              "    yield b'0'\n"
+              "    time.sleep(60)\n"
+              "common.make_together(sys.argv[1], {'size': 3}, {'0.txt': 0, '1.txt': 1}, slow)\n")
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path], cwd=ROOT)
+    while not (tmp_path / "0.txt").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    # While it is at work, nobody else is.
-    with pytest.raises(UserError, match="another command is writing"):
-        make(out, {"size": 3})
+    assert "another command is writing" in refusal(make, tmp_path)
     process.kill()
     process.wait()
-    units = {path.name: int(path.stem) for path in out.glob("*.txt")}
-    for name, k in units.items():
-        assert (out / name).read_bytes() == str(10 * k).encode() * 100_000
-    assert make(out, {"size": 3}, units=units, maker=None)
+    assert make(tmp_path, {"size": 3}, {"0.txt": 0, "1.txt": 1}, lambda _: [b"1"])
 
 
 def test_rows_are_joined_in_order_and_an_output_of_nothing_is_tried_again(tmp_path):
-    (tmp_path / "0").write_text(json.dumps({"file": "a", "reason": "broken"}) + "\n")
-    (tmp_path / "1").write_text("")
+    (tmp_path / "0").write_text('{"file": "a", "reason": "broken"}\n')
+    (tmp_path / "1").touch()
     products = (tmp_path / "rows.jsonl", tmp_path / "skipped.jsonl")
-    with pytest.raises(UserError, match="rows.jsonl: nothing .* 1 files; the first: a: broken"):
-        common.join_rows(tmp_path, ["0", "1"], *products)
+    line = refusal(common.join_rows, tmp_path, ["0", "1"], *products)
+    assert "rows.jsonl: nothing could be made of 1 files; the first: a: broken" in line
     assert not list(tmp_path.iterdir())
     (tmp_path / "0").write_text('{"file": "a", "reason": "broken"}\n{"file": "b"}\n')
     (tmp_path / "1").write_text('{"file": "c"}\n')
@@ -245,32 +186,28 @@ def test_rows_are_joined_in_order_and_an_output_of_nothing_is_tried_again(tmp_pa
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
-def test_reading_ahead_keeps_the_order_and_hands_on_errors(threads):
+def test_reading_ahead_keeps_the_order_hands_on_errors_and_does_not_run_far_ahead(threads):
+    begun = []
+
     def function(k):
+        begun.append(k)
         time.sleep(0.001 * (k % 3))
         return 1 / (50 - k)
 
     results = common.ahead(function, range(100), threads)
-    for k in range(50):
-        assert next(results) == 1 / (50 - k)
+    assert next(results) == 1 / 50
+    time.sleep(0.05)
+    assert len(begun) <= 2 * threads + 1
+    assert [next(results) for _ in range(49)] == [1 / (50 - k) for k in range(1, 50)]
     with pytest.raises(ZeroDivisionError):
         next(results)
-
-
-def test_reading_ahead_does_not_run_far_ahead():
-    begun = []
-    results = common.ahead(begun.append, range(1000), 2)
-    next(results)
-    time.sleep(0.05)
-    assert len(begun) <= 6
 
 
 @pytest.mark.parametrize("rank, world", [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "0")])
 def test_a_rank_that_is_none_is_refused(monkeypatch, rank, world):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
-    with pytest.raises(UserError, match="RANK"):
-        common.rank_and_world()
+    assert f"RANK {rank}, WORLD_SIZE {world}" in refusal(common.rank_and_world)
 
 
 def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
@@ -279,8 +216,7 @@ def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert common.local_device() == torch.device("cuda", 3)
     monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(UserError, match="--nproc-per-node 4"):
-        common.local_device()
+    assert "--nproc-per-node 4" in refusal(common.local_device)
 
 
 def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path):
@@ -289,25 +225,18 @@ def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path):
     assert done.returncode == -signal.SIGINT and not done.stderr.strip(), done.stderr
 
 
-# --------------------------------------------------------------------------------------
-# Images
+# ---- Images
 
-def test_images_are_listed_in_order_and_nothing_else_is(tmp_path):
+def test_images_are_listed_in_order_and_none_twice_where_a_link_leads_back_up(tmp_path):
     for file in ("b/2.JPG", "b/10.png", "a.webp", "b/text.txt", ".hidden/1.png", "b/.2.png"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
-    assert common.list_images(tmp_path) == ["a.webp", "b/10.png", "b/2.JPG"]
-
-
-def test_a_link_that_leads_back_up_lists_no_image_twice(tmp_path):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "1.png").touch()
-    (tmp_path / "a/up").symlink_to(tmp_path)
+    (tmp_path / "b/up").symlink_to(tmp_path)
     (tmp_path / "b/self").symlink_to(tmp_path / "b")
-    (tmp_path / "b/elsewhere").symlink_to(tmp_path / "a")
     # A folder beside is entered by both its names, but not again below itself.
-    assert common.list_images(tmp_path) == ["a/1.png", "b/1.png", "b/elsewhere/1.png"]
+    (tmp_path / "c").symlink_to(tmp_path / "b")
+    expected = ["a.webp", "b/10.png", "b/2.JPG", "c/10.png", "c/2.JPG"]
+    assert common.list_images(tmp_path) == expected
 
 
 def test_every_kind_of_picture_becomes_the_same_rgb(tmp_path):
@@ -326,13 +255,11 @@ def test_every_kind_of_picture_becomes_the_same_rgb(tmp_path):
         assert np.abs(np.asarray(got).astype(int) - ramp[..., None]).max() <= 1, name
 
 
-def test_transparent_parts_are_white(tmp_path):
-    Image.new("RGBA", (20, 20), (200, 0, 0, 0)).save(tmp_path / "alpha.png")
-    Image.new("P", (20, 20), 0).save(tmp_path / "palette.png", transparency=0)
-    Image.new("LA", (20, 20), (0, 128)).save(tmp_path / "half.png")
-    for name, level in (("alpha.png", 255), ("palette.png", 255), ("half.png", 127)):
-        image = common.load_image(tmp_path / name, 16)
-        assert image.getpixel((8, 8)) == (level, level, level), name
+@pytest.mark.parametrize("mode, color, more, level", [
+    ("RGBA", (200, 0, 0, 0), {}, 255), ("P", 0, {"transparency": 0}, 255), ("LA", (0, 128), {}, 127)])
+def test_transparent_parts_are_white(tmp_path, mode, color, more, level):
+    Image.new(mode, (20, 20), color).save(tmp_path / "a.png", **more)
+    assert common.load_image(tmp_path / "a.png", 16).getpixel((8, 8)) == (level,) * 3
 
 
 def test_a_file_that_is_no_picture_or_whose_white_is_unknown_is_named_in_one_line(tmp_path):
@@ -360,25 +287,25 @@ def test_a_part_of_a_cropped_picture_is_that_part(size):
             assert np.abs(expected - part).max() <= 2
 
 
-def test_exif_rotation_is_applied_and_a_damaged_exif_block_is_told_with_the_files_name(tmp_path, capsys):
+def test_exif_rotation_is_applied_and_a_damaged_exif_block_is_told_with_the_files_name(
+        tmp_path, monkeypatch):
+    told = []
+    # As outside of pytest, which collects warnings.
+    monkeypatch.setattr(warnings, "showwarning",
+                        lambda *about: told.append(warnings.formatwarning(*about[:4])))
     upright = photo(3, (64, 64))
     # The camera lay on its side: turn by 270 degrees to see it.
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = upright.transpose(Image.Transpose.ROTATE_90)
-    turned.save(tmp_path / "side.jpg", quality=95, exif=exif)
     damaged = b"Exif\x00\x00MM\x00\x2a\x00\x00\xff\xff\x00\x01"
-    upright.save(tmp_path / "broken.jpg", quality=95, exif=damaged)
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        # As outside of pytest, which collects warnings.
-        warnings.showwarning = lambda *about: print(warnings.formatwarning(*about[:4]), file=sys.stderr)
-        for name in ("side.jpg", "broken.jpg"):
-            got = np.asarray(common.load_image(tmp_path / name, 64)).astype(int)
-            assert np.abs(got - np.asarray(upright)).mean() < 4, name
-    lines = capsys.readouterr().err.split("\n")
-    told = [line for line in lines if line]
-    assert told and all(line.startswith(f"{tmp_path}/broken.jpg: ") for line in told)
+    for name, image, block in [("side.jpg", turned, exif), ("broken.jpg", upright, damaged)]:
+        image.save(tmp_path / name, quality=95, exif=block)
+        got = np.asarray(common.load_image(tmp_path / name, 64)).astype(int)
+        assert np.abs(got - np.asarray(upright)).mean() < 4, name
+    assert told
+    for line in told:
+        assert line.startswith(f"{tmp_path}/broken.jpg: ") and line.count("\n") == 1
 
 
 def test_decoding_a_jpeg_at_reduced_scale_loses_nothing_that_can_be_seen(tmp_path):
@@ -386,32 +313,27 @@ def test_decoding_a_jpeg_at_reduced_scale_loses_nothing_that_can_be_seen(tmp_pat
     rng = np.random.default_rng(0)
     levels = 0
     for k in range(8):
-        noise = rng.integers(0, 256, (5 << k, 6 << k, 3), dtype=np.uint8)
-        octave = Image.fromarray(noise).resize((1504, 1200), Image.Resampling.BICUBIC)
-        levels = levels + np.asarray(octave, np.float32) / 2 ** k
-    big = Image.fromarray((levels / 2).astype(np.uint8))
-    big.save(tmp_path / "big.jpg", quality=95)
-
+        noise = Image.fromarray(rng.integers(0, 256, (5 << k, 6 << k, 3), dtype=np.uint8))
+        levels = levels + np.asarray(noise.resize((1504, 1200)), np.float32) / 2 ** (k + 1)
+    Image.fromarray(levels.astype(np.uint8)).save(tmp_path / "big.jpg", quality=95)
     # A quarter of 1504 x 1200 is still large enough.
     assert common.open_image(tmp_path / "big.jpg", 256).size == (376, 300)
     with Image.open(tmp_path / "big.jpg") as image:
         full = np.asarray(common.resize_and_crop(image.convert("RGB"), 128)).astype(float)
     error = np.asarray(common.load_image(tmp_path / "big.jpg", 128)) - full
-    decibels = 10 * np.log10(255 ** 2 / (error ** 2).mean())
-    assert decibels > 40
+    # 53 decibels; decoded at this size at once, the file would give 51.
+    assert (error ** 2).mean() < 255 ** 2 / 10 ** 5.3
 
 
-# --------------------------------------------------------------------------------------
-# Charts
+# ---- Charts
 
-def test_an_axis_has_round_numbers_around_all_values():
-    assert common.axis([0, 4500]) == [0, 1000, 2000, 3000, 4000, 5000]
-    assert common.axis([0.12, 0.37]) == pytest.approx([0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4])
-    for values in ([3, 3], [0, 0], [-2e-7, 5e9], [1e-9, 1.1e-9]):
-        ticks = common.axis(values)
-        rounding = 1e-9 * (ticks[-1] - ticks[0])
-        assert ticks[0] <= min(values) + rounding and max(values) <= ticks[-1] + rounding
-        assert 2 <= len(ticks) <= 8
+@pytest.mark.parametrize("values, ticks", [
+    ([0, 7000], [0, 2000, 4000, 6000, 8000]), ([0.12, 0.37], [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4]),
+    ([3, 3], [1.5, 2, 2.5, 3, 3.5, 4, 4.5]), ([0, 0], [-1, -0.5, 0, 0.5, 1]),
+    ([-2e-7, 5e9], [0, 1e9, 2e9, 3e9, 4e9, 5e9]),
+    ([1e-9, 1.1e-9], [1e-9, 1.02e-9, 1.04e-9, 1.06e-9, 1.08e-9, 1.1e-9])])
+def test_an_axis_has_round_numbers_around_all_values(values, ticks):
+    assert common.axis(values) == pytest.approx(ticks)
 
 
 def test_a_chart_leaves_out_what_has_no_place_and_escapes_names():
@@ -422,8 +344,7 @@ def test_a_chart_leaves_out_what_has_no_place_and_escapes_names():
     assert common.line_chart({}, "x", "y").endswith("</svg>")
 
 
-# --------------------------------------------------------------------------------------
-# The hub
+# ---- The hub
 
 def test_fetch_asks_the_hub_only_for_what_may_be_there(tmp_path, monkeypatch):
     import huggingface_hub
@@ -438,32 +359,21 @@ def test_fetch_asks_the_hub_only_for_what_may_be_there(tmp_path, monkeypatch):
             raise RemoteEntryNotFoundError.__new__(RemoteEntryNotFoundError)
         return tmp_path / name
 
-    class Session:
-        online = True
-
-        def head(self, *_, **__):
-            if not self.online:
-                raise OSError("no connection\nsecond line")
-
+    session = mock.Mock()
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(huggingface_hub, "get_session", Session)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
     # First what was downloaded before, then the hub.
     assert common.fetch("some/repo", "a", "b") == tmp_path / "b"
     assert asked == [("some/repo", name, cached) for cached in (True, False) for name in "ab"]
-    with pytest.raises(UserError, match="some/repo: .*no a or c in it"):
-        common.fetch("some/repo", "a", "c")
-    Session.online = False
-    with pytest.raises(UserError, match=r"some/repo: .* hub \(no connection second line\)$"):
-        common.fetch("some/repo", "b")
-
+    assert "not on the hub (no a or c in it)" in refusal(common.fetch, "some/repo", "a", "c")
+    session.head.side_effect = OSError("no connection\nsecond line")
+    assert "not on the hub (no connection second line)" in refusal(common.fetch, "some/repo", "b")
     # A path that is mistyped is not asked for.
     asked.clear()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
     for mistyped in ("runs/mine", "../mine", tmp_path / "mine"):
-        with pytest.raises(UserError, match="no such folder"):
-            common.fetch(mistyped, "b")
+        assert "no such folder" in refusal(common.fetch, mistyped, "b")
     assert not asked
 
 
@@ -471,5 +381,4 @@ def test_a_models_folder_with_a_git_lfs_pointer_in_it_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert common.fetch(tmp_path, "none.json", "config.json") == tmp_path / "config.json"
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(UserError, match="tokenizer.json: a git-lfs pointer"):
-        common.fetch(tmp_path, "config.json")
+    assert "tokenizer.json: a git-lfs pointer" in refusal(common.fetch, tmp_path, "config.json")

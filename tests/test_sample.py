@@ -1,6 +1,5 @@
 """The samplers against exact solutions, and the command as people use it."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -16,8 +15,7 @@ from safetensors.torch import load_file, save_file
 import sample
 from common import UserError, read_json, read_jsonl, write_json, write_jsonl
 
-# --------------------------------------------------------------------------------------
-# The samplers
+# ---- The samplers
 
 class Known:
     """The best `denoise` for x_0 ~ N(mean, std^2); the caption says the mean. It notes its batches."""
@@ -48,12 +46,7 @@ def test_a_solver_takes_the_steps_of_its_paper_with_guidance_after_the_first_ste
     """Song et al. 2021, eq. 12, and Lu et al. 2022, Algorithm 2, from their formulas."""
     model = Known(0.5)
     noise = torch.randn(2, 1, 2, 2)
-    seen = []
-    x_0 = solver(model, noise, CAPTION, NULL, 6, 1.5, 0.4, spacing,
-                 on_step=lambda step, x, x_0: seen.append((step, x.float())))
-    # A caller sees every step.
-    assert [step for step, _ in seen] == [0, 1, 2, 3, 4, 5]
-    assert torch.equal(seen[-1][1], x_0)
+    x_0 = solver(model, noise, CAPTION, NULL, 6, 1.5, 0.4, spacing)
     # Captions and null prompts share a batch.
     assert model.rows == [2, 4, 4, 4, 4, 4]
 
@@ -82,28 +75,26 @@ def test_a_solver_takes_the_steps_of_its_paper_with_guidance_after_the_first_ste
     assert np.allclose(x_0, x, atol=1e-5)
 
 
-def error(solver, steps, guidance=0, reference=None, **spacing):
-    """Return a solver's mean error for x_0 ~ N(0.2, 1.5^2), whose exact flow scales the noise."""
-    noise = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    x_0 = solver(Known(1.5), noise, CAPTION, NULL, steps, guidance, clamp=0, **spacing)
-    exact = 0.2 + 1.5 * noise if reference is None else reference
-    return float((x_0 - exact).abs().mean())
-
-
 def test_the_solvers_converge_to_the_exact_flow_dpm_solver_with_order_two_and_ddim_with_order_one():
+    noise = torch.randn(2, 2, 8, 8)
+    # For x_0 ~ N(0.2, 1.5^2) the exact flow scales the noise.
+    exact = 0.2 + 1.5 * noise
+
+    def error(solver, steps, spacing="cosine", guidance=0, exact=exact):
+        x_0 = solver(Known(1.5), noise, CAPTION, NULL, steps, guidance, None, spacing)
+        return float((x_0 - exact).abs().mean())
+
     def order(solver, **how):
-        errors = [error(solver, steps, spacing="cosine", **how) for steps in (8, 64)]
-        return np.log(errors[0] / errors[1]) / np.log(64 / 8)
+        return np.log2(error(solver, 8, **how) / error(solver, 64, **how)) / 3
 
     assert 1.6 < order(sample.dpm_solver) < 2.1
     assert 0.9 < order(sample.ddim) < 1.1
     # With guidance the first step, which has none, is an error of the size of a step.
-    noise = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     end = sample.dpm_solver(Known(1.5), noise, CAPTION, NULL, 1024, 1.5, None)
-    assert 0.9 < order(sample.dpm_solver, guidance=1.5, reference=end) < 1.4
+    assert 0.9 < order(sample.dpm_solver, guidance=1.5, exact=end) < 1.4
     # At few steps, too, and by itself: that is a matter of its own spacing.
-    assert error(sample.dpm_solver, 16) < 0.2 * error(sample.ddim, 16)
-    assert error(sample.dpm_solver, 16) < error(sample.dpm_solver, 16, spacing="linear") / 3
+    assert error(sample.dpm_solver, 16, None) < 0.2 * error(sample.ddim, 16, None)
+    assert error(sample.dpm_solver, 16, None) < error(sample.dpm_solver, 16, "linear") / 3
 
 
 def test_the_cosine_spacing_is_that_of_the_release():
@@ -120,8 +111,7 @@ def test_a_model_that_is_half_added_is_refused_at_once():
         sample.check_models({"new": sample.ModelFamily(torch.nn.Linear, {"S": {}}, "S")})
 
 
-# --------------------------------------------------------------------------------------
-# Checkpoints, and `generate`
+# ---- Checkpoints, and `generate`
 
 @pytest.fixture(scope="module")
 def pipeline(toy_paper):
@@ -145,8 +135,8 @@ def options(checkpoint, out, *words):
 
 def change(checkpoint, **entries):
     """Change entries of a checkpoint's config.json, and return all of them."""
-    config = {**json.loads((checkpoint / "config.json").read_text()), **entries}
-    (checkpoint / "config.json").write_text(json.dumps(config))
+    config = {**read_json(checkpoint / "config.json", ""), **entries}
+    write_json(checkpoint / "config.json", config)
     return config
 
 
@@ -154,14 +144,6 @@ def same(images, others):
     """Tell whether two lists of images are equal, up to rounding of a pixel."""
     a, b = [np.stack([np.asarray(image) for image in images]).astype(int) for images in (images, others)]
     return a.shape == b.shape and np.abs(a - b).max() <= 1
-
-
-def test_generate_makes_the_images_of_the_command_whose_solver_takes_its_own_spacing(
-        toy_paper, tmp_path, pipeline):
-    sample.main(options(toy_paper[0] / "dit", tmp_path, "--prompt", "ring", "--solver", "dpm++", "--seed", 4))
-    for spacing in (None, "cosine", "linear"):
-        images = sample.generate(pipeline, ["ring"], [4], steps=3, solver="dpm++", spacing=spacing)
-        assert same(images, [Image.open(tmp_path / "000000.png")]) == (spacing != "linear")
 
 
 def test_an_image_depends_on_its_seed_and_prompt_and_not_on_its_batch(pipeline):
@@ -206,19 +188,6 @@ def test_other_encoders_than_the_checkpoints_are_refused_unless_they_are_named(
     sample.load_pipeline(checkpoint)
 
 
-def test_encoders_that_were_replaced_do_not_mix_into_a_folder(checkpoint):
-    # Below the checkpoint's folder, which is allowed.
-    out = checkpoint / "step-0050000/val"
-    words = options(checkpoint, out, "--prompt", "ring", "--prompt", "a star")
-    sample.main(words)
-    settings = read_json(out / "settings.json", "")
-    # As if both images had been made with other weights below the same path.
-    others = {**settings["encoders"], "T5": "0123456789abcdef"}
-    write_json(out / "settings.json", {**settings, "encoders": others})
-    (out / "000000.png").unlink()
-    assert "other settings (T5" in refused("sample.py", *words)
-
-
 TINY = {"dim": 8, "heads": 2, "depth": 1, "text_dim": 8}
 
 
@@ -250,11 +219,7 @@ def test_damaged_foreign_and_infinite_weights_are_refused_by_name(checkpoint, tm
     assert not (tmp_path / "out").exists()
 
 
-# --------------------------------------------------------------------------------------
-# The command
-
-FILES = [f"{n:06d}.png" for n in range(5)]
-
+# ---- The command
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
@@ -264,58 +229,63 @@ def prompts(tmp_path_factory):
     return path
 
 
-def test_a_command_goes_on_after_a_kill_with_any_batch_size(toy_paper, tmp_path, prompts, monkeypatch):
-    one, many = tmp_path / "one", tmp_path / "many"
-    words = options(toy_paper[0] / "dit", one, "--prompts", prompts, "--seed", 7, "--batch-size", 1)
+def test_a_killed_command_goes_on_with_other_ranks_and_batches_and_its_images_are_those_of_generate(
+        toy_paper, tmp_path, prompts, monkeypatch, pipeline):
+    one, two = tmp_path / "one", tmp_path / "two"
+    words = options(toy_paper[0] / "dit", one, "--prompts", prompts, "--seed", 7, "--images-per-prompt", 4)
     sample.main(words)
-    sample.main([*words, "--batch-size", "4", "--out", str(many)])
-    assert same([Image.open(one / file) for file in FILES], [Image.open(many / file) for file in FILES])
-    # The prompts' images with all that their rows held: no sheet, no grid.
-    expected = [{"file": FILES[i], "seed": 7 + i, **row} for i, row in enumerate(read_jsonl(prompts))]
-    assert read_jsonl(one / "samples.jsonl") == expected == read_jsonl(many / "samples.jsonl")
+    # The prompts' images with all that their rows held: no sheet.
+    files = [f"{n:06d}.png" for n in range(20)]
+    rows = read_jsonl(prompts)
+    expected = [{"file": file, "seed": 7 + i, **rows[i // 4]} for i, file in enumerate(files)]
+    assert read_jsonl(one / "samples.jsonl") == expected
+    own = sample.generate(pipeline, [rows[4]["prompt"]] * 4, [23, 24, 25, 26], steps=3)
+    assert same(own, [Image.open(one / file) for file in files[16:]])
     assert (one / "checkpoint.json").read_bytes() == (toy_paper[0] / "dit/config.json").read_bytes()
-    before = {path.name: path.read_bytes() for path in one.iterdir()}
-    # As a kill, a full disk and a crash of the machine leave them.
-    (one / FILES[1]).unlink()
-    (one / FILES[2]).write_bytes(b"")
-    (one / FILES[3]).write_bytes(before[FILES[3]][:-20])
-    sample.main(words)
-    # A folder that is complete needs no networks to be described again.
-    (one / "samples.jsonl").unlink()
-    monkeypatch.setattr(sample, "load_pipeline", None)
-    sample.main(words)
-    assert {path.name: path.read_bytes() for path in one.iterdir()} == before
 
-
-def test_ranks_share_the_prompts_after_a_kill_too_and_the_last_one_finishes(
-        toy_paper, tmp_path, prompts, monkeypatch):
-    words = options(toy_paper[0] / "dit", tmp_path / "two", "--prompts", prompts, "--batch-size", 1,
-                    "--images-per-prompt", 4)
+    words += ["--out", str(two), "--batch-size", "1"]
     with subprocess.Popen([sys.executable, "sample.py", *words], cwd=ROOT) as process:
-        while not (tmp_path / "two" / FILES[2]).exists():
+        while not (two / files[2]).exists():
             assert process.poll() is None
             time.sleep(0.01)
         process.kill()
-    assert not (tmp_path / "two/samples.jsonl").exists()
-    for rank, world, out in (("1", "2", "two"), ("0", "2", "two"), ("0", "1", "one")):
+    # As a full disk and a crash of the machine leave them.
+    (two / files[0]).write_bytes(b"")
+    (two / files[1]).write_bytes((two / files[1]).read_bytes()[:-20])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        assert not (two / "samples.jsonl").exists()
         monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", world)
-        sample.main([*words, "--out", str(tmp_path / out)])
-        assert (tmp_path / out / "samples.jsonl").exists() == (rank == "0")
-    one, two = [{path.name: path.read_bytes() for path in (tmp_path / out).iterdir()}
-                for out in ("one", "two")]
-    assert one == two and len(one) == 20 + 4
+        sample.main([*words, "--batch-size", "3"])
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
+    assert all((two / file).read_bytes().endswith(b"IEND\xaeB`\x82") for file in files)
+    assert same([Image.open(one / file) for file in files], [Image.open(two / file) for file in files])
+    before = (two / "samples.jsonl").read_bytes()
+    assert before == (one / "samples.jsonl").read_bytes()
+    # A folder that is complete needs no networks to be described again.
+    (two / "samples.jsonl").unlink()
+    monkeypatch.setattr(sample, "load_pipeline", None)
+    sample.main(words)
+    assert (two / "samples.jsonl").read_bytes() == before
 
 
 def test_whatever_changes_an_image_belongs_to_the_folder_and_foreign_images_are_not_adopted(
-        toy_paper, tmp_path, prompts):
-    begun = options(toy_paper[0] / "dit", tmp_path / "out", "--prompts", prompts)
+        checkpoint, prompts):
+    # Below the checkpoint's folder, which is allowed.
+    out = checkpoint / "step-0050000/val"
+    begun = options(checkpoint, out, "--prompts", prompts)
     sample.main(begun)
     for change in ["--solver dpm++", "--spacing cosine", "--guidance 3", "--random-negative-prompt",
                    "--max-tokens 9", "--seed 8", "--precision bf16", "--prompt more", "--vae elsewhere"]:
         assert "other settings" in refused("sample.py", *begun, *change.split()), change
-    # Nobody knows how these images were made: they are not adopted.
-    (tmp_path / "out/settings.json").unlink()
+    # As if the other images had been made with other weights below the same path.
+    settings = read_json(out / "settings.json", "")
+    settings["encoders"]["T5"] = "0123456789abcdef"
+    write_json(out / "settings.json", settings)
+    (out / "000000.png").unlink()
+    assert "other settings (T5" in refused("sample.py", *begun)
+    # Nobody knows how these images were made.
+    (out / "settings.json").unlink()
     assert "settings.json: No such file" in refused("sample.py", *begun)
 
 
@@ -329,23 +299,27 @@ def test_skipped_prompts_and_words_that_the_text_encoder_does_not_know_are_told(
     assert [row["file"] for row in read_jsonl(tmp_path / "out/skipped.jsonl")] == ["prompts.jsonl row 2"]
 
 
-# --------------------------------------------------------------------------------------
-# Layouts
+# ---- Layouts
 
-def test_the_tools_of_geneval_and_dpg_find_the_folders_that_they_expect(toy_paper, tmp_path, prompts):
-    out = tmp_path / "geneval"
-    sample.main(options(toy_paper[0] / "dit", out, "--prompts", prompts, "--format", "geneval",
-                        "--images-per-prompt", 2))
+def test_coco_and_the_tools_of_geneval_and_dpg_find_what_they_expect(toy_paper, tmp_path, prompts):
+    def make(out, prompts, *layout):
+        sample.main(options(toy_paper[0] / "dit", tmp_path / out, "--prompts", prompts, *layout))
+        return tmp_path / out
+
+    out = make("geneval", prompts, "--format", "geneval", "--images-per-prompt", 2)
     assert read_jsonl(out / "00002/metadata.jsonl") == [read_jsonl(prompts)[2]]
     assert (out / "00004/samples/0001.png").exists()
-
     # A grid a prompt, and no other picture in sight.
-    out = tmp_path / "dpg"
     (tmp_path / "COCO_7.txt").write_text("a red circle\n")
-    sample.main(options(toy_paper[0] / "dit", out, "--prompts", tmp_path, "--format", "dpg",
-                        "--images-per-prompt", 4))
+    out = make("dpg", tmp_path, "--format", "dpg", "--images-per-prompt", 4)
     assert [path.name for path in out.glob("*.png")] == ["COCO_7.png"]
     assert Image.open(out / "COCO_7.png").size == (128, 128)
+    # By the names of COCO's photos evaluate.py finds them.
+    content = {"images": [{"id": 3, "file_name": "COCO_3.jpg"}],
+               "annotations": [{"id": 0, "image_id": 3, "caption": "une étoile"}]}
+    write_json(tmp_path / "captions.json", content)
+    assert read_jsonl(make("coco", tmp_path / "captions.json") / "samples.jsonl") == [
+        {"file": "COCO_3.png", "prompt": "une étoile", "seed": 0, "name": "COCO_3"}]
 
 
 def test_a_name_that_is_no_file_name_or_comes_twice_is_refused(tmp_path):
@@ -358,22 +332,3 @@ def test_a_name_that_is_no_file_name_or_comes_twice_is_refused(tmp_path):
     write_jsonl(path, [{"prompt": "ring", "name": "a"}, {"prompt": "a star"}, {"prompt": "a", "name": "a"}])
     assert "prompt 3" in refused("sample.py", *words)
     assert [file.name for file in tmp_path.rglob("*")] == ["prompts.jsonl"]
-
-
-def test_cocos_captions_give_each_image_the_name_of_its_photo(toy_paper, tmp_path):
-    path = tmp_path / "captions_val2014.json"
-    names = {i: f"COCO_val2014_{i:012d}" for i in (3, 7)}
-    images = [{"id": i, "file_name": f"{name}.jpg"} for i, name in names.items()]
-    annotations = [{"id": 0, "image_id": 7, "caption": "ring"},
-                   {"id": 1, "image_id": 3, "caption": "une étoile"}]
-    path.write_text(json.dumps({"images": images, "annotations": annotations}))
-    # Prompts that `caption.py extend` made keep the names, by which evaluate.py finds the photos.
-    extended = [{**row, "prompt": f"{row['prompt']} here"} for row in sample.read_prompts(path)[0]]
-    write_jsonl(tmp_path / "long.jsonl", extended)
-    for prompts, end in ((path, ""), (tmp_path / "long.jsonl", " here")):
-        out = tmp_path / f"of {prompts.name}"
-        sample.main(options(toy_paper[0] / "dit", out, "--prompts", prompts))
-        rows = read_jsonl(out / "samples.jsonl")
-        assert [row["file"] for row in rows] == [f"{names[i]}.png" for i in (3, 7)]
-        assert [row["name"] for row in rows] == [names[i] for i in (3, 7)]
-        assert [row["prompt"] for row in rows] == [f"une étoile{end}", f"ring{end}"]
