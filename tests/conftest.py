@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import io
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -57,17 +56,6 @@ def refused(stage, *words):
     lines = [line for line in stderr.getvalue().splitlines() if line.startswith(f"{stage}:")]
     assert len(lines) == 1, stderr.getvalue()
     return lines[0]
-
-
-@contextlib.contextmanager
-def disk_of(size):
-    """Let no file become longer than `size` bytes, as if the disk ended there."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def relative(a, b):

@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ROOT, disk_of, photo, refused
+from conftest import ROOT, photo
 from PIL import Image
 
 import common
@@ -233,13 +233,3 @@ def test_broken_photos_are_named_counted_and_never_used(tmp_path, capsys):
     assert {row["file"] for row in skipped} == broken.keys()
     assert all(row["reason"] and str(tmp_path) not in row["reason"] for row in skipped)
     assert "3 photos skipped" in capsys.readouterr().out
-
-
-def test_a_disk_that_fills_up_ends_in_one_line_and_loses_nothing(tmp_path):
-    options = ["--images", photos(tmp_path / "photos"), "--size", 16, "--out"]
-    with disk_of(500):
-        assert "File too large" in refused("cutmix.py", *options, tmp_path / "out")
-    assert not (tmp_path / "out/cutmix.jsonl").exists()
-    for out in ("out", "whole"):
-        make(*options, tmp_path / out)
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
