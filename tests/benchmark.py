@@ -64,8 +64,7 @@ def show(args, device, flops, network_seconds, images, **measured):
     print(json.dumps(result, indent=1))
 
 
-# --------------------------------------------------------------------------------------
-# Training
+# ---- Training
 
 def random_batch(model, B, length):
     """Return random numbers in place of a batch of `train.as_batch`, captions of `length` tokens."""
@@ -122,8 +121,7 @@ def time_training(argv):
          preset=args.preset, images_per_second=args.batch_size / seconds, **dict(zip(names, parts)))
 
 
-# --------------------------------------------------------------------------------------
-# Sampling
+# ---- Sampling
 
 def time_sampling(argv):
     """Time one batch of images with the options of sample.py."""
@@ -164,8 +162,7 @@ def time_sampling(argv):
          seconds_network=network, seconds_decoder=decoder)
 
 
-# --------------------------------------------------------------------------------------
-# Reading
+# ---- Reading
 
 def time_reading(argv):
     """Time how a thread of train.py reads batches, beside copying as many bytes."""

@@ -57,8 +57,7 @@ def pixels(image):
     return np.asarray(image).astype(int)
 
 
-# --------------------------------------------------------------------------------------
-# Geometry: against the paper's words, written down again in another way
+# ---- Geometry: against the paper's words, written down again in another way
 
 def permitted_boxes(setting, size):
     """Return all boxes that the paper's description of a setting permits."""
@@ -119,8 +118,7 @@ def test_a_composite_is_the_base_outside_the_box_and_the_second_photo_inside(set
     assert np.array_equal(pixels(picture)[outside], expected[outside])
 
 
-# --------------------------------------------------------------------------------------
-# The data set
+# ---- The data set
 
 def test_each_photo_is_the_base_once_and_the_manifest_tells_what_is_in_the_picture(tmp_path):
     colours = {}
@@ -179,8 +177,7 @@ def test_one_line_adds_a_setting_to_the_options_to_equal_shares_and_to_the_sheet
         make(*options, tmp_path / "before")
 
 
-# --------------------------------------------------------------------------------------
-# Threads, ranks, kills, damage
+# ---- Threads, ranks, kills, damage
 
 def test_a_run_that_ctrl_c_or_a_kill_ends_resumes_with_other_ranks_to_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(cutmix, "A_FOLDER", 40)

@@ -45,8 +45,7 @@ def assert_close(a, b, tolerance=1e-5):
     assert relative(a.detach(), b.detach()) <= tolerance
 
 
-# --------------------------------------------------------------------------------------
-# The released CAD-I
+# ---- The released CAD-I
 
 @torch.no_grad()
 def test_the_released_cad_gives_the_released_numbers():
@@ -81,8 +80,7 @@ def test_released_config_keys_of_another_network_are_refused_by_name_and_harmles
         load(latents_dim=32)
 
 
-# --------------------------------------------------------------------------------------
-# Inputs, layers, initialisation
+# ---- Inputs, layers, initialisation
 
 @BOTH
 @torch.no_grad()
@@ -176,8 +174,7 @@ def test_the_coin_decides_which_samples_of_cad_get_a_first_pass_and_the_gradient
         assert_close(model(x, gamma, *conditions), expected)
 
 
-# --------------------------------------------------------------------------------------
-# Memory, sizes, compilation
+# ---- Memory, sizes, compilation
 
 @BOTH
 def test_activations_that_are_computed_again_are_not_kept(network, sizes):

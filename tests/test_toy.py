@@ -27,8 +27,7 @@ from toy import data, detector, prompts, recipe, run, score, tables, tiny, world
 MANY = 16           # pictures of each kind on which the detector is measured
 
 
-# --------------------------------------------------------------------------------------------
-# The whole line
+# ---- The whole line
 
 def test_one_command_runs_the_whole_line_and_makes_nothing_again(toy_paper, monkeypatch):
     out, printed = toy_paper
@@ -69,8 +68,7 @@ def test_threads_do_not_spin_unless_the_user_says_so(monkeypatch, words, given, 
         assert {name: os.environ[name] for name in os.environ if name.startswith("OMP")} == expected
 
 
-# --------------------------------------------------------------------------------------------
-# The method on one page
+# ---- The method on one page
 
 @pytest.fixture
 def pictures(toy_paper):
@@ -118,8 +116,7 @@ def test_the_page_learns_and_draws_a_grid(toy_paper, pictures, tmp_path, monkeyp
     assert np.mean(losses) < 0.5
 
 
-# --------------------------------------------------------------------------------------------
-# The world
+# ---- The world
 
 def one_object(shape, color):
     thing = {"shape": shape, "color": color, "radius": 25, "x": 32, "y": 32}
@@ -165,8 +162,7 @@ def test_prompts_ask_for_what_genevals_six_tasks_ask_for(toy_paper):
                 assert word in brief["prompt"] and word in detailed["prompt"]
 
 
-# --------------------------------------------------------------------------------------------
-# The detector, on ground truth and on deliberately broken pictures
+# ---- The detector, on ground truth and on deliberately broken pictures
 
 def large_pairs(name):
     """Return pairs of scenes of one large object each, of two shapes."""
@@ -244,8 +240,7 @@ def test_a_bite_is_seen_in_composites_of_one_grey_and_originals_have_neither_sea
             assert all(map(detector.has_one_background, shown))
 
 
-# --------------------------------------------------------------------------------------------
-# The experiments
+# ---- The experiments
 
 def test_the_tables_make_every_score_and_the_page_grows(tmp_path, monkeypatch):
     monkeypatch.setattr(score, "find_objects", lambda image: [])            # it takes long

@@ -1,5 +1,6 @@
 """Algorithm 1 and the equations, the optimiser, and what a run promises whatever happens to it."""
 
+import itertools
 import json
 import math
 import os
@@ -70,8 +71,7 @@ def losses(out):
     return [row["loss"] for row in read_jsonl(out / "log.jsonl") if "loss" in row]
 
 
-# --------------------------------------------------------------------------------------
-# The method
+# ---- The method
 
 def test_composites_come_only_where_t_is_above_tau_and_there_with_probability_p():
     t = np.random.default_rng(1).random(40_000)
@@ -133,8 +133,7 @@ def test_a_step_reads_one_picture_a_sample_draws_x_0_anew_and_drops_a_tenth_of_t
     assert not torch.equal(batch["noise_seed"], train.read_batch(sets, args, step)["noise_seed"])
 
 
-# --------------------------------------------------------------------------------------
-# The optimiser
+# ---- The optimiser
 
 def in_float64(x, m, v, g, step, lr, decay, trust):
     """Return weights and moments after a step of LAMB as its paper writes it (without `trust`, AdamW)."""
@@ -181,8 +180,7 @@ def test_clipping_rates_steps_and_averages_equal_the_formulas_in_float64(name, d
         assert np.allclose(ema.cpu().numpy(), average, rtol=1e-4, atol=2e-6)
 
 
-# --------------------------------------------------------------------------------------
-# What a run learns and leaves behind
+# ---- What a run learns and leaves behind
 
 def test_cad_as_deep_as_the_real_one_learns_from_the_start(words, tmp_path, monkeypatch):
     # As the release starts it, it stays at a loss of 1 for 200 steps.
@@ -204,8 +202,7 @@ def test_a_run_leaves_a_checkpoint_lasting_copies_a_grid_and_a_page(words, data,
     assert expected.items() <= training.items()
     assert "36 of CutMix" in (out / "README.md").read_text()
     page = (out / "progress.html").read_text()
-    assert page.count("<svg") == 3
-    assert "samples/0000005.png" in page
+    assert page.count("<svg") == 3 and "samples/0000005.png" in page
     assert (out / "samples/0000005.png").exists()
     rows = read_jsonl(out / "log.jsonl")
     assert [(row["step"], len(row["val_bins"])) for row in rows if "val_loss" in row] == [(3, 10), (5, 10)]
@@ -252,8 +249,7 @@ def test_a_run_begins_with_the_released_weights_or_ours_at_another_size_of_laten
     assert torch.equal(tuned(tmp_path / "out", tmp_path / "out/tuned", 8), released)
 
 
-# --------------------------------------------------------------------------------------
-# Kills, signals, ranks, failures
+# ---- Kills, signals, ranks, failures
 
 def same_end(one, two):
     """Check that two runs ended with the same bytes."""
@@ -306,12 +302,11 @@ def test_a_killed_run_goes_on_with_other_ranks_to_the_same_bytes_and_ranks_share
 def at_call(monkeypatch, name, numbers, happens):
     """Let `happens(result)` replace the result of these calls of a function of train.py, from 1."""
     real = getattr(train, name)
-    calls = []
+    calls = itertools.count(1)
 
-    def function(*values, **named):
-        calls.append(1)
-        result = real(*values, **named)
-        return happens(result) if len(calls) in numbers else result
+    def function(*values):
+        result = real(*values)
+        return happens(result) if next(calls) in numbers else result
 
     monkeypatch.setattr(train, name, function)
 
@@ -321,14 +316,8 @@ def test_a_signal_ends_the_first_step_at_once_saves_later_and_is_ignored_where_i
         words, tmp_path, monkeypatch, capsys, name):
     number = getattr(signal, name)
     before = signal.getsignal(number)
-
-    def twice(loss):
-        signal.raise_signal(number)
-        signal.raise_signal(number)
-        return loss
-
     # In the first step of a run, in the third of the next one, and in the first of the last.
-    at_call(monkeypatch, "add_gradient", [1, 4, 5], twice)
+    at_call(monkeypatch, "add_gradient", [1, 4, 5], lambda loss: signal.raise_signal(number) or loss)
     for saved in (False, True):
         with pytest.raises(SystemExit) as end:
             train.main(words("out", "--steps", 4, "--save-every", 4))
@@ -358,12 +347,8 @@ def test_a_rank_that_is_refused_ends_the_others_and_leaves_the_log_as_it_was(tmp
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(words, tmp_path, monkeypatch, capsys):
-    def broken(inputs):
-        inputs["x_0"][0, 0, 0, 0] = math.inf
-        return inputs
-
     # The last one too: a broken sample is not the weights' fault, and they are saved.
-    at_call(monkeypatch, "draw_inputs", [3, 7, 8, 10], broken)
+    at_call(monkeypatch, "draw_inputs", [3, 7, 8, 10], lambda inputs: inputs | {"x_0": inputs["x_0"] / 0})
     train.main(words("out", "--steps", 10))
     rows = read_jsonl(tmp_path / "out/log.jsonl")
     assert [row.get("skipped") for row in rows] == [None, 1, None, 2, 1]
