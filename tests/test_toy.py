@@ -29,7 +29,7 @@ MANY = 16           # pictures of each kind on which the detector is measured
 
 # ---- The whole line
 
-def test_one_command_runs_the_whole_line_and_makes_nothing_again(toy_paper, monkeypatch):
+def test_one_command_runs_the_whole_line_and_makes_nothing_again_nor_in_another_world(toy_paper, monkeypatch):
     out, printed = toy_paper
     commands = re.findall(r"^\$ python (?:-m toy )?(\w+)", printed, re.MULTILINE)
     assert commands == ["caption", "cutmix", "encode", "encode", "train",
@@ -46,10 +46,6 @@ def test_one_command_runs_the_whole_line_and_makes_nothing_again(toy_paper, monk
     monkeypatch.setattr(score, "find_objects", lambda image: [])            # it takes long
     run.main(["--out", str(out), *TOY])
     assert times == {path: path.stat().st_mtime_ns for path in made}
-
-
-def test_another_world_is_refused_by_the_name_of_what_has_changed(toy_paper, tmp_path, monkeypatch):
-    out, _ = toy_paper
     assert "seed 0, now 1" in refused("toy", "--out", out, *TOY, "--seed", "1")
     monkeypatch.setitem(world.KINDS, "large", 0.43)
     assert "large 0.42, now 0.43" in refused("toy", "--out", out, *TOY)
