@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import FIXTURES, ROOT, photo, refused, relative
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import encode
 from common import UserError, load_image, read_jsonl
@@ -247,20 +247,33 @@ def test_a_data_set_of_composites_names_its_settings_and_an_example_of_each(data
 
 # ---- What goes wrong
 
-def test_missing_cut_foreign_and_swapped_files_are_refused(encoded, data):
+def test_missing_cut_foreign_swapped_and_spoilt_files_are_refused(encoded, data):
     captions = data.write([{**row, "caption": "a cat"} for row in data.rows], "other.jsonl")
     others = data.encode("others", captions=captions)
-    one, two, null = "00001.safetensors", "00002.safetensors", "null.safetensors"
-    for name, wrong in [(one, None), (one, (encoded / one).read_bytes()[:-10]),
-                        (one, (others / one).read_bytes()), (one, (encoded / two).read_bytes()),
-                        (null, (others / null).read_bytes()), ("meta.json", b'{"version": 1}')]:
-        path = encoded / name
-        own = path.read_bytes()
-        path.unlink()
+    one, null = "00001.safetensors", "null.safetensors"
+    own = (encoded / one).read_bytes()
+    tensors, samples = encode.open_shard(encoded / one, encode.Encoded(encoded).meta)
+
+    def with_nan(name):
+        """Return the bytes of the shard where the last image's numbers are not finite."""
+        damaged = tensors[name].clone()
+        damaged[-1] = math.nan
+        return save({**tensors, name: damaged}, {"samples": json.dumps(samples)})
+
+    for name, wrong, words in [
+            (one, b"", "not a shard"), (one, own[:-10], "not a shard"),
+            (one, (others / one).read_bytes(), "of other images"),
+            (one, (encoded / "00002.safetensors").read_bytes(), "in another's place"),
+            (null, (others / null).read_bytes(), "of other images"),
+            (one, with_nan("mean"), samples["files"][-1]), (one, with_nan("text"), samples["files"][-1]),
+            ("meta.json", b'{"version": 1}', "not the description"), (one, None, "No such file")]:
+        before = (encoded / name).read_bytes()
+        (encoded / name).unlink()
         if wrong is not None:
-            path.write_bytes(wrong)
-        assert name in refused("encode.py", "--check", encoded)
-        path.write_bytes(own)
+            (encoded / name).write_bytes(wrong)
+        line = refused("encode.py", "--check", encoded)
+        assert name in line and words in line
+        (encoded / name).write_bytes(before)
     # Neither does the command take another set's shard for its own.
     shutil.copyfile(encoded / one, others / one)
     line = refused("encode.py", *data.arguments(out=others, captions=captions))
@@ -362,15 +375,3 @@ def test_check_draws_four_images_and_fig_7(encoded):
     for k in (0, 3, 10):
         x_t = math.sqrt(1 - k / 10) * mean * 0.18215 + math.sqrt(k / 10) * eps
         assert_shows("fig7.png", 4 + k * 260, 4 + 256 + 12 + 4, x_t / 0.18215)
-
-
-def test_check_names_an_image_whose_numbers_are_not_finite(encoded):
-    path = encoded / "00002.safetensors"
-    tensors = load_file(path)
-    _, samples = encode.open_shard(path, encode.Encoded(encoded).meta)
-    for name in ("mean", "text"):
-        damaged = {**tensors, name: tensors[name].clone()}
-        damaged[name][-1] = float("nan")
-        save_file(damaged, path, {"samples": json.dumps(samples)})
-        line = refused("encode.py", "--check", encoded)
-        assert samples["files"][-1] in line and "00002.safetensors" in line

@@ -359,37 +359,34 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(words, tmp_path, monk
 
 
 @pytest.mark.parametrize("optimizer, lr", [("lamb", 1e6), ("adamw", 1e30)])
-def test_what_is_spoilt_never_replaces_a_good_state_and_a_lower_rate_goes_on(
+def test_neither_what_is_spoilt_nor_a_full_disk_replaces_a_good_state_and_the_run_can_go_on(
         words, tmp_path, monkeypatch, optimizer, lr):
     begun = words("out", "--optimizer", optimizer)
     train.main([*begun, "--steps", "4", "--schedule-steps", "40"])
-    good = (tmp_path / "out/state.pt").read_bytes()
-    # A state is due after each step, whose loss is that of the weights before it.
-    for every in ("1", "4"):
-        assert "lower --lr" in refused("train.py", *begun, "--steps", 40, "--lr", lr, "--save-every", every)
-        assert (tmp_path / "out/state.pt").read_bytes() == good
-    with monkeypatch.context() as patch:
-        at_call(patch, "add_gradient", range(1, 11), lambda loss: loss * math.nan)
-        assert "step 14: the loss is nan" in refused("train.py", *begun, "--steps", 40, "--save-every", 100)
-    assert (tmp_path / "out/state.pt").read_bytes() == good
-    # Without naming it, the run stays on its schedule.
-    train.main([*begun, "--steps", "6", "--lr", "1e-4"])
-    assert read_jsonl(tmp_path / "out/log.jsonl")[-1]["lr"] == train.lr_at(6, 1e-4, 2, 40, 0.7)
-
-
-def test_a_full_disk_leaves_the_last_state_whole_and_is_told_in_one_line(words, tmp_path):
-    train.main(words("out", "--steps", 4, "--schedule-steps", 8))
     state = tmp_path / "out/state.pt"
     good = state.read_bytes()
-    # The weights still fit, the state does not.
+
+    def check_refusal(why, *more):
+        assert why in refused("train.py", *begun, "--steps", 40, *more)
+        assert state.read_bytes() == good
+        assert not list(tmp_path.glob("out/.state.pt*"))
+
+    # A state is due after each step, whose loss is that of the weights before it.
+    check_refusal("lower --lr", "--lr", lr, "--save-every", 1)
+    check_refusal("lower --lr", "--lr", lr, "--save-every", 4)
+    with monkeypatch.context() as patch:
+        at_call(patch, "add_gradient", range(1, 11), lambda loss: loss * math.nan)
+        check_refusal("step 14: the loss is nan", "--save-every", 100)
+    # As if the disk ended here: the weights still fit, the state does not.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, before[1]))
     try:
-        assert "state.pt: cannot be written" in refused("train.py", *words("out", "--steps", 8))
+        check_refusal("state.pt: cannot be written")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert state.read_bytes() == good
-    assert not list(tmp_path.glob("out/.state.pt*"))
+    # A lower rate, and the schedule that the run was begun with.
+    train.main([*begun, "--steps", "6", "--lr", "1e-4"])
+    assert read_jsonl(tmp_path / "out/log.jsonl")[-1]["lr"] == train.lr_at(6, 1e-4, 2, 40, 0.7)
 
 
 def test_a_state_or_start_of_other_data_or_settings_or_damaged_is_refused(words, data, tmp_path):
