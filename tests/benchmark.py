@@ -13,6 +13,7 @@ import json
 import resource
 import sys
 import time
+import timeit
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -170,26 +171,17 @@ def time_reading(argv):
     data = Encoded(args.data)
     rows = [tensor for tensor in train.read_batch([data], args, 0).values() if tensor.ndim > 1]
 
-    def read(step):
-        train.read_batch([data], args, step % 2)
+    # CPU time, because other processes hardly change it; the best of eight, once all is in memory.
+    def seconds(work):
+        return min(timeit.repeat(work, timer=time.process_time, number=1, repeat=8)) / args.batch_size
 
-    def copy(step):
-        [tensor.clone() for tensor in rows]
-
-    # CPU time, because other processes hardly change it; the best of six, once all is in memory.
-    best = {}
-    for work in (read, copy):
-        seconds = []
-        for step in range(8):
-            begin = time.process_time()
-            work(step)
-            seconds.append(time.process_time() - begin)
-        best[work] = min(seconds[2:]) / args.batch_size
-    result = {"samples_per_second": 1 / best[read],
+    read = seconds(lambda: train.read_batch([data], args, 0))
+    copy = seconds(lambda: [tensor.clone() for tensor in rows])
+    result = {"samples_per_second": 1 / read,
               "bytes_per_sample": sum(tensor.nbytes for tensor in rows) / args.batch_size,
-              "seconds_per_sample": best[read],
-              "seconds_of_a_copy": best[copy],
-              "share_of_the_speed_of_a_copy": best[copy] / best[read]}
+              "seconds_per_sample": read,
+              "seconds_of_a_copy": copy,
+              "share_of_the_speed_of_a_copy": copy / read}
     print(json.dumps(result, indent=1))
 
 
