@@ -3,14 +3,11 @@
 import itertools
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ROOT, photo
+from conftest import photo, stopped
 from PIL import Image
 
 import common
@@ -18,19 +15,6 @@ import cutmix
 
 # Those of the paper. The table may have more.
 SETTINGS = ("1/2", "1/4", "1/9", "1/16")
-
-# cutmix.py as a command, with folders of 40 composites, slowly: so a test can kill it in
-# the middle without making thousands.
-SLOW = """
-import time, common, cutmix
-cutmix.A_FOLDER = 40
-compose = cutmix.Composites.compose
-def compose_slowly(*arguments):
-    time.sleep(0.01)
-    return compose(*arguments)
-cutmix.Composites.compose = compose_slowly
-common.command_line(cutmix.main)
-"""
 
 
 def photos(folder, classes=4, each=6, suffix="png", size=(60, 45)):
@@ -179,32 +163,27 @@ def test_one_line_adds_a_setting_to_the_options_to_equal_shares_and_to_the_sheet
 
 # ---- Threads, ranks, kills, damage
 
-def test_a_run_that_ctrl_c_or_a_kill_ends_resumes_with_other_ranks_to_the_same_bytes(tmp_path, monkeypatch):
+def test_a_run_that_ctrl_c_or_a_kill_ends_resumes_with_other_ranks_to_the_same_bytes(
+        tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(cutmix, "A_FOLDER", 40)
     images = photos(tmp_path / "photos", each=60, size=(20, 16))
     # A broken photo: which one stood in for it depends on nothing but its number.
     (images / "class1/7.png").write_bytes(b"")
-    make("--images", images, "--out", tmp_path / "whole", "--size", 16)
+    options = ["--images", images, "--size", 16, "--out"]
+    make(*options, tmp_path / "whole")
 
     out = tmp_path / "out"
-    command = [sys.executable, "-c", SLOW, "--images", images, "--out", out, "--size", "16", "--workers", "2"]
-
-    def start(**environment):
-        return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE,
-                                env={**os.environ, **environment})
-
-    for number, code, parts in [(signal.SIGINT, 130, 1), (signal.SIGKILL, -9, 2)]:
-        process = start()
-        while len(list(out.glob("parts/*.jsonl"))) < parts:
-            assert process.poll() is None
-            time.sleep(0.002)
-        process.send_signal(number)
-        assert "Traceback" not in process.communicate()[1]
-        assert process.returncode == code
+    for number, code in [(signal.SIGINT, 130), (signal.SIGKILL, -9)]:
+        ended = stopped(number, cutmix.Composites, "save", 90,
+                        lambda: common.command_line(lambda: make(*options, out, "--workers", 2)))
+        assert ended == code
+    assert "Traceback" not in capfd.readouterr().err
     whole = {path: path.stat().st_mtime_ns for path in out.glob("parts/*.jsonl")}
     assert 2 <= len(whole) < 6
-    for rank in [start(RANK=rank, WORLD_SIZE="3") for rank in "012"]:
-        assert rank.communicate() and rank.returncode == 0
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in "201":
+        monkeypatch.setenv("RANK", rank)
+        make(*options, out)
     assert tree(out) == tree(tmp_path / "whole")
     # What was whole is not made again.
     assert all(path.stat().st_mtime_ns == before for path, before in whole.items())

@@ -4,6 +4,7 @@ import os
 import random
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TOY, refused, relative
+from conftest import ROOT, TOY, refused, relative, stopped
 from PIL import Image
 
 import common
@@ -266,17 +267,10 @@ def test_a_command_that_fails_is_one_line_and_none_outlives_the_tables(tmp_path)
     with pytest.raises(common.UserError, match="^it is broken .more in .*log"):
         tables.run_aside("-c 'raise SystemExit(\"a bar\\rit is broken\")'", tmp_path / "log", [])
 
-    log = tmp_path / "child"
-    command = "-c 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'"
-    script = ("from pathlib import Path; from toy.tables import run_aside; "
-              f"run_aside({command!r}, Path({str(log)!r}), [])")
-    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
-    while not (log.exists() and re.search(r"^\d+\n", log.read_text(), re.MULTILINE)):
-        time.sleep(0.05)
-    child = log.read_text().split()[-1]
-    parent.kill()
-    parent.wait()
-    # Until it is gone, or nothing more than an entry that nobody has asked for.
-    ps = ["ps", "-o", "args=", "-p", child]
-    while "sleep" in subprocess.run(ps, capture_output=True, text=True).stdout:
-        time.sleep(0.05)
+    asleep = f"-c 'import time; time.sleep(60)' {tmp_path}"
+    ended = stopped(signal.SIGKILL, subprocess.Popen, "wait", 1,
+                    lambda: tables.run_aside(asleep, tmp_path / "log", []))
+    assert ended == -signal.SIGKILL
+    end = time.monotonic() + 20
+    while str(tmp_path) in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout:
+        assert time.monotonic() < end
