@@ -272,5 +272,5 @@ def test_a_command_that_fails_is_one_line_and_none_outlives_the_tables(tmp_path)
                     lambda: tables.run_aside(asleep, tmp_path / "log", []))
     assert ended == -signal.SIGKILL
     end = time.monotonic() + 20
-    while str(tmp_path) in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout:
+    while str(tmp_path) in subprocess.check_output(["ps", "-e", "-ww", "-o", "args"], text=True):
         assert time.monotonic() < end
