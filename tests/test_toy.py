@@ -212,7 +212,7 @@ def test_the_detector_forgives_no_fault_of_a_large_object():
     assert np.mean(right) <= 0.05
 
 
-@pytest.mark.parametrize("setting", list(cutmix.CUTS))
+@pytest.mark.parametrize("setting", ["1/2", "1/4", "1/9", "1/16"])
 def test_seams_of_two_greys_are_seen_also_after_the_autoencoder(setting):
     rng = random.Random(setting)
     composites = []
