@@ -3,6 +3,8 @@
 import contextlib
 import importlib
 import io
+import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -64,6 +66,23 @@ def refusal(function, *arguments):
         function(*arguments)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def stopped(number, owner, name, call, function):
+    """Run a function in a process that gets a signal at this call of `owner.name` -> its exit code."""
+    real = getattr(owner, name)
+    calls = itertools.count(1)
+
+    def real_or_signal(*values):
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return real(*values)
+
+    with mock.patch.object(owner, name, real_or_signal):
+        process = multiprocessing.get_context("fork").Process(target=function, daemon=True)
+        process.start()
+        process.join(300)
+    return process.exitcode
 
 
 def relative(a, b):

@@ -160,6 +160,8 @@ MISTAKES = [
     ("toy.score", ["--samples", "{bad}/photos", "--out", "{tmp}/x"], "--format geneval"),
     ("toy.score", ["--samples", "{bad}/photos", "--real", "{bad}/photos", "--out", "{tmp}/x"], "64 x 64"),
     ("toy.tiny", ["--data", "{tmp}"], "python -m toy makes it"),
+    ("toy.play", ["--out", "{tmp}"], "run `python -m toy` first"),
+    ("toy.play", ["--checkpoint", "a", "--checkpoint", "b", "--checkpoint", "c"], "room for two"),
 ]
 
 

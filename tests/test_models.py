@@ -45,8 +45,7 @@ def assert_close(a, b, tolerance=1e-5):
     assert relative(a.detach(), b.detach()) <= tolerance
 
 
-# --------------------------------------------------------------------------------------
-# The released CAD-I
+# ---- The released CAD-I
 
 @torch.no_grad()
 def test_the_released_cad_gives_the_released_numbers():
@@ -81,8 +80,7 @@ def test_released_config_keys_of_another_network_are_refused_by_name_and_harmles
         load(latents_dim=32)
 
 
-# --------------------------------------------------------------------------------------
-# Inputs, layers, initialisation
+# ---- Inputs, layers, initialisation
 
 @BOTH
 @torch.no_grad()
@@ -100,24 +98,14 @@ def test_masked_tokens_change_nothing_and_coherence_is_an_input_of_cad_alone(net
     assert not torch.allclose(before[0], predict(model, x, gamma, text, mask, coherence)[0])
 
 
-@BOTH
-def test_patches_come_back_to_their_places(network, sizes):
+def test_patches_of_dit_come_back_to_their_places():
     """With identities at both ends and no blocks, every latent returns to where it was."""
-    if network is model_dit.DiT:
-        model = network(**{**sizes, "depth": 0, "dim": 12, "heads": 2})
-        model.patch_embed.weight.data = torch.eye(12)
-        model.out.weight.data = torch.eye(12)
-        model.position.zero_()
-        model.final_norm = torch.nn.Identity()
-        model.time_embed[2].weight.data.zero_()
-    else:
-        # The convolution's inputs come as (C, p1, p2), the output's as (p1, p2, C).
-        model = network(**{**sizes, "depth": 0, "data_dim": 12})
-        order = torch.arange(12).reshape(3, 2, 2).permute(1, 2, 0).flatten()
-        model.patch_embed.weight.data = torch.eye(12)[order].reshape(12, 3, 2, 2)
-        model.data_norm = model.out[0] = torch.nn.Identity()
-        model.position.data.zero_()
-        model.out[1].weight.data = torch.eye(12)
+    model = model_dit.DiT(**{**TINY_DIT, "depth": 0, "dim": 12, "heads": 2})
+    model.patch_embed.weight.data = torch.eye(12)
+    model.out.weight.data = torch.eye(12)
+    model.position.zero_()
+    model.final_norm = torch.nn.Identity()
+    model.time_embed[2].weight.data.zero_()
     x, *others = inputs()
     assert_close(predict(model, x, *others), x)
 
@@ -186,29 +174,21 @@ def test_the_coin_decides_which_samples_of_cad_get_a_first_pass_and_the_gradient
         assert_close(model(x, gamma, *conditions), expected)
 
 
-# --------------------------------------------------------------------------------------
-# Memory, sizes, compilation
+# ---- Memory, sizes, compilation
 
 @BOTH
-def test_recomputed_activations_give_the_same_gradients_and_are_not_kept(network, sizes):
-    model = randomize(network(**{**sizes, "depth": 8}))
-    batch = [*inputs(batch=8), torch.linspace(0, 1, 8)]
-    gradients, kept = [], []
-    for recompute in (False, True):
-        model.checkpoint_activations = recompute
-        numbers = []
+def test_activations_that_are_computed_again_are_not_kept(network, sizes):
+    model = network(**{**sizes, "depth": 8})
+    kept = {True: 0, False: 0}
 
-        def keep(tensor, numbers=numbers):
-            numbers.append(tensor.numel())
-            return tensor
+    def keep(tensor):
+        kept[model.checkpoint_activations] += tensor.numel()
+        return tensor
 
+    for model.checkpoint_activations in (True, False):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(*batch).square().sum()
-        kept.append(sum(numbers))
-        gradients.append([loss, *torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)])
-    assert kept[1] < 0.5 * kept[0]
-    for plain, recomputed in zip(*gradients):
-        assert plain is recomputed is None or torch.equal(plain, recomputed)
+            model(*inputs(batch=8), torch.linspace(0, 1, 8))
+    assert kept[True] < 0.5 * kept[False]
 
 
 @BOTH
@@ -222,7 +202,7 @@ def test_a_model_of_any_size_predicts_latents_of_that_size_and_others_are_refuse
 
 
 @torch.no_grad()
-def test_positions_of_cad_are_resized_like_a_picture_and_the_released_one_goes_on_at_twice_the_size():
+def test_positions_of_cad_are_resized_like_a_picture():
     """A ramp over the grid stays a ramp: its values between the ends are known."""
     ramp = torch.arange(4).float().expand(4, 4)
     small = {"position": torch.stack([ramp.T, ramp], -1).reshape(16, 2)}
@@ -235,10 +215,6 @@ def test_positions_of_cad_are_resized_like_a_picture_and_the_released_one_goes_o
     assert model_cad.resize_positions(small, size=8, patch=2)["position"] is small["position"]
     with pytest.raises(ValueError, match="size 15 is not a multiple of patch 2"):
         model_cad.resize_positions(small, size=15, patch=2)
-
-    released = load_model(CAD_TINY)
-    large = model_cad.CAD(**{**released.config, "size": 2 * released.size})
-    large.load_state_dict(model_cad.resize_positions(released.state_dict(), large.size, large.patch))
 
 
 @BOTH

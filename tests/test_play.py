@@ -14,28 +14,23 @@ import torch
 from PIL import Image
 
 import sample
-from common import UserError, to_images
-from model_dit import PRESETS, DiT
+from common import UserError, read_json, to_images
+from model_dit import DiT
 from toy import play
-from toy.recipe import VAE
-from toy.text_encoder import make_text_encoder
-from toy.world import COLORS, SHAPES, draw
+from toy.world import draw
 
 ASKED = {"prompt": play.EXAMPLES[0], "steps": 11, "guidance": 1.5, "seed": 7}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Serve the page with random checkpoints: one of the toy's kind, and one of larger pictures."""
-    folder = tmp_path_factory.mktemp("play")
-    make_text_encoder(folder / "t5", [*play.EXAMPLES, "An image of circle", *SHAPES, *COLORS], seed=0)
-    training = dict.fromkeys(("parameters", "p", "images", "composites", "steps", "batch_size"), 1)
-    for name, size in (("dit", 8), ("large", 10)):
-        config = {"model": "dit", "vae": str(VAE), "text_encoder": str(folder / "t5"),
-                  "args": {**PRESETS["toy"], "size": size, "channels": 8, "text_dim": 128},
-                  "training": {**training, "TA": True, "IA": "all", "tau": 0.4}}
-        sample.save_checkpoint(folder / name, DiT(**config["args"]), config)
-    checkpoints = [play.load_checkpoint(f"small={folder}/dit"), play.load_checkpoint(f"{folder}/large")]
+def server(toy_paper, tmp_path_factory):
+    """Serve the page with the toy paper's checkpoint, and a random one of larger pictures."""
+    small = toy_paper[0] / "dit"
+    large = tmp_path_factory.mktemp("large")
+    config = read_json(small / "config.json", "a checkpoint")
+    config["args"]["size"] = 10
+    sample.save_checkpoint(large, DiT(**config["args"]), config)
+    checkpoints = [play.load_checkpoint(f"small={small}"), play.load_checkpoint(f"large={large}")]
     with play.Server(0, checkpoints) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
@@ -116,18 +111,11 @@ def test_what_the_page_itself_would_not_ask_is_refused_in_one_line(server, statu
 
 def test_the_page_is_for_this_computer_alone_and_loads_nothing_from_elsewhere(server):
     assert server.server_address[0] == "127.0.0.1"
+    with pytest.raises(UserError, match=f"--port {server.server_port}: .*choose another one"):
+        play.Server(server.server_port, [])
     _, page = ask(server, method="GET", path="/?prompt=a+red+circle")
     assert "<h1>" in page and not re.search(r"https?:|src=|@import|innerHTML", page)
     about = json.loads(ask(server, method="GET", path="/about")[1])
     known = {"trained": "TA + IA", "tau": 0.4}
     assert about["checkpoints"] == [{"name": "small", "pixels": 64, **known},
                                     {"name": "large", "pixels": 80, **known}]
-
-
-def test_a_command_that_cannot_serve_is_refused(server, tmp_path):
-    with pytest.raises(UserError, match="run `python -m toy` first"):
-        play.main(["--out", str(tmp_path)])
-    with pytest.raises(UserError, match="room for two"):
-        play.main(["--checkpoint", "a", "--checkpoint", "b", "--checkpoint", "c"])
-    with pytest.raises(UserError, match=f"--port {server.server_port}: .*choose another one"):
-        play.Server(server.server_port, [])
