@@ -16,20 +16,15 @@ from common import (UserError, complete, read_json, read_jsonl, refuse_other_set
 from toy.prompts import make_prompts
 from toy.recipe import VAE, quoted
 from toy.text_encoder import make_text_encoder
-from toy.world import (SIZE, caption_composites, caption_originals, make_world,
-                       what_a_world_is_made_by)
+from toy.world import SIZE, caption_composites, make_world, what_a_world_is_made_by
 
 
 def run(command):
     """Print the command line of a stage as a user would type it, and run it in this process."""
-    words = shlex.split(command)
-    print(f"\n$ python {shlex.join(words)}", flush=True)
-    # "-m toy score ..." or "train.py ..."
-    if words[0] == "-m":
-        stage, options = f"toy.{words[2]}", words[3:]
-    else:
-        stage, options = words[0].removesuffix(".py"), words[1:]
-    importlib.import_module(stage).main(options)
+    print(f"\n$ python {command}", flush=True)
+    # Its first word is "train.py", or "toy.score" in place of "-m toy score".
+    stage, *options = shlex.split(command.replace("-m toy ", "toy."))
+    importlib.import_module(stage.removesuffix(".py")).main(options)
 
 
 def bind(path, **settings):
@@ -59,7 +54,6 @@ def draw_world(world, count, seed, settings=("all",)):
     images = quoted(world / "images")
     # Originals come first: composites are mixed from them.
     make_world(world, count, seed)
-    caption_originals(world, seed)
     run(f"caption.py aio --images {images} --out {quoted(world / 'captions-aio.jsonl')}")
 
     # Each setting gets a folder of its own, since Table 4 trains a model on each.

@@ -10,7 +10,6 @@ of the toy's pictures the page also says what the detector sees in them.
 """
 
 import base64
-import functools
 import io
 import json
 import math
@@ -21,12 +20,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import Options, UserError, command_line, number, one_line, reading, to_images
+from common import Options, UserError, number, one_line, reading, to_images
 
 import torch
 
 from sample import Pipeline, generate, load_pipeline, starting_noise, times
-from toy.detector import detect
+from toy.detector import find_objects
 from toy.recipe import GUIDANCE, SAMPLE_STEPS
 from toy.world import COLORS, SHAPES, SIZE
 
@@ -69,18 +68,14 @@ class Checkpoint(NamedTuple):
 
 def load_checkpoint(word):
     """Return the Checkpoint that a word on the command line names, FOLDER or NAME=FOLDER."""
-    name, equals, folder = word.partition("=")
-    # A folder may have a "=" in its own name.
-    if not equals or Path(word).exists():
-        folder = word
-        name = Path(word).name
+    name, _, folder = word.rpartition("=")
     pipeline = load_pipeline(folder)
     pixels = pipeline.model.config["size"] * pipeline.vae.downscale
 
     # The toy's are known by their pictures' size and by their text encoder's words.
     words = pipeline.tokenizer.get_vocab()
     of_toy = pixels == SIZE and words.keys() >= {*SHAPES, *COLORS}
-    return Checkpoint(name, pipeline, pixels, of_toy)
+    return Checkpoint(name or Path(folder).name, pipeline, pixels, of_toy)
 
 
 def draw(checkpoint, prompt, steps, guidance, seed):
@@ -96,9 +91,9 @@ def draw(checkpoint, prompt, steps, guidance, seed):
     if checkpoint.of_toy:
         _, _, picture = frames[-1]
         answer["objects"] = []
-        for shape, things in detect(picture).items():
-            for thing in things:
-                answer["objects"].append({"shape": shape, **thing})
+        for one in find_objects(picture):
+            answer["objects"].append({"shape": one.shape, "color": one.color,
+                                      "box": one.box, "score": one.score})
     return answer
 
 
@@ -293,19 +288,21 @@ class Handler(BaseHTTPRequestHandler):
 def main(argv=None):
     """Load the checkpoints, print the page's address, and serve it until Ctrl-C."""
     parser = Options(__doc__, prog="python -m toy play")
-    add = functools.partial(parser.add_argument, metavar="X")
-    add("--checkpoint", action="append",
+    add = parser.add_argument
+    add("--checkpoint", action="append", metavar="FOLDER",
         help="FOLDER or NAME=FOLDER; a second one draws beside it (default: OUT/dit)")
-    add("--out", default="out/toy", help="the toy's folder")
+    add("--out", default="out/toy", metavar="FOLDER", help="the toy's folder")
     add("--port", type=number(int, 0, 65535), default=8000,
         help="of http://127.0.0.1:PORT; 0: any free one")
     args = parser.parse_args(argv)
 
-    default = Path(args.out) / "dit"
-    if not args.checkpoint and not (default / "config.json").is_file():
-        raise UserError(f"{default}: no checkpoint there: run `python -m toy` first, or give "
-                        f"--checkpoint")
-    named = args.checkpoint or [str(default)]
+    named = args.checkpoint
+    if not named:
+        default = Path(args.out) / "dit"
+        if not (default / "config.json").is_file():
+            raise UserError(f"{default}: no checkpoint there: run `python -m toy` first, "
+                            f"or give --checkpoint")
+        named = [str(default)]
     if len(named) > 2:
         raise UserError(f"--checkpoint: {len(named)} are given; the page has room for two")
 
@@ -313,7 +310,3 @@ def main(argv=None):
     with Server(args.port, checkpoints) as server:
         print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
         server.serve_forever()
-
-
-if __name__ == "__main__":
-    command_line(main)

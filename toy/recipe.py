@@ -7,9 +7,6 @@ all four settings, p = 0.5. The sizes of things are the toy's own.
 import shlex
 from pathlib import Path
 
-from common import number
-
-
 TAU = 0.4               # the paper's; 0.55 was equal on 384 prompts that are not the reported ones
 P = 0.5                 # the paper's
 
@@ -21,7 +18,6 @@ GUIDANCE = 1.5          # the best of four, up to 5, on prompts that are not the
 SAMPLE_STEPS = 30       # of DDIM; 100 were no better on a few short prompts
 PROMPTS = 32            # of each task: a score's standard error is at most .09
 VAE = Path(__file__).resolve().parent / "weights"       # trained at commit cf74f17
-SEED = number(int, 0, 2 ** 31)      # as large as every library takes it
 
 # For both models. CAD-I's training loss over the last 200 of 4,000 steps at .003 and .004: .073, .072;
 # at .006 it was worse from the start. Its latents in model_cad.py were chosen in the same way, of three

@@ -3,6 +3,7 @@
 import base64
 import html
 import math
+import statistics
 
 from common import complete, line_chart, read_jsonl, save_png
 from encode import Encoded, draw_noise, load_vae
@@ -63,19 +64,22 @@ def cards(items):
 
 def table(rows):
     """Return rows of cells, which are HTML, as a table; the first row is its head."""
-    lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
+    lines = []
+    # STYLE makes the first line bold.
+    for row in rows:
+        cells = "</td><td>".join(row)
+        lines.append(f"<tr><td>{cells}</td></tr>")
     return "<table>" + "\n".join(lines) + "</table>"
 
 
-def share_text(value):
-    """Return a share as text, "-" for none."""
+def mean_and_spread(*values):
+    """Return numbers as text, "0.52 &plusmn; 0.03"; a single one as it is, and "-" for none."""
     # NaN stands for no pictures to count, which is not the same as a share of 0.
-    return "-" if math.isnan(value) else f"{value:.2f}"
-
-
-def spoken(task):
-    """Return a task's name in words: "single_object" -> "single object"."""
-    return task.replace("_", " ")
+    known = list(filter(math.isfinite, values))
+    if not known:
+        return "-"
+    mean = f"{statistics.mean(known):.2f}"
+    return f"{mean} &plusmn; {statistics.stdev(known):.2f}" if len(known) > 1 else mean
 
 
 def verdict_card(folder, row):
@@ -91,24 +95,13 @@ def verdict_card(folder, row):
     return card(folder / row["file"], caption, row["reason"])
 
 
-def verdicts(folder, rows, most):
-    """Return the scored pictures of a folder, at most `most` of each task, under a heading each."""
-    parts = []
-    for task in TASKS:
-        # The first ones are shown, not the best ones: a page must not flatter the model.
-        chosen = [row for row in rows if row["tag"] == task][:most]
-        parts.append(f"<h3>{spoken(task)}</h3>")
-        parts.append(cards(verdict_card(folder, row) for row in chosen))
-    return "\n".join(parts)
-
-
 def examples(folder, captions, count=8):
     """Return some pictures of a folder, spread over the data, with their captions."""
     rows = read_jsonl(captions)
     # Neighbours in a data set may be alike, so the rows in between are passed over.
     step = max(1, len(rows) // count)
-    return cards(card(folder / row["file"], html.escape(row["caption"]), row["file"])
-                 for row in rows[::step][:count])
+    chosen = rows[::step][:count]
+    return cards(card(folder / row["file"], html.escape(row["caption"])) for row in chosen)
 
 
 def points_of(log, key):
@@ -120,10 +113,10 @@ def points_of(log, key):
 # The report of one run
 
 SCORES = """
-<p>A miniature of GenEval: the share of pictures that are as asked. Two kinds of seams: <i>one background</i>
-is the share of pictures with one grey, among the pictures of two objects that are right; <i>bitten</i> the
-share of pictures in which background shows between a large object and a smaller one before it, among all
-pictures with two such objects.</p>
+<p>A miniature of GenEval: the share of pictures that are as asked. Two kinds of seams:
+<i>one background</i> is the share of pictures with one grey, among the pictures of two objects
+that are right; <i>bitten</i> the share of pictures in which background shows between a large
+object and a smaller one before it, among all pictures with two such objects.</p>
 """
 
 
@@ -132,21 +125,27 @@ def report(folder, title, checkpoint, most, more=""):
 
     most: pictures of each task. more: HTML.
     """
-    table_rows = []
+    scores = [[]]
     samples = []
     for kind in ("long", "short"):
         rows = read_jsonl(folder / f"scores-{kind}.jsonl")
         columns = columns_of(rows)
-        table_rows.append([f"{kind} prompts", *map(share_text, columns.values())])
-        samples += [f"<h2>Samples for {kind} prompts</h2>",
-                    verdicts(folder / f"samples-{kind}", rows, most)]
+        scores[0] = ["", *columns]
+        scores.append([f"{kind} prompts", *map(mean_and_spread, columns.values())])
 
-    table_rows.insert(0, ["", *map(spoken, columns)])
+        samples.append(f"<h2>Samples for {kind} prompts</h2>")
+        for task in TASKS:
+            # The first ones are shown, not the best ones: a page must not flatter the model.
+            chosen = [row for row in rows if row["tag"] == task][:most]
+            shown = (verdict_card(folder / f"samples-{kind}", row) for row in chosen)
+            samples += [f"<h3>{task}</h3>", cards(shown)]
+
     loss = {"training": points_of(checkpoint / "log.jsonl", "loss")}
     write_page(folder / "report.html", title, [
-        table(table_rows), SCORES, "<p>Point at a picture for the reason of its verdict.</p>", *samples,
+        table(scores), SCORES,
+        "<p>Point at a picture for the reason of its verdict.</p>", *samples,
         "<h2>Training loss</h2>", line_chart(loss, "step", "loss", log=True), more])
-    return table_rows
+    return scores
 
 
 def about_the_data(out):
@@ -157,7 +156,8 @@ def about_the_data(out):
     chosen = {}
     for i, row in enumerate(read_jsonl(out / "cutmix/cutmix.jsonl")):
         title = f"CM {row['setting']}"
-        if title not in chosen and not has_one_background(open_picture(out / "cutmix" / row["file"])):
+        path = out / "cutmix" / row["file"]
+        if title not in chosen and not has_one_background(open_picture(path)):
             chosen[title] = i
     save_png(draw_noise(composites, load_vae(VAE), chosen), out / "fig7.png")
     return f"""
@@ -166,8 +166,8 @@ def about_the_data(out):
 <h2>CutMix composites and theirs</h2>
 {examples(out / "cutmix", out / "captions-cutmix.jsonl")}
 <h2>Fig. 7: what noise hides</h2>
-<p>Composites of two greys, noised as latents and decoded. They are only used where t &gt; tau =
-{TAU}. The toy's latents have half the standard deviation of the paper's, so training sees more noise at
-the same t.</p>
+<p>Composites of two greys, noised as latents and decoded. They are only used where
+t &gt; tau = {TAU}. The toy's latents have half the standard deviation of the paper's, so training
+sees more noise at the same t.</p>
 {img(out / "fig7.png")}
 """

@@ -11,29 +11,27 @@ same command; tables that share models share them. Without --table it makes all:
 
 import contextlib
 import ctypes
-import html
 import math
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
-from pathlib import Path
+from itertools import product
 from typing import NamedTuple
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, ahead, default_workers, line_chart, number, only_command,
-                    progress, read_json, read_jsonl)
+from common import (Options, UserError, ahead, default_workers, line_chart, number,
+                    only_command, progress, read_jsonl)
 
 from cutmix import CUTS
 from toy.data import bind, draw_world, encode_world, kind_of, make_prompts_and_encoder
 from toy.prompts import TASKS
-from toy.recipe import IMAGES, P, SEED, TAU, judge_commands, quoted, sample_command, train_command
-from toy.report import (SCORES, about_the_data, points_of, report, share_text, spoken, table,
+from toy.recipe import P, TAU, judge_commands, quoted, sample_command, train_command
+from toy.report import (SCORES, about_the_data, mean_and_spread, points_of, report, table,
                         verdict_card, write_page)
-from toy.score import columns_of
-from toy.world import LEAST_IMAGES
+from toy.run import PICTURES, add_options
+from toy.score import read_scores
 
 # --------------------------------------------------------------------------------------------
 # What each table compares
@@ -50,21 +48,21 @@ class Variant(NamedTuple):
 
     def name(self, seed):
         """Return the name of the model's folder for a seed."""
-        parts = [self.model, self.captions]
+        name = f"{self.model}-{self.captions}"
         # Without composites p and tau have no effect, and are left out.
         if self.setting:
-            parts.append(f"{kind_of(self.setting)[1:]}-p{self.p:g}-tau{self.tau:g}")
+            name += f"{kind_of(self.setting)}-p{self.p:g}-tau{self.tau:g}"
         if self.small:
-            parts.append("small")
-        return "-".join([*parts, f"seed{seed}"])
+            name += "-small"
+        return f"{name}-seed{seed}"
 
     def data(self):
         """Return the folders of what it is trained on: encoded originals, and composites if any."""
         # The small set is a world of its own.
-        world = "small/" if self.small else ""
-        folders = [f"{world}encoded-aio" if self.captions == "aio" else f"{world}encoded"]
+        encoded = "small/encoded" if self.small else "encoded"
+        folders = [f"{encoded}-aio" if self.captions == "aio" else encoded]
         if self.setting:
-            folders.append(f"{world}encoded{kind_of(self.setting)}")
+            folders.append(encoded + kind_of(self.setting))
         return folders
 
 
@@ -178,8 +176,8 @@ def run_aside(command, log, running):
 
     if process.wait():
         # A progress bar writes over its own line: what stands behind the last "\r" was
-        # seen.
-        last = log.read_text(errors="replace").strip().split("\n")[-1].split("\r")[-1]
+        # seen, and that ends a line of Python's, too.
+        last = log.read_text(errors="replace").splitlines()[-1]
         raise UserError(f"{last} (more in {log})")
 
 
@@ -233,7 +231,8 @@ def section(args, name, lines):
         parts += overfitting_charts(args, lines)
     for kind in ("long", "short"):
         parts += [f"<h3>{kind} prompts</h3>", score_table(out, lines, f"scores-{kind}.jsonl")]
-    return [*parts, "<h3>The same long prompts, drawn by all models</h3>", same_prompts(out, lines)]
+    return [*parts, "<h3>The same long prompts, drawn by all models</h3>",
+            same_prompts(args, lines)]
 
 
 def results_of(out, run, file):
@@ -248,48 +247,34 @@ def results_of(out, run, file):
     return paths
 
 
-def columns_of_seeds(paths):
-    """Return {column: [a value for each seed]} of files of scores (verdicts, or distances)."""
-    values = {}
-    for path in paths:
-        columns = columns_of(read_jsonl(path)) if path.suffix == ".jsonl" else read_json(path, "scores")
-        for column, value in columns.items():
-            # A seed with no right pair of objects has no share of one background.
-            values.setdefault(column, []).extend([] if math.isnan(value) else [value])
-    return values
-
-
 def score_table(out, lines, file):
     """Return the scores of a table's lines; the seeds at their ends are links to their pictures."""
     rows = [[]]
     for label, run in lines.items():
         paths = results_of(out, run, file)
-        columns = columns_of_seeds(paths.values())
-        cells = [mean_and_spread(values) for values in columns.values()]
+        scores = [read_scores(path) for path in paths.values()]
+        # All files have the same columns.
+        if scores:
+            rows[0] = ["", *scores[0], "seeds"]
+        columns = zip(*(score.values() for score in scores))
+        cells = [mean_and_spread(*values) for values in columns]
         links = [f'<a href="runs/{run.name(seed)}/report.html">{seed}</a>' for seed in paths]
-        rows.append([html.escape(label), *cells, " ".join(links) or "not yet"])
-        if columns:
-            rows[0] = ["", *map(spoken, columns), "seeds"]
+        rows.append([label, *cells, " ".join(links) or "not yet"])
     return table(rows)
 
 
-def mean_and_spread(values):
-    """Return values of several seeds as text, "0.52 &plusmn; 0.03"; "-" for none."""
-    if len(values) < 2:
-        return share_text(*values or [math.nan])
-    return f"{statistics.mean(values):.2f} &plusmn; {statistics.stdev(values):.2f}"
-
-
-def same_prompts(out, lines):
-    """Return pictures of two prompts of each task, a row for each line's first model."""
-    rows = [[]]
+def same_prompts(args, lines):
+    """Return pictures of two prompts of each task, a row for each line's model of the first seed."""
+    rows = []
     for label, run in lines.items():
-        for path in list(results_of(out, run, "scores-long.jsonl").values())[:1]:
-            verdicts = read_jsonl(path)
+        folder = args.out / "runs" / run.name(args.seed)
+        scores = folder / "scores-long.jsonl"
+        if scores.exists():
+            verdicts = read_jsonl(scores)
             # All models got the same prompts in the same order.
             step = len(verdicts) // (2 * len(TASKS)) or 1
-            rows.append([html.escape(label), *(verdict_card(path.parent / "samples-long", row)
-                                               for row in verdicts[::step])])
+            shown = [verdict_card(folder / "samples-long", row) for row in verdicts[::step]]
+            rows.append([label, *shown])
     return table(rows)
 
 
@@ -307,7 +292,7 @@ def overfitting_charts(args, lines):
         distances[label] = []
         for path in sorted(folder.glob("distance-*.json")):
             step = int(path.stem.removeprefix("distance-"))
-            distances[label].append((step, read_json(path, "scores")["distance"]))
+            distances[label].append((step, read_scores(path)["distance"]))
 
     return [line_chart(losses, "step", "loss", log=True),
             line_chart(distances, "step", "distance to validation pictures", log=True)]
@@ -318,19 +303,14 @@ def overfitting_charts(args, lines):
 def arguments(argv):
     """Return the settings."""
     parser = Options(__doc__, prog="python -m toy tables")
+    add_options(parser, "out/toy-tables", 4000, 64)
     add = parser.add_argument
-    pictures = number(int, LEAST_IMAGES)
     count = number(int, 1)
     add("--table", action="append", dest="tables", choices=list(TABLES), metavar="T",
         help="1, 2, 4, 5, tau or fig5; may be given again (default: all)")
-    add("--out", default="out/toy-tables", type=Path, metavar="FOLDER", help="where everything goes")
-    add("--images", type=pictures, default=IMAGES, help="pictures to draw; as many composites are made")
-    add("--small", type=pictures, default=600, help="pictures of Fig. 5's small training set")
-    add("--val", type=pictures, default=512, help="pictures of the validation set")
-    add("--steps", type=count, default=4000, help="training steps of every model")
-    add("--prompts", type=count, default=64, help="prompts for each of the six tasks")
+    add("--small", type=PICTURES, default=600, help="pictures of Fig. 5's small training set")
+    add("--val", type=PICTURES, default=512, help="pictures of the validation set")
     add("--seeds", type=count, default=2, help="models of each kind")
-    add("--seed", type=SEED, default=0, help="the first seed; also of the pictures and the prompts")
     add("--jobs", type=count, default=default_workers(), help="models at a time")
     args = parser.parse_args(argv)
     args.tables = args.tables or list(TABLES)
@@ -349,17 +329,18 @@ def make_tables(args):
     # time.
     bind(args.out / "tables.json", images=args.images, small=args.small, val=args.val,
          steps=args.steps, prompts=args.prompts, seed=args.seed)
-    # CAD-I takes longer, and comes first: at the end it would run alone.
+    # In this order CAD-I, which takes longer, comes before DiT-I: at the end it would run alone.
     runs = sorted({run for name in args.tables for run in TABLES[name].values()})
     make_data(args, runs)
 
-    models = [(run, seed) for seed in range(args.seed, args.seed + args.seeds) for run in runs]
+    models = list(product(range(args.seed, args.seed + args.seeds), runs))
     running = []
 
     def make(model):
-        folder = args.out / "runs" / Variant.name(*model)
+        seed, run = model
+        folder = args.out / "runs" / run.name(seed)
         folder.mkdir(parents=True, exist_ok=True)
-        for command in commands_of(args, *model):
+        for command in commands_of(args, run, seed):
             run_aside(command, folder / "commands.log", running)
         return folder
 

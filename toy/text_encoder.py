@@ -20,7 +20,7 @@ def make_text_encoder(folder, texts, seed, dim=128):
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     # Every word of the texts becomes a token, so that none of them is unknown.
-    known = {word for text in texts for word in text.split()}
+    known = set(" ".join(texts).split())
     words = ["<pad>", "</s>", "<unk>", *sorted(known)]
     numbers = {word: i for i, word in enumerate(words)}
 
