@@ -1,4 +1,4 @@
-"""The toy's report: one page with everything in it, and the pieces that pages are made of."""
+"""The toy's report: one page with everything in it, and the pieces of such pages."""
 
 import base64
 import html
@@ -95,13 +95,14 @@ def verdict_card(folder, row):
     return card(folder / row["file"], caption, row["reason"])
 
 
-def examples(folder, captions, count=8):
-    """Return some pictures of a folder, spread over the data, with their captions."""
+def examples(folder, captions):
+    """Return eight pictures of a folder, spread over the data, with their captions."""
     rows = read_jsonl(captions)
     # Neighbours in a data set may be alike, so the rows in between are passed over.
-    step = max(1, len(rows) // count)
-    chosen = rows[::step][:count]
-    return cards(card(folder / row["file"], html.escape(row["caption"])) for row in chosen)
+    step = max(1, len(rows) // 8)
+    chosen = rows[::step][:8]
+    return cards(card(folder / row["file"], html.escape(row["caption"]), row["file"])
+                 for row in chosen)
 
 
 def points_of(log, key):
@@ -121,10 +122,11 @@ object and a smaller one before it, among all pictures with two such objects.</p
 
 
 def report(folder, title, checkpoint, most, more=""):
-    """Write FOLDER/report.html, the scores and samples of a model, and return its table of scores.
+    """Write FOLDER/report.html, scores and samples of a model, and return its table of scores.
 
     most: pictures of each task. more: HTML.
     """
+    # The head of the table is known when the first scores are.
     scores = [[]]
     samples = []
     for kind in ("long", "short"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (Options, UserError, in_batches, keep_apart, list_images, open_image,
-                    progress, read_json, read_jsonl, write_json, write_jsonl)
+                    progress, read_jsonl, write_jsonl)
 
 import numpy as np
 import torch
@@ -25,27 +25,24 @@ from toy.world import SIZE
 # GenEval in miniature
 
 def score(folder):
-    """Return a row for each prompt's picture in a folder of GenEval's layout.
+    """Return a row for each picture that sample.py has drawn for GenEval's prompts.
 
     {"file", "tag", "prompt", "right", "reason", "one_background", "bitten"}; `file` is
     relative to the folder. Raises UserError.
     """
-    folder = Path(folder)
-    prompts = sorted(folder.glob("*/metadata.jsonl"))
-    if not prompts:
-        raise UserError(f"{folder}: no pictures of sample.py --format geneval")
+    samples = read_jsonl(folder / "samples.jsonl")
+    if "tag" not in samples[0]:
+        raise UserError(f"{folder}: its prompts are not GenEval's, which have tags")
     rows = []
-    for path in progress(prompts, len(prompts), "img", "scoring"):
-        metadata = read_jsonl(path)[0]
-        file = f"{path.parent.name}/samples/0000.png"
-        image = open_picture(folder / file)
+    for sample in progress(samples, len(samples), "img", "scoring"):
+        image = open_picture(folder / sample["file"])
         objects = find_objects(image)
 
         # GenEval's own rules judge; only the detector and the colours are the toy's.
-        right, reason = evaluate.geneval_verdict(as_detections(objects), metadata, color_of)
-        rows.append({"file": file,
-                     "tag": metadata["tag"],
-                     "prompt": metadata["prompt"],
+        right, reason = evaluate.geneval_verdict(as_detections(objects), sample, color_of)
+        rows.append({"file": sample["file"],
+                     "tag": sample["tag"],
+                     "prompt": sample["prompt"],
                      "right": right,
                      "reason": reason,
                      "one_background": has_one_background(image),
@@ -72,14 +69,16 @@ TWO_OBJECTS = ("two_object", "position", "color_attr")
 
 
 def columns_of(rows):
-    """Return {column: score} of verdicts; NaN where nothing counts.
+    """Return {column: score} of the rows of a file of scores; NaN where nothing counts.
 
-    For each task its share of right pictures, and "overall", the mean over the tasks.
-    Then two kinds of seams: "one background", the share of right pictures of two objects
-    that have one (among all pictures, those in which two objects melted into one would
-    have it, too); and "bitten", a share of the pictures in which a small object lies
-    before a large one.
+    Of distances, which are a single row, those. Of verdicts, for each task its share of
+    right pictures, and "overall", the mean over the tasks. Then two kinds of seams: "one
+    background", the share of right pictures of two objects that have one (among all
+    pictures, those in which two objects melted into one would have it, too); and
+    "bitten", a share of the pictures in which a small object lies before a large one.
     """
+    if "distance" in rows[0]:
+        return rows[0]
     scores = {}
     for task in TASKS:
         scores[task] = mean_of(row["right"] for row in rows if row["tag"] == task)
@@ -97,13 +96,6 @@ def mean_of(values):
     return float(np.mean(values)) if values else math.nan
 
 
-def read_scores(path):
-    """Return {column: score} of a file of scores, of verdicts (JSONL) or of distances (JSON)."""
-    if path.suffix == ".jsonl":
-        return columns_of(read_jsonl(path))
-    return read_json(path, "scores")
-
-
 # --------------------------------------------------------------------------------------------
 # Table 1 in small
 
@@ -117,7 +109,9 @@ def features(folder):
     files = [file for file in list_images(folder) if file != "sheet.png"]
     parts = []
     for batch in in_batches(files, 64):
-        images = [open_picture(Path(folder) / file) for file in batch]
+        images = []
+        for file in batch:
+            images.append(open_picture(folder / file))
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)     # (B, 3, H, W)
         mean, _ = vae.encode(pixels / 127.5 - 1)                            # (B, 8, 8, 8)
 
@@ -130,11 +124,11 @@ def features(folder):
     return torch.cat(parts).numpy()
 
 
-def quality(real, fake):
-    """Return {"distance", "precision", "recall", "density", "coverage"} of two folders."""
+def distances(samples, real):
+    """Return one row, the distance and four shares of two folders of pictures (see metrics/)."""
     real = features(real)
-    fake = features(fake)
-    return {"distance": evaluate.frechet_distance(real, fake), **evaluate.prdc(real, fake)}
+    fake = features(samples)
+    return [{"distance": evaluate.frechet_distance(real, fake), **evaluate.prdc(real, fake)}]
 
 
 # --------------------------------------------------------------------------------------------
@@ -142,14 +136,10 @@ def quality(real, fake):
 def main(argv=None):
     parser = Options(__doc__, prog="python -m toy score")
     add = parser.add_argument
-    add("--samples", required=True, metavar="FOLDER", help="pictures of sample.py")
-    add("--real", metavar="FOLDER", help="measure the distance to these pictures instead")
+    add("--samples", required=True, metavar="FOLDER", type=Path, help="pictures of sample.py")
+    add("--real", metavar="FOLDER", type=Path, help="measure the distance to these instead")
     add("--out", required=True, metavar="FILE", type=Path, help="where the scores go")
     args = parser.parse_args(argv)
     keep_apart(args.out, args.samples, args.real)
-    # A distance is one result for a whole folder,
-    # GenEval's verdicts are a line for each picture.
-    if args.real:
-        write_json(args.out, quality(args.real, args.samples))
-    else:
-        write_jsonl(args.out, score(args.samples))
+    scores = distances(args.samples, args.real) if args.real else score(args.samples)
+    write_jsonl(args.out, scores)

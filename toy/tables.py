@@ -31,13 +31,13 @@ from toy.recipe import P, TAU, judge_commands, quoted, sample_command, train_com
 from toy.report import (SCORES, about_the_data, mean_and_spread, points_of, report, table,
                         verdict_card, write_page)
 from toy.run import PICTURES, add_options
-from toy.score import read_scores
+from toy.score import columns_of
 
 # --------------------------------------------------------------------------------------------
 # What each table compares
 
 class Variant(NamedTuple):
-    """One model, whatever its seed. The defaults are DiT-I with text augmentation alone (TA)."""
+    """One model, whatever its seed. By default it is DiT-I with text augmentation alone (TA)."""
 
     model: str = "dit"
     captions: str = "long"          # or "aio", the paper's 'An image of <class-name>'
@@ -57,7 +57,7 @@ class Variant(NamedTuple):
         return f"{name}-seed{seed}"
 
     def data(self):
-        """Return the folders of what it is trained on: encoded originals, and composites if any."""
+        """Return the folders that it is trained on: encoded originals, and composites if any."""
         # The small set is a world of its own.
         encoded = "small/encoded" if self.small else "encoded"
         folders = [f"{encoded}-aio" if self.captions == "aio" else encoded]
@@ -80,10 +80,14 @@ TABLES = {
     "1": TABLE_2,
     "2": TABLE_2,
     "4": {f"CM {setting}": Variant(setting=setting) for setting in (*CUTS, "all")},
-    "5": {"p = 0": Variant(), **{f"p = {p:g}": Variant(setting="1/4", p=p) for p in (0.25, 0.5, 0.75, 1)}},
-    "tau": {f"tau = {tau:g}": Variant(setting="all", tau=tau) for tau in (0, 0.2, 0.4, 0.6, 0.8)},
+    "5": {"p = 0": Variant()},
+    "tau": {},
     "fig5": {"TA": Variant(small=True), "TA + IA": Variant(setting="all", small=True)},
 }
+for p in (0.25, 0.5, 0.75, 1):
+    TABLES["5"][f"p = {p:g}"] = Variant(setting="1/4", p=p)
+for tau in (0, 0.2, 0.4, 0.6, 0.8):
+    TABLES["tau"][f"tau = {tau:g}"] = Variant(setting="all", tau=tau)
 TITLES = {
     "1": "Table 1: distance to validation pictures",
     "2": "Table 2: captions, composites and networks",
@@ -105,7 +109,7 @@ SMALL_SEED = 2_000_000
 
 
 def make_data(args, runs):
-    """Draw, mix, caption and encode what the runs are trained and measured on, each thing once."""
+    """Draw, mix, caption and encode what the runs are trained and measured on, each once."""
     out = args.out
     # The setting "all" is always made: the T5's words come from its captions, too.
     settings = {run.setting for run in runs} - {""} | {"all"}
@@ -130,15 +134,16 @@ def commands_of(args, run, seed):
     out = args.out
     folder = out / "runs" / run.name(seed)
     checkpoint = folder / "checkpoint"
+    data = [out / name for name in run.data()]
     # Fig. 5 is about the course of training: it measures on the way.
     every = math.ceil(args.steps / KEPT)
-    val = quoted(out / "val/encoded")
-    more = f"--val {val} --val-every {every} --keep-every {every}" if run.small else ""
+    more = ""
+    if run.small:
+        more = f"--val {quoted(out / 'val/encoded')} --val-every {every} --keep-every {every}"
 
-    data = [out / name for name in run.data()]
-    commands = [
-        train_command(run.model, checkpoint, run.p, run.tau, args.steps, seed, *data, more=more),
-        *judge_commands(checkpoint, out, folder, seed)]
+    commands = [train_command(run.model, checkpoint, run.p, run.tau, args.steps, seed,
+                              *data, more=more)]
+    commands += judge_commands(checkpoint, out, folder, seed)
 
     # Distances take many samples: measured are the models of Table 1, and one of each
     # line of Fig. 5.
@@ -151,32 +156,35 @@ def commands_of(args, run, seed):
 
     # The prompts are the captions of the validation pictures, of the kind that it was
     # trained on.
-    prompts = out / ("val/captions-aio.jsonl" if run.captions == "aio" else "val/captions.jsonl")
+    file = "captions-aio.jsonl" if run.captions == "aio" else "captions.jsonl"
+    prompts = out / "val" / file
     real = quoted(out / "val/images")
     for name, model in measured.items():
         samples = folder / name
         commands += [sample_command(model, prompts, samples, seed, more=""),
                      f"-m toy score --samples {quoted(samples)} --real {real} "
-                     f"--out {quoted(folder / f'{name}.json')}"]
+                     f"--out {quoted(folder / f'{name}.jsonl')}"]
     return commands
 
 
 def run_aside(command, log, running):
-    """Run a command line in a process of its own, its messages in a file. Raises UserError if it fails.
+    """Run a command line in a process of its own, its messages in a file.
 
-    running: the list of all processes, to which this one is added.
+    running: the list of all processes, to which this one is added. Raises UserError if it
+    fails.
     """
     # One thread each: with more, the models would take the cores from each other.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(log, "a") as messages:
         print(f"\n$ python {command}", file=messages, flush=True)
-        process = subprocess.Popen([sys.executable, *shlex.split(command)], env=environment,
-                                   stdout=messages, stderr=messages, preexec_fn=end_with_parent)
+        process = subprocess.Popen([sys.executable, *shlex.split(command)],
+                                   stdout=messages, stderr=messages,
+                                   env=environment, preexec_fn=end_with_parent)
     running.append(process)
 
     if process.wait():
         # A progress bar writes over its own line: what stands behind the last "\r" was
-        # seen, and that ends a line of Python's, too.
+        # seen. To Python that ends a line, too.
         last = log.read_text(errors="replace").splitlines()[-1]
         raise UserError(f"{last} (more in {log})")
 
@@ -196,23 +204,25 @@ def end_with_parent():
 # The page
 
 INTRODUCTION = """
-<p>Mean &plusmn; standard deviation between seeds, which lead to their pictures. {steps} training steps on
-{images} pictures (and as many composites). {prompts} prompts a task: of a task's score of one seed, the
-standard error from these alone is up to {error:.2f}. World and prompts are those of seed {seed}, so
-&plusmn; tells only how much the training varies.</p>
+<p>Mean &plusmn; standard deviation between seeds, which lead to their pictures. {steps} training
+steps on {images} pictures (and as many composites). {prompts} prompts a task: of a task's score of
+one seed, the standard error from these alone is up to {error:.2f}. World and prompts are those of
+seed {seed}, so &plusmn; tells only how much the training varies.</p>
 """
 DISTANCES = """
-<p>Of samples for the captions of validation pictures (AIO captions for AIO), on the toy autoencoder's
-latents: mean and deviation of each channel in each quarter of a picture, 64 numbers.</p>
+<p>Of samples for the captions of validation pictures (AIO captions for AIO), on the toy
+autoencoder's latents: mean and deviation of each channel in each quarter of a picture, 64
+numbers.</p>
 """
 
 
 def write_tables(args):
-    """Write OUT/tables.html from what lies in the folders: the tables asked for, and those begun before."""
+    """Write OUT/tables.html: the tables asked for, and those that were begun before."""
     out = args.out
-    parts = [SCORES, INTRODUCTION.format(error=0.5 / math.sqrt(args.prompts), **vars(args))]
+    error = 0.5 / math.sqrt(args.prompts)
+    parts = [SCORES, INTRODUCTION.format(error=error, **vars(args))]
     for name, lines in TABLES.items():
-        file = "distance.json" if name == "1" else "scores-long.jsonl"
+        file = "distance.jsonl" if name == "1" else "scores-long.jsonl"
         begun = any(results_of(out, run, file) for run in lines.values())
         if begun or name in args.tables:
             parts += [f"<h2>{TITLES[name]}</h2>", *section(args, name, lines)]
@@ -225,7 +235,7 @@ def section(args, name, lines):
     """Return one table's part of the page, pieces of HTML."""
     out = args.out
     if name == "1":
-        return [DISTANCES, score_table(out, lines, "distance.json")]
+        return [DISTANCES, score_table(out, lines, "distance.jsonl")]
     parts = []
     if name == "fig5":
         parts += overfitting_charts(args, lines)
@@ -236,7 +246,7 @@ def section(args, name, lines):
 
 
 def results_of(out, run, file):
-    """Return {seed: path} of a run's models that have this file of scores, whichever command made them."""
+    """Return {seed: path} of a run's models that have a file of scores, whoever made them."""
     paths = {}
     for path in sorted(out.glob(f"runs/{run.name('*')}/{file}")):
         seed = path.parent.name.rpartition("seed")[2]
@@ -248,11 +258,11 @@ def results_of(out, run, file):
 
 
 def score_table(out, lines, file):
-    """Return the scores of a table's lines; the seeds at their ends are links to their pictures."""
+    """Return the scores of a table's lines, with links to the pictures of each seed."""
     rows = [[]]
     for label, run in lines.items():
         paths = results_of(out, run, file)
-        scores = [read_scores(path) for path in paths.values()]
+        scores = [columns_of(read_jsonl(path)) for path in paths.values()]
         # All files have the same columns.
         if scores:
             rows[0] = ["", *scores[0], "seeds"]
@@ -264,7 +274,7 @@ def score_table(out, lines, file):
 
 
 def same_prompts(args, lines):
-    """Return pictures of two prompts of each task, a row for each line's model of the first seed."""
+    """Return pictures of two prompts of each task, a row for each line's first model."""
     rows = []
     for label, run in lines.items():
         folder = args.out / "runs" / run.name(args.seed)
@@ -279,7 +289,7 @@ def same_prompts(args, lines):
 
 
 def overfitting_charts(args, lines):
-    """Return Fig. 5: the validation loss, and the distance to validation pictures, against steps."""
+    """Return Fig. 5: the losses, and the distance to validation pictures, against steps."""
     losses = {}
     distances = {}
     for label, run in lines.items():
@@ -290,9 +300,9 @@ def overfitting_charts(args, lines):
             losses[f"{label}, validation"] = points_of(log, "val_loss")
             losses[f"{label}, training"] = points_of(log, "loss")
         distances[label] = []
-        for path in sorted(folder.glob("distance-*.json")):
-            step = int(path.stem.removeprefix("distance-"))
-            distances[label].append((step, read_scores(path)["distance"]))
+        for path in sorted(folder.glob("distance-*.jsonl")):
+            step = int(path.stem.split("-")[1])
+            distances[label].append((step, read_jsonl(path)[0]["distance"]))
 
     return [line_chart(losses, "step", "loss", log=True),
             line_chart(distances, "step", "distance to validation pictures", log=True)]
@@ -329,7 +339,8 @@ def make_tables(args):
     # time.
     bind(args.out / "tables.json", images=args.images, small=args.small, val=args.val,
          steps=args.steps, prompts=args.prompts, seed=args.seed)
-    # In this order CAD-I, which takes longer, comes before DiT-I: at the end it would run alone.
+    # In the order of names CAD-I, which takes longer, comes before DiT-I: at the end it would
+    # run alone.
     runs = sorted({run for name in args.tables for run in TABLES[name].values()})
     make_data(args, runs)
 

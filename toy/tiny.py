@@ -68,12 +68,14 @@ def train(model, photos, composites, steps):
     for step in progress(range(1, steps + 1), steps, "step", "training"):
         t, x_0, text, mask = draw_batch(photos, composites)
         eps = torch.randn_like(x_0)
-        loss_of(model, t, x_0, eps, text, mask).backward()
+        loss = loss_of(model, t, x_0, eps, text, mask)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
         # The learning rate rises, then falls to zero along half a cosine.
         falling = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        optimizer.param_groups[0]["lr"] = LR * min(step / WARMUP, falling)
+        lr = LR * min(step / WARMUP, falling)
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
 
@@ -101,7 +103,8 @@ def ddim(model, x, cond, null, steps=SAMPLE_STEPS, w=GUIDANCE, clamp=1.2):
             eps_null, _ = model.denoise(x.float(), level, null)
             eps = eps + w * (eps - eps_null)
 
-        x_0 = ((x - (1 - g).sqrt() * eps) / g.sqrt()).clamp(-clamp, clamp)
+        x_0 = (x - (1 - g).sqrt() * eps) / g.sqrt()
+        x_0 = x_0.clamp(-clamp, clamp)
         eps = (x - g.sqrt() * x_0) / (1 - g).sqrt()
         x = g_next.sqrt() * x_0 + (1 - g_next).sqrt() * eps
     return x_0.float()

@@ -204,9 +204,7 @@ HALF = 0.55             # up to this share the caption says "half a star"
 
 
 def cell_of(thing):
-    """Return the cell of an object's centre; one that fills the frame is in the middle."""
-    if thing["radius"] > LARGE:
-        return (1, 1)
+    """Return the cell of an object's centre; of one that fills the frame, the middle."""
     return (int(3 * thing["x"] / SIZE), int(3 * thing["y"] / SIZE))
 
 
