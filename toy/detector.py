@@ -71,7 +71,10 @@ def unmix(image):
 # Shapes
 
 class Patch:
-    """Pixels of one colour that may be an object; cropped to the box of a clean object, a template."""
+    """Pixels of one colour that may be an object.
+
+    A template is a patch, too: that of a clean object, cropped to its box.
+    """
 
     def __init__(self, mask, color=None):
         self.color = color
@@ -394,8 +397,8 @@ def is_bitten(image, objects):
     square that was pasted bites into it, which is a seam even where both backgrounds have
     the same grey.
 
-    objects: what `find_objects` finds. Returns None where none of them lies before a large
-    one, which need not be among them: many are too badly bitten to be recognised.
+    objects: those that `find_objects` finds. Returns None where none of them lies before a
+    large one, which need not be among them: many are too badly bitten to be recognised.
     """
     nearest, share = unmix(image)
     colored = share > 0.5

@@ -5,12 +5,13 @@ import html
 import math
 import statistics
 
-from common import complete, line_chart, read_jsonl, save_png
+from common import complete, line_chart, load_image, read_jsonl, save_png
 from encode import Encoded, draw_noise, load_vae
 from toy.detector import has_one_background
 from toy.prompts import TASKS
 from toy.recipe import TAU, VAE
-from toy.score import columns_of, open_picture
+from toy.score import columns_of
+from toy.world import SIZE
 
 # The style is part of every page, so that a page is one file that can be sent to someone.
 STYLE = """
@@ -33,8 +34,7 @@ td:first-child { text-align: left }
 # Pieces of pages
 
 def write_page(path, title, parts):
-    """Write an HTML page. `parts` are HTML, `title` plain text."""
-    title = html.escape(title)
+    """Write an HTML page; its title and parts are HTML."""
     body = "\n".join(parts)
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
             f"<style>{STYLE}</style>\n<h1>{title}</h1>\n{body}\n")
@@ -48,6 +48,7 @@ def img(path, note=""):
     """Return an <img> with the bytes of a file in it; the note appears when one points at it."""
     # In the page itself, so that it shows its pictures wherever it is moved to.
     data = base64.b64encode(path.read_bytes()).decode()
+    # GenEval's reasons have a < in them; the toy's captions and prompts are just words.
     note = html.escape(note)
     return f'<img alt="{note}" title="{note}" src="data:image;base64,{data}">'
 
@@ -86,7 +87,7 @@ def verdict_card(folder, row):
     """Return the card of a scored picture: verdict and prompt below, the reason when pointed at."""
     # Words, and not colours alone: red and green look alike to some.
     kind = "right" if row["right"] else "wrong"
-    caption = f'<b class="{kind}">{kind}</b> {html.escape(row["prompt"])}'
+    caption = f'<b class="{kind}">{kind}</b> {row["prompt"]}'
 
     if not row["one_background"]:
         caption += " <i>two backgrounds</i>"
@@ -101,12 +102,12 @@ def examples(folder, captions):
     # Neighbours in a data set may be alike, so the rows in between are passed over.
     step = max(1, len(rows) // 8)
     chosen = rows[::step][:8]
-    return cards(card(folder / row["file"], html.escape(row["caption"]), row["file"])
-                 for row in chosen)
+    return cards(card(folder / row["file"], row["caption"], row["file"]) for row in chosen)
 
 
 def points_of(log, key):
     """Return [(step, value)] of the lines of train.py's log.jsonl that have this key."""
+    # Not every line has the loss of validation.
     return [(row["step"], row[key]) for row in read_jsonl(log) if key in row]
 
 
@@ -159,7 +160,7 @@ def about_the_data(out):
     for i, row in enumerate(read_jsonl(out / "cutmix/cutmix.jsonl")):
         title = f"CM {row['setting']}"
         path = out / "cutmix" / row["file"]
-        if title not in chosen and not has_one_background(open_picture(path)):
+        if title not in chosen and not has_one_background(load_image(path, SIZE)):
             chosen[title] = i
     save_png(draw_noise(composites, load_vae(VAE), chosen), out / "fig7.png")
     return f"""

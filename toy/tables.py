@@ -40,7 +40,7 @@ class Variant(NamedTuple):
     """One model, whatever its seed. By default it is DiT-I with text augmentation alone (TA)."""
 
     model: str = "dit"
-    captions: str = "long"          # or "aio", the paper's 'An image of <class-name>'
+    captions: str = ""              # or "-aio", the paper's 'An image of <class-name>'
     setting: str = ""               # of CutMix: "" is none, "all", "1/4", ...
     p: float = P
     tau: float = TAU
@@ -48,7 +48,7 @@ class Variant(NamedTuple):
 
     def name(self, seed):
         """Return the name of the model's folder for a seed."""
-        name = f"{self.model}-{self.captions}"
+        name = f"{self.model}{self.captions or '-long'}"
         # Without composites p and tau have no effect, and are left out.
         if self.setting:
             name += f"{kind_of(self.setting)}-p{self.p:g}-tau{self.tau:g}"
@@ -60,17 +60,17 @@ class Variant(NamedTuple):
         """Return the folders that it is trained on: encoded originals, and composites if any."""
         # The small set is a world of its own.
         encoded = "small/encoded" if self.small else "encoded"
-        folders = [f"{encoded}-aio" if self.captions == "aio" else encoded]
+        folders = [encoded + self.captions]
         if self.setting:
             folders.append(encoded + kind_of(self.setting))
         return folders
 
 
 TABLE_2 = {
-    "DiT-I AIO": Variant(captions="aio"),
+    "DiT-I AIO": Variant(captions="-aio"),
     "DiT-I TA": Variant(),
     "DiT-I TA + IA": Variant(setting="all"),
-    "CAD-I AIO": Variant("cad", captions="aio"),
+    "CAD-I AIO": Variant("cad", captions="-aio"),
     "CAD-I TA": Variant("cad"),
     "CAD-I TA + IA": Variant("cad", setting="all"),
 }
@@ -148,7 +148,7 @@ def commands_of(args, run, seed):
     # Distances take many samples: measured are the models of Table 1, and one of each
     # line of Fig. 5.
     measured = {}
-    if "1" in args.tables and run in TABLES["1"].values():
+    if "1" in args.tables and run in TABLE_2.values():
         measured["distance"] = checkpoint
     if run.small and seed == args.seed:
         for step in range(every, args.steps + 1, every):
@@ -156,8 +156,7 @@ def commands_of(args, run, seed):
 
     # The prompts are the captions of the validation pictures, of the kind that it was
     # trained on.
-    file = "captions-aio.jsonl" if run.captions == "aio" else "captions.jsonl"
-    prompts = out / "val" / file
+    prompts = out / f"val/captions{run.captions}.jsonl"
     real = quoted(out / "val/images")
     for name, model in measured.items():
         samples = folder / name
@@ -209,40 +208,41 @@ steps on {images} pictures (and as many composites). {prompts} prompts a task: o
 one seed, the standard error from these alone is up to {error:.2f}. World and prompts are those of
 seed {seed}, so &plusmn; tells only how much the training varies.</p>
 """
-DISTANCES = """
+# What stands above the scores of each file.
+HEADINGS = {
+    "distance.jsonl": """
 <p>Of samples for the captions of validation pictures (AIO captions for AIO), on the toy
 autoencoder's latents: mean and deviation of each channel in each quarter of a picture, 64
 numbers.</p>
-"""
+""",
+    "scores-long.jsonl": "<h3>long prompts</h3>",
+    "scores-short.jsonl": "<h3>short prompts</h3>",
+}
 
 
 def write_tables(args):
     """Write OUT/tables.html: the tables asked for, and those that were begun before."""
-    out = args.out
     error = 0.5 / math.sqrt(args.prompts)
     parts = [SCORES, INTRODUCTION.format(error=error, **vars(args))]
     for name, lines in TABLES.items():
-        file = "distance.jsonl" if name == "1" else "scores-long.jsonl"
-        begun = any(results_of(out, run, file) for run in lines.values())
-        if begun or name in args.tables:
-            parts += [f"<h2>{TITLES[name]}</h2>", *section(args, name, lines)]
+        files = ["scores-long.jsonl", "scores-short.jsonl"]
+        if name == "1":
+            files = ["distance.jsonl"]
+        begun = any(results_of(args.out, run, files[0]) for run in lines.values())
+        if not begun and name not in args.tables:
+            continue
 
-    parts.append(about_the_data(out))
-    write_page(out / "tables.html", "The paper's experiments in miniature", parts)
+        parts.append(f"<h2>{TITLES[name]}</h2>")
+        if name == "fig5":
+            parts += overfitting_charts(args, lines)
+        for file in files:
+            parts += [HEADINGS[file], score_table(args.out, lines, file)]
+        if name != "1":
+            parts += ["<h3>The same long prompts, drawn by all models</h3>",
+                      same_prompts(args, lines)]
 
-
-def section(args, name, lines):
-    """Return one table's part of the page, pieces of HTML."""
-    out = args.out
-    if name == "1":
-        return [DISTANCES, score_table(out, lines, "distance.jsonl")]
-    parts = []
-    if name == "fig5":
-        parts += overfitting_charts(args, lines)
-    for kind in ("long", "short"):
-        parts += [f"<h3>{kind} prompts</h3>", score_table(out, lines, f"scores-{kind}.jsonl")]
-    return [*parts, "<h3>The same long prompts, drawn by all models</h3>",
-            same_prompts(args, lines)]
+    parts.append(about_the_data(args.out))
+    write_page(args.out / "tables.html", "The paper's experiments in miniature", parts)
 
 
 def results_of(out, run, file):
@@ -339,12 +339,14 @@ def make_tables(args):
     # time.
     bind(args.out / "tables.json", images=args.images, small=args.small, val=args.val,
          steps=args.steps, prompts=args.prompts, seed=args.seed)
-    # In the order of names CAD-I, which takes longer, comes before DiT-I: at the end it would
-    # run alone.
-    runs = sorted({run for name in args.tables for run in TABLES[name].values()})
+    runs = set()
+    for name in args.tables:
+        runs.update(TABLES[name].values())
     make_data(args, runs)
 
-    models = list(product(range(args.seed, args.seed + args.seeds), runs))
+    # In the order of names CAD-I, which takes longer, comes before DiT-I: at the end it would
+    # run alone.
+    models = list(product(range(args.seed, args.seed + args.seeds), sorted(runs)))
     running = []
 
     def make(model):
