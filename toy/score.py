@@ -25,24 +25,26 @@ from toy.world import SIZE
 # GenEval in miniature
 
 def score(folder):
-    """Return a row for each picture that sample.py has drawn for GenEval's prompts.
+    """Return a row for each prompt's picture in a folder of GenEval's layout.
 
     {"file", "tag", "prompt", "right", "reason", "one_background", "bitten"}; `file` is
     relative to the folder. Raises UserError.
     """
-    samples = read_jsonl(folder / "samples.jsonl")
-    if "tag" not in samples[0]:
-        raise UserError(f"{folder}: its prompts are not GenEval's, which have tags")
+    prompts = sorted(folder.glob("*/metadata.jsonl"))
+    if not prompts:
+        raise UserError(f"{folder}: no pictures of sample.py --format geneval")
     rows = []
-    for sample in progress(samples, len(samples), "img", "scoring"):
-        image = load_image(folder / sample["file"], SIZE)
+    for path in progress(prompts, len(prompts), "img", "scoring"):
+        metadata = read_jsonl(path)[0]
+        file = f"{path.parent.name}/samples/0000.png"
+        image = load_image(folder / file, SIZE)
         objects = find_objects(image)
 
         # GenEval's own rules judge; only the detector and the colours are the toy's.
-        right, reason = evaluate.geneval_verdict(as_detections(objects), sample, color_of)
-        rows.append({"file": sample["file"],
-                     "tag": sample["tag"],
-                     "prompt": sample["prompt"],
+        right, reason = evaluate.geneval_verdict(as_detections(objects), metadata, color_of)
+        rows.append({"file": file,
+                     "tag": metadata["tag"],
+                     "prompt": metadata["prompt"],
                      "right": right,
                      "reason": reason,
                      "one_background": has_one_background(image),

@@ -12,8 +12,8 @@ import math
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, command_line, contact_sheet, number, progress, save_png,
-                    to_images)
+from common import (Options, UserError, command_line, contact_sheet, number, progress,
+                    save_png, to_images)
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -117,6 +117,8 @@ def main(argv=None):
     add("--steps", default=STEPS, type=number(int, 1), help="training steps")
     add("--out", default="out/tiny.png", type=Path, help="the picture")
     args = parser.parse_args(argv)
+    if not (args.data / "encoded-cutmix").exists():
+        raise UserError(f"{args.data}: no encoded-cutmix in it: python -m toy makes it")
 
     # Threads that wait for each other would lose more than they gain.
     torch.set_num_threads(1)
