@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, in_batches, keep_apart, list_images, load_image,
+from common import (Options, UserError, in_batches, keep_apart, list_images, open_image,
                     progress, read_jsonl, write_jsonl)
 
 import numpy as np
@@ -37,7 +37,7 @@ def score(folder):
     for path in progress(prompts, len(prompts), "img", "scoring"):
         metadata = read_jsonl(path)[0]
         file = f"{path.parent.name}/samples/0000.png"
-        image = load_image(folder / file, SIZE)
+        image = open_picture(folder / file)
         objects = find_objects(image)
 
         # GenEval's own rules judge; only the detector and the colours are the toy's.
@@ -50,6 +50,16 @@ def score(folder):
                      "one_background": has_one_background(image),
                      "bitten": is_bitten(image, objects)})
     return rows
+
+
+def open_picture(path):
+    """Return one of the toy's pictures, RGB. Raises UserError if it has another size."""
+    # Twice the size: a larger JPEG is then not decoded at just the toy's.
+    image = open_image(path, 2 * SIZE)
+    if image.size != (SIZE, SIZE):
+        raise UserError(f"{path}: {image.width} x {image.height} pixels; "
+                        f"the toy's pictures have {SIZE} x {SIZE}")
+    return image
 
 
 def color_of(thing, shape):
@@ -103,7 +113,7 @@ def features(folder):
     for batch in in_batches(files, 64):
         images = []
         for file in batch:
-            images.append(load_image(folder / file, SIZE))
+            images.append(open_picture(folder / file))
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)     # (B, 3, H, W)
         mean, _ = vae.encode(pixels / 127.5 - 1)                            # (B, 8, 8, 8)
 
