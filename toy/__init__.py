@@ -1,1 +1,4 @@
-"""The paper in miniature: a drawn ImageNet, and the whole method run on it."""
+"""The paper in miniature: a drawn ImageNet.
+
+The whole method is run on it: `python -m toy`.
+"""

@@ -16,20 +16,15 @@ from common import (UserError, complete, read_json, read_jsonl, refuse_other_set
 from toy.prompts import make_prompts
 from toy.recipe import VAE, quoted
 from toy.text_encoder import make_text_encoder
-from toy.world import (SIZE, caption_composites, caption_originals, make_world,
-                       what_a_world_is_made_by)
+from toy.world import SIZE, caption_composites, make_world, what_a_world_is_made_by
 
 
 def run(command):
     """Print the command line of a stage as a user would type it, and run it in this process."""
-    words = shlex.split(command)
-    print(f"\n$ python {shlex.join(words)}", flush=True)
-    # "-m toy score ..." or "train.py ..."
-    if words[0] == "-m":
-        stage, options = f"toy.{words[2]}", words[3:]
-    else:
-        stage, options = words[0].removesuffix(".py"), words[1:]
-    importlib.import_module(stage).main(options)
+    print(f"\n$ python {command}", flush=True)
+    # Its first word is "train.py", or "toy.score" in place of "-m toy score".
+    stage, *options = shlex.split(command.replace("-m toy ", "toy."))
+    importlib.import_module(stage.removesuffix(".py")).main(options)
 
 
 def bind(path, **settings):
@@ -48,7 +43,7 @@ def bind(path, **settings):
 
 
 def kind_of(setting):
-    """Return what the files of composites are called by: -cutmix for all settings, -cutmix-1-4 for 1/4."""
+    """Return what composites are called by: -cutmix for all settings, -cutmix-1-4 for 1/4."""
     # A setting such as 1/4 has a slash, which a folder's name cannot have.
     return "-cutmix" if setting == "all" else f"-cutmix-{setting.replace('/', '-')}"
 
@@ -59,7 +54,6 @@ def draw_world(world, count, seed, settings=("all",)):
     images = quoted(world / "images")
     # Originals come first: composites are mixed from them.
     make_world(world, count, seed)
-    caption_originals(world, seed)
     run(f"caption.py aio --images {images} --out {quoted(world / 'captions-aio.jsonl')}")
 
     # Each setting gets a folder of its own, since Table 4 trains a model on each.
@@ -72,7 +66,7 @@ def draw_world(world, count, seed, settings=("all",)):
 
 
 def make_prompts_and_encoder(out, prompts, seed):
-    """Write short and long prompts, `prompts` of each task, and the tiny T5 that knows all words."""
+    """Write short and long prompts, `prompts` of each task, and a tiny T5 that knows all words."""
     make_prompts(out, prompts, seed)
     # Encoded captions rest on this T5, so one that exists is kept.
     if (out / "t5").exists():
@@ -81,7 +75,8 @@ def make_prompts_and_encoder(out, prompts, seed):
     # A word missing from these texts would be unknown to the tokenizer,
     # so the prompts are among them. Captions and prompts have other keys.
     texts = []
-    for name in ("captions", "captions-cutmix", "captions-aio", "prompts-short", "prompts-long"):
+    for name in ("captions", "captions-cutmix", "captions-aio",
+                 "prompts-short", "prompts-long"):
         for row in read_jsonl(out / f"{name}.jsonl"):
             texts.append(row.get("caption") or row["prompt"])
     # A folder that bears its final name is whole, which the check above relies on.
@@ -98,5 +93,6 @@ def encode_world(world, kind, text_encoder):
     images = kind.removeprefix("-") if "cutmix" in kind else "images"
     # The pictures are so small that threads would cost more than they save.
     run(f"encode.py --images {quoted(world / images)} "
-        f"--captions {quoted(world / f'captions{kind}.jsonl')} --out {quoted(world / f'encoded{kind}')} "
-        f"--vae {quoted(VAE)} --text-encoder {quoted(text_encoder)} --size {SIZE} --workers 0")
+        f"--captions {quoted(world / f'captions{kind}.jsonl')} "
+        f"--out {quoted(world / f'encoded{kind}')} --vae {quoted(VAE)} "
+        f"--text-encoder {quoted(text_encoder)} --size {SIZE} --workers 0")

@@ -9,7 +9,6 @@ shapes agree with nothing and count as no object: the README has a table of how 
 
 from functools import lru_cache
 from itertools import combinations, product
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -71,26 +70,46 @@ def unmix(image):
 # --------------------------------------------------------------------------------------------
 # Shapes
 
-class Template(NamedTuple):
-    """A clean object, cropped to its box. Masks are boolean arrays (height, width)."""
+class Patch:
+    """Pixels of one colour that may be an object.
 
-    shape: str
-    whole: np.ndarray           # the object
-    core: np.ndarray            # the object without the pixels at its edge
-    edge: np.ndarray            # the pixels at its edge
-    area: int                   # pixels of the object
+    A template is a patch, too: that of a clean object, cropped to its box.
+    """
+
+    def __init__(self, mask, color=None):
+        self.color = color
+        self.mask = mask                                        # (64, 64) bool
+        self.near = ndimage.binary_dilation(mask, NEIGHBOURS)   # a pixel wider on all sides
+        self.core = ndimage.binary_erosion(mask, NEIGHBOURS)    # without the pixels at its edge
+        self.area = np.count_nonzero(mask)
+        self.box = bounds(mask)
+        self.in_front = []                                      # boxes of what may hide a part of it
+
+        # What `recognise` finds out. The place: a template, and x and y of its upper left corner.
+        self.shape = None
+        self.score = 0.0
+        self.place = None
+
+
+def bounds(mask):
+    """Return the box (x0, y0, x1, y1) of a mask's True pixels, right and bottom exclusive, or None."""
+    return Image.fromarray(mask).getbbox()
+
+
+def inside(box, margin=0):
+    """Return the slices of a mask that lie in a box, or up to `margin` pixels around it."""
+    x0, y0, x1, y1 = box
+    rows = slice(max(0, y0 - margin), y1 + margin)
+    columns = slice(max(0, x0 - margin), x1 + margin)
+    return rows, columns
 
 
 def make_template(shape, radius, x, y):
     """Return the template of a shape whose centre is drawn at (x, y), in pixels."""
     thing = {"shape": shape, "color": "red", "radius": radius, "x": x, "y": y}
-    image = draw({"objects": [thing], "grey": "dark"})
-    mask = unmix(image)[1] > 0.5
-    core = ndimage.binary_erosion(mask, NEIGHBOURS)
-    box = as_slices(bounds(mask))
-    whole = mask[box]
-    core = core[box]
-    return Template(shape, whole, core, whole & ~core, np.count_nonzero(whole))
+    _, share = unmix(draw({"objects": [thing], "grey": "dark"}))
+    mask = share > 0.5
+    return Patch(mask[inside(bounds(mask))])
 
 
 @lru_cache
@@ -100,33 +119,18 @@ def templates():
     for shape in SHAPES:
         table[shape] = []
         for radius in RADII:
-            shifted = [make_template(shape, radius, 32 + dx, 32 + dy)
-                       for dx, dy in [(0, 0), (0.5, 0), (0, 0.5), (0.5, 0.5)]]
+            centres = product((32, 32.5), (32, 32.5))
+            shifted = [make_template(shape, radius, x, y) for y, x in centres]
             table[shape].append(shifted)
     return table
 
 
-def bounds(mask):
-    """Return the box (x0, y0, x1, y1) of a mask's True pixels, right and bottom exclusive, or None."""
-    return Image.fromarray(mask).getbbox()
-
-
-def as_slices(box):
-    x0, y0, x1, y1 = box
-    return slice(y0, y1), slice(x0, x1)
-
-
-class Patch:
-    """Pixels of one colour that may be an object."""
-
-    def __init__(self, color, mask):
-        self.color = color
-        self.mask = mask                                        # (64, 64) bool
-        self.in_front = []                                      # boxes of what may hide a part of it
-        self.near = ndimage.binary_dilation(mask, NEIGHBOURS)   # a pixel wider on all sides
-        self.core = ndimage.binary_erosion(mask, NEIGHBOURS)    # without the pixels at its edge
-        self.area = np.count_nonzero(mask)
-        self.box = bounds(mask)
+def placed(mask, x, y):
+    """Return a template's mask in the picture (64, 64), its upper left corner at (x, y)."""
+    height, width = mask.shape
+    picture = np.zeros((SIZE, SIZE), bool)
+    picture[y:y + height, x:x + width] = mask
+    return picture
 
 
 def agreement(template, patch, x, y):
@@ -144,95 +148,85 @@ def agreement(template, patch, x, y):
     wrong pixels. It is 0 if most of the patch lies outside of the template, or if more
     than MOST_HIDDEN is hidden.
     """
-    height, width = template.whole.shape
-    here = as_slices((x, y, x + width, y + height))
-    seen = template.whole & patch.mask[here]
-    lacking = template.whole & ~patch.mask[here]
-    both = np.count_nonzero(seen)
+    whole = placed(template.mask, x, y)
+    seen = whole & patch.mask
+    right = np.count_nonzero(seen)
     # Most places end here, at little cost.
-    if both < CLEAR * patch.area:
+    if right < CLEAR * patch.area:
         return 0.0
+
+    core = placed(template.core, x, y)
+    lacking = whole & ~patch.mask
+    bite = core & ~patch.near                           # what it clearly lacks
+    hidden = 0.0
+    unexplained = np.count_nonzero(lacking)
+    # One more, so that it is never 0.
+    edge = template.area - np.count_nonzero(core) + 1
 
     # In the hidden box nothing of the object must be seen: what is seen there is wrong.
     # The pixels around the box may be seen or not: something's edge runs through them.
-    seen_in_box = 0
-    covered = 0
-    covered_edge = 0
-    box = hidden_box(template, patch, x, y)
+    box = hidden_box(bite, patch, template)
     if box:
-        x0, y0, x1, y1 = box
-        around = as_slices((max(0, x0 - 1), max(0, y0 - 1), x1 + 1, y1 + 1))
-        seen_in_box = np.count_nonzero(seen[as_slices(box)])
+        around = inside(box, 1)
         covered = np.count_nonzero(lacking[around])
-        covered_edge = np.count_nonzero(template.edge[around])
-
-    hidden = covered / template.area
+        hidden = covered / template.area
+        unexplained -= covered
+        edge -= np.count_nonzero((whole & ~core)[around])
+        right -= np.count_nonzero(seen[inside(box)])
     if hidden > MOST_HIDDEN:
         return 0.0
 
-    right = both - seen_in_box
     outside = patch.area - right
-    unexplained = np.count_nonzero(lacking) - covered
     wrong = outside + unexplained
-    # One more, so that it is never 0.
-    edge = np.count_nonzero(template.edge) - covered_edge + 1
     score = right / (right + wrong) - HIDDEN_WEIGHT * hidden - WRONG_WEIGHT * wrong / edge
 
     # A wobbly edge may be forgiven (see `recognise`). A bite or a lump may not, and that
     # something hides a part is only a guess: then the rest must agree all the better.
-    bite = np.count_nonzero(template.core & ~patch.near[here])
-    lump = np.count_nonzero(patch.core) - np.count_nonzero(template.whole & patch.core[here])
-    if box or bite + lump > FORGIVEN:
+    lump = patch.core & ~whole
+    if box or np.count_nonzero(bite) + np.count_nonzero(lump) > FORGIVEN:
         score -= THRESHOLD - CLEAR
     return score
 
 
-def hidden_box(template, patch, x, y):
-    """Return the box, in the template's own pixels, that another object hides of it, or None.
+def hidden_box(bite, patch, template):
+    """Return the box that another object hides of a patch, or None.
 
-    It is the smallest one around all pixels that the patch clearly lacks.
+    It is the smallest one around `bite`, all pixels that the patch clearly lacks.
     """
-    height, width = template.whole.shape
-    here = as_slices((x, y, x + width, y + height))
-    clearly_lacking = template.core & ~patch.near[here]
-    box = bounds(clearly_lacking)
+    box = bounds(bite)
     if box is None:
         return None
     x0, y0, x1, y1 = box
 
     # A few lacking pixels are not hidden, they are wrong. At a large object a paste may
     # graze them.
+    _, width = template.mask.shape
     least = 3 if width >= 32 else 10
     if max(x1 - x0, y1 - y0) <= least:
         return None
 
     # Nothing hides an object but another one, which must be seen there, and whole. In a
     # composite its square hides, too.
-    for left, top, right, bottom in patch.in_front:
-        if (left - AROUND <= x + x0 and x + x1 <= right + AROUND
-                and top - AROUND <= y + y0 and y + y1 <= bottom + AROUND):
+    for other in patch.in_front:
+        near = bite[inside(other, AROUND)]
+        if np.count_nonzero(near) == np.count_nonzero(bite):
             return box
     return None
 
 
-def guesses(patch):
-    """Return (score, shape, place) of each shape's template that a patch agrees with best, the best last.
-
-    place: the template, and the x and y of its upper left corner; None if nothing agrees.
-    """
-    found = []
+def recognise(patch):
+    """Give a patch the place and the score of what it agrees with best, and a shape if it is an object."""
+    guesses = []
     for shape, sizes in templates().items():
         score, place = best_agreement(sizes, patch)
-        found.append((score, shape, place))
-    return sorted(found, key=lambda guess: guess[:2])
+        guesses.append((score, shape, place))
+    guesses.sort(key=lambda guess: guess[:2])
+    second = guesses[-2][0]
+    patch.score, shape, patch.place = guesses[-1]
 
-
-def recognise(patch):
-    """Return the best guess (score, shape, place) for a patch, None if it is no object."""
-    *_, second, best = guesses(patch)
     # Drawn in a wobbly way, a star is still a star, as long as it might not be a cross.
-    is_clear = best[0] > CLEAR and best[0] - second[0] > MARGIN
-    return best if best[0] > THRESHOLD or is_clear else None
+    is_clear = patch.score > CLEAR and patch.score - second > MARGIN
+    patch.shape = shape if patch.score > THRESHOLD or is_clear else None
 
 
 def best_agreement(sizes, patch):
@@ -240,7 +234,7 @@ def best_agreement(sizes, patch):
     rough = []
     for number, shifted in enumerate(sizes):
         # Half a pixel matters to small objects only.
-        tried = [shifted[0], shifted[3]] if shifted[0].area < SMALL else [shifted[0]]
+        tried = shifted[::3] if shifted[0].area < SMALL else shifted[:1]
         for template in tried:
             # Most sizes end here, before any place is tried.
             if not LEAST_AREA < patch.area / template.area < MOST_AREA:
@@ -257,17 +251,13 @@ def best_agreement(sizes, patch):
         # object.
         if score < CLEAR - MOST_GAIN:
             break
-        for template in sizes[number]:
-            for dx, dy in MOVES:
-                corner = inside_frame(template, x + dx, y + dy)
-                score = agreement(template, patch, *corner)
-                if score > best:
-                    best = score
-                    place = (template, *corner)
+        for template, dx, dy in product(sizes[number], (-1, 0, 1), (-1, 0, 1)):
+            corner = inside_frame(template, x + dx, y + dy)
+            score = agreement(template, patch, *corner)
+            if score > best:
+                best = score
+                place = (template, *corner)
     return best, place
-
-
-MOVES = [(dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1)]
 
 
 def likely_corners(template, box):
@@ -277,36 +267,26 @@ def likely_corners(template, box):
     larger and hidden at the far side; so it begins or ends where the box does.
     """
     x0, y0, x1, y1 = box
-    height, width = template.whole.shape
+    height, width = template.mask.shape
     if width < x1 - x0 - 2 or height < y1 - y0 - 2:
         return set()
-    left, right = x0, x1 - width
-    top, bottom = y0, y1 - height
-    return {inside_frame(template, x, y)
-            for x in (left, right, (left + right) // 2)
-            for y in (top, bottom)}
+    left = x0
+    right = x1 - width
+    corners = product((left, right, (left + right) // 2), (y0, y1 - height))
+    return {inside_frame(template, x, y) for x, y in corners}
 
 
 def inside_frame(template, x, y):
     """Return the corner nearest to (x, y) at which the whole template lies inside the picture."""
-    height, width = template.whole.shape
+    height, width = template.mask.shape
     return min(max(x, 0), SIZE - width), min(max(y, 0), SIZE - height)
 
 
 # --------------------------------------------------------------------------------------------
 # Objects
 
-class Found(NamedTuple):
-    """An object in a picture: the best guess for a patch (see `guesses`), and the patch."""
-
-    score: float
-    shape: str
-    place: tuple
-    patch: Patch
-
-
 def find_objects(image):
-    """Return the objects (Found) of an RGB picture, 64 x 64, most confident first."""
+    """Return the objects of an RGB picture, 64 x 64, patches with a shape, most confident first."""
     nearest, share = unmix(image)
     colored = share > 0.5
     # A clean object is faint at its edge only. Such areas are what melted objects are
@@ -315,30 +295,26 @@ def find_objects(image):
     patches = []
     for number, color in enumerate(COLORS):
         for mask in groups(colored & (nearest == number)):
-            patch = Patch(color, mask)
-            if np.count_nonzero(faint[as_slices(patch.box)]) < 0.1 * patch.area:
+            patch = Patch(mask, color)
+            if np.count_nonzero(faint[inside(patch.box)]) < 0.1 * patch.area:
+                recognise(patch)
                 patches.append(patch)
 
     # First what is whole. Only that can hide a part of something else: a shape of two
     # colours is not two objects, and a blob before a torn shape does not mend it.
-    guesses = [recognise(patch) for patch in patches]
-    whole = [patch for guess, patch in zip(guesses, patches) if guess]
-    found = []
-    for guess, patch in zip(guesses, patches):
+    whole = [patch for patch in patches if patch.shape]
+    for patch in patches:
         patch.in_front = [other.box for other in whole if not (other.mask & patch.mask).any()]
         if patch.in_front:
-            guess = recognise(patch)
-        if guess:
-            found.append(Found(*guess, patch))
-    found.sort(key=lambda one: -one.score)
+            recognise(patch)
 
     # The best explanation of a pixel counts, and no other.
     objects = []
     used = np.zeros((SIZE, SIZE), bool)
-    for one in found:
-        if not (one.patch.mask & used).any():
-            used |= one.patch.mask
-            objects.append(one)
+    for patch in sorted(patches, key=lambda patch: -patch.score):
+        if patch.shape and not (patch.mask & used).any():
+            used |= patch.mask
+            objects.append(patch)
     return objects
 
 
@@ -351,29 +327,34 @@ def detect(image):
     return as_detections(find_objects(image))
 
 
-def as_detections(found):
-    """Return objects (Found) as `detect` does."""
-    objects = {}
-    for one in found:
-        thing = {"box": list(one.patch.box), "score": float(one.score), "color": one.patch.color}
-        objects.setdefault(one.shape, []).append(thing)
-    return objects
+def as_detections(objects):
+    """Return what `find_objects` finds as `detect` does."""
+    things = {}
+    for one in objects:
+        thing = {"box": list(one.box), "score": one.score, "color": one.color}
+        things.setdefault(one.shape, []).append(thing)
+    return things
 
 
-def groups(mask, largest=3, most=8):
-    """Return masks of what may be one object each: connected patches, alone or together.
+def connected(mask):
+    """Return the number (64, 64) of each pixel's connected part of a mask, and the parts' areas.
 
-    Two or three patches may be one object with something across it. This is tried with
-    the `largest` ones; of single patches up to `most` are looked at.
+    What is not in the mask has the number 0, and its area counts as 0.
     """
     labels, _ = ndimage.label(mask, NEIGHBOURS)
     areas = np.bincount(labels.ravel())
-    areas[0] = 0                                                # label 0: not of this colour
+    areas[0] = 0
+    return labels, areas
+
+
+def groups(mask):
+    """Return masks of what may be one object each: connected parts of a mask, alone or together."""
+    labels, areas = connected(mask)
     order = np.argsort(-areas)
-    patches = [label for label in order[:most] if areas[label] >= SMALLEST_PATCH]
-    together = [[label] for label in patches]
-    for many in (2, 3):
-        together += combinations(patches[:largest], many)
+    parts = [label for label in order[:8] if areas[label] >= SMALLEST_PATCH]
+    # Two or three may be one object with something across it. This is tried with the
+    # largest three.
+    together = [*combinations(parts, 1), *combinations(parts[:3], 2), *combinations(parts[:3], 3)]
     return [np.isin(labels, group) for group in together]
 
 
@@ -385,11 +366,10 @@ OTHER_GREY = 25             # levels by which a pixel differs from the backgroun
 SEAM = 10                   # pixels of a seam that touch, from which on it is seen
 
 
-def largest_area(mask):
-    """Return the number of pixels of the largest connected part of a mask."""
-    labels, _ = ndimage.label(mask, NEIGHBOURS)
-    # Label 0 is what is not in the mask.
-    return np.bincount(labels.ravel())[1:].max(initial=0)
+def is_seam(mask):
+    """Tell whether enough pixels of a mask touch to be seen as a seam."""
+    _, areas = connected(mask)
+    return bool(areas.max() >= SEAM)
 
 
 def has_one_background(image):
@@ -407,7 +387,7 @@ def has_one_background(image):
     # A small paste shows little of its own background, just the corners that its object
     # leaves. So any patch of another grey counts, and not its share of the picture.
     other = background & (np.abs(levels - usual) > OTHER_GREY)
-    return bool(largest_area(other) < SEAM)
+    return not is_seam(other)
 
 
 def is_bitten(image, objects):
@@ -417,30 +397,28 @@ def is_bitten(image, objects):
     square that was pasted bites into it, which is a seam even where both backgrounds have
     the same grey.
 
-    objects: what `find_objects` finds. Returns None where none of them lies before a large
-    one, which need not be among them: many are too badly bitten to be recognised.
+    objects: those that `find_objects` finds. Returns None where none of them lies before a
+    large one, which need not be among them: many are too badly bitten to be recognised.
     """
     nearest, share = unmix(image)
     colored = share > 0.5
     answer = None
     for small, number in product(objects, range(len(COLORS))):
-        large = Patch("", colored & (nearest == number) & ~small.patch.mask)
-        if large.area < max(LARGE_AREA, small.patch.area):
+        large = Patch(colored & (nearest == number) & ~small.mask)
+        if large.area < max(LARGE_AREA, small.area):
             continue
-        large.in_front = [small.patch.box]
-        _, _, place = guesses(large)[-1]
-        if place is None:
+        large.in_front = [small.box]
+        recognise(large)
+        if large.place is None:
             continue
 
         # Where the large one should be, without its edge.
-        template, x, y = place
-        height, width = template.core.shape
-        should_be = np.zeros((SIZE, SIZE), bool)
-        should_be[as_slices((x, y, x + width, y + height))] = template.core
-        if should_be[as_slices(small.patch.box)].any():
-            near = ndimage.binary_dilation(small.patch.mask, NEIGHBOURS, AROUND)
+        template, x, y = large.place
+        should_be = placed(template.core, x, y)
+        if should_be[inside(small.box)].any():
+            near = ndimage.binary_dilation(small.mask, NEIGHBOURS, AROUND)
             # At a shared edge two colours make a grey that is a pixel or two wide: that
             # is no gap.
             gap = ndimage.binary_opening(should_be & near & ~colored, NEIGHBOURS)
-            answer = bool(answer or largest_area(gap) >= SEAM)
+            answer = answer or is_seam(gap)
     return answer

@@ -3,14 +3,13 @@
     python -m toy play
     python -m toy play --checkpoint "TA=out/ta" --checkpoint "TA + IA=out/toy/dit"
 
-A small web server for this computer only (127.0.0.1) prints the page's address. Beside the
-noisy picture x_t stands x_0, what the network takes it for. Two checkpoints draw the same prompt
-from the same noise. Any checkpoint that sample.py reads will do, the real ones too, only slower;
-of the toy's pictures the page also says what the detector sees in them.
+A small web server for this computer only (127.0.0.1) prints the page's address. Beside
+the noisy picture x_t stands x_0, what the network takes it for. Two checkpoints draw the
+same prompt from the same noise. Any checkpoint that sample.py reads will do, the real ones
+too, only slower; of the toy's pictures the page also says what the detector sees in them.
 """
 
 import base64
-import functools
 import io
 import json
 import math
@@ -21,23 +20,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import Options, UserError, command_line, number, one_line, reading, to_images
+from common import Options, UserError, number, one_line, reading, to_images
 
 import torch
 
 from sample import Pipeline, generate, load_pipeline, starting_noise, times
-from toy.detector import detect
+from toy.detector import find_objects
 from toy.recipe import GUIDANCE, SAMPLE_STEPS
 from toy.world import COLORS, SHAPES, SIZE
 
 PAGE = Path(__file__).with_suffix(".html")
-# What the page begins with where a checkpoint is not the toy's.
-REAL_STEPS = 50             # the paper takes 250, for which one would wait too long
-REAL_GUIDANCE = 8           # that of CAD-I's evaluation
 
-# In the words of the training captions, which say all that is in a picture: "a red star" alone
-# says too little. The default toy draws each of them right with the seeds 0 to 11, also the
-# last five: two classes, which no original shows together.
+# In the words of the training captions, which say all that is in a picture: "a red star"
+# alone says too little. The default toy draws each of them right with the seeds 0 to 11,
+# also the last five: two classes, which no original shows together.
 EXAMPLES = [
     "a large red circle on dark ground",
     "a large yellow star before a light wall",
@@ -53,6 +49,10 @@ EXAMPLES = [
     "a green triangle bottom left , left of a purple square top right before a grey wall",
     "a green star bottom left , below a red circle top right before a dark wall",
 ]
+# What the page begins with for the toy's checkpoints, and for all others: the guidance of
+# CAD-I's evaluation, and fewer steps than the paper's 250, which would take too long.
+FOR_TOY = {"examples": EXAMPLES, "steps": SAMPLE_STEPS, "guidance": GUIDANCE}
+FOR_OTHERS = {"examples": [], "steps": 50, "guidance": 8}
 
 
 # --------------------------------------------------------------------------------------------
@@ -69,18 +69,15 @@ class Checkpoint(NamedTuple):
 
 def load_checkpoint(word):
     """Return the Checkpoint that a word on the command line names, FOLDER or NAME=FOLDER."""
-    name, equals, folder = word.partition("=")
-    # A folder may have a "=" in its own name.
-    if not equals or Path(word).exists():
-        folder = word
-        name = Path(word).name
-    pipeline = load_pipeline(folder)
+    # Without a "=" the whole word is a folder, and the name its last part.
+    name, _, folder = word.partition("=")
+    pipeline = load_pipeline(folder or word)
     pixels = pipeline.model.config["size"] * pipeline.vae.downscale
 
     # The toy's are known by their pictures' size and by their text encoder's words.
     words = pipeline.tokenizer.get_vocab()
     of_toy = pixels == SIZE and words.keys() >= {*SHAPES, *COLORS}
-    return Checkpoint(name, pipeline, pixels, of_toy)
+    return Checkpoint(Path(name).name, pipeline, pixels, of_toy)
 
 
 def draw(checkpoint, prompt, steps, guidance, seed):
@@ -89,16 +86,15 @@ def draw(checkpoint, prompt, steps, guidance, seed):
     if checkpoint.of_toy:
         prompt, unknown = as_read(prompt, checkpoint.pipeline.tokenizer)
     frames = draw_frames(checkpoint, prompt, steps, guidance, seed)
-    answer = {"unknown": unknown, "frames": []}
-    for t, x_t, x_0 in frames:
-        answer["frames"].append({"t": t, "x_t": as_url(x_t), "x_0": as_url(x_0)})
+    urls = [{"t": t, "x_t": as_url(x_t), "x_0": as_url(x_0)} for t, x_t, x_0 in frames]
+    answer = {"unknown": unknown, "frames": urls}
 
     if checkpoint.of_toy:
         _, _, picture = frames[-1]
         answer["objects"] = []
-        for shape, things in detect(picture).items():
-            for thing in things:
-                answer["objects"].append({"shape": shape, **thing})
+        for one in find_objects(picture):
+            answer["objects"].append({"shape": one.shape, "color": one.color,
+                                      "box": one.box, "score": one.score})
     return answer
 
 
@@ -151,8 +147,7 @@ def as_url(image):
 # --------------------------------------------------------------------------------------------
 # The server. Any page in the browser can send requests to this computer: only our own may.
 
-LARGEST_SEED = 2 ** 31 - 1
-LIMITS = {"steps": (int, 1, 250), "guidance": (float, 0, 30), "seed": (int, 0, LARGEST_SEED)}
+LIMITS = {"steps": (int, 1, 250), "guidance": (float, 0, 30), "seed": (int, 0, 2 ** 31 - 1)}
 MAX_PROMPT = 1000               # characters; T5 reads 256 tokens of them
 # Nothing is loaded from elsewhere, and no other page may show this one in a frame.
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -161,12 +156,9 @@ POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inl
 
 
 def about(checkpoints):
-    """Return what the page begins with: the checkpoints, examples, and settings that suit them."""
+    """Return what the page begins with: checkpoints, and examples and settings for them."""
     of_toy = all(checkpoint.of_toy for checkpoint in checkpoints)
-    answer = {"checkpoints": [],
-              "examples": EXAMPLES if of_toy else [],
-              "steps": SAMPLE_STEPS if of_toy else REAL_STEPS,
-              "guidance": GUIDANCE if of_toy else REAL_GUIDANCE}
+    answer = {**(FOR_TOY if of_toy else FOR_OTHERS), "checkpoints": []}
     for checkpoint in checkpoints:
         # One from elsewhere may not say how it was trained.
         training = checkpoint.pipeline.model.checkpoint_config.get("training") or {}
@@ -241,9 +233,9 @@ class Handler(BaseHTTPRequestHandler):
         """Answer with the page, or with what it begins with."""
         path = self.path.partition("?")[0]
         if path == "/":
-            self.reply("text/html; charset=utf-8", PAGE.read_bytes())
+            self.reply(PAGE.read_text(encoding="utf-8"), "text/html; charset=utf-8")
         elif path == "/about":
-            self.reply_json(about(self.server.checkpoints))
+            self.reply(json.dumps(about(self.server.checkpoints)))
         else:
             self.send_error(404, explain="no such page")
 
@@ -267,14 +259,11 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:  # noqa: BLE001
             self.send_error(500, explain=one_line(error))
         else:
-            self.reply_json(pictures)
+            self.reply(json.dumps(pictures))
 
-    def reply_json(self, value):
-        """Send a JSON value."""
-        self.reply("application/json", json.dumps(value).encode())
-
-    def reply(self, kind, body):
+    def reply(self, text, kind="application/json"):
         """Send a whole answer."""
+        body = text.encode()
         self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -293,19 +282,19 @@ class Handler(BaseHTTPRequestHandler):
 def main(argv=None):
     """Load the checkpoints, print the page's address, and serve it until Ctrl-C."""
     parser = Options(__doc__, prog="python -m toy play")
-    add = functools.partial(parser.add_argument, metavar="X")
-    add("--checkpoint", action="append",
+    add = parser.add_argument
+    add("--checkpoint", action="append", metavar="FOLDER",
         help="FOLDER or NAME=FOLDER; a second one draws beside it (default: OUT/dit)")
-    add("--out", default="out/toy", help="the toy's folder")
+    add("--out", default="out/toy", metavar="FOLDER", help="the toy's folder")
     add("--port", type=number(int, 0, 65535), default=8000,
         help="of http://127.0.0.1:PORT; 0: any free one")
     args = parser.parse_args(argv)
 
     default = Path(args.out) / "dit"
+    named = args.checkpoint or [f"dit={default}"]
     if not args.checkpoint and not (default / "config.json").is_file():
-        raise UserError(f"{default}: no checkpoint there: run `python -m toy` first, or give "
-                        f"--checkpoint")
-    named = args.checkpoint or [str(default)]
+        raise UserError(f"{default}: no checkpoint there: run `python -m toy` first, "
+                        f"or give --checkpoint")
     if len(named) > 2:
         raise UserError(f"--checkpoint: {len(named)} are given; the page has room for two")
 
@@ -313,7 +302,3 @@ def main(argv=None):
     with Server(args.port, checkpoints) as server:
         print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
         server.serve_forever()
-
-
-if __name__ == "__main__":
-    command_line(main)

@@ -4,9 +4,9 @@ import random
 from itertools import product
 
 from common import write_jsonl
-from toy.world import (COLORS, CORNERS, GREYS, NUMBERS, SHAPES, cell_relations,
-                       corner_place, describe_background, describe_object, large_place,
-                       long_caption, make_object, plural, seen_in_original)
+from toy.world import (CORNERS, SHAPES, cell_relations, corner_place, counted,
+                       describe_background, describe_object, join, large_place,
+                       long_caption, make_scene, seen_in_original)
 
 TASKS = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 
@@ -38,18 +38,15 @@ def scene_to_ask_for(task, rng):
     one, two = rng.sample(SHAPES, 2)
     # Where one object is asked for, or several of one class, originals
     # show the like. Two classes are what only composites show.
+    shapes = [one, two]
+    layout = "corners"
     if task in ("single_object", "colors"):
-        layout = rng.choice(["large", "corner"])
         shapes = [one]
+        layout = rng.choice(["large", "corner"])
     elif task == "counting":
-        layout = "corners"
         shapes = [one] * rng.choice([2, 3])
-    elif task == "position":
-        layout = "corners"
-        shapes = [one, two]
-    else:
+    elif task != "position":
         layout = rng.choice(["corners", "1/4"])
-        shapes = [one, two]
 
     # One place for each object, in different corners. A large object takes the
     # first place, and being first in the scene it lies behind the small one.
@@ -57,9 +54,7 @@ def scene_to_ask_for(task, rng):
     if layout in ("large", "1/4"):
         places[0] = large_place(rng)
 
-    colors = rng.sample(list(COLORS), len(shapes))
-    things = [make_object(*thing) for thing in zip(shapes, colors, places)]
-    scene = {"objects": things, "grey": rng.choice(list(GREYS))}
+    scene = make_scene(shapes, places, rng)
     # Grounds once had patterns. Without this draw, prompts would be other ones than those
     # reported.
     rng.choice(["plain"])
@@ -72,34 +67,35 @@ def make_prompt(task, rng):
     things = seen_in_original(scene)
     detailed = long_caption(things, scene, rng)
 
-    # The short prompts and the rules begin with shapes
-    # alone. The tasks below add what they ask for.
-    names = [f"a {thing['shape']}" for thing in things]
-    include = [{"class": thing["shape"], "count": 1} for thing in things]
-    metadata = {"tag": task, "include": include, "layout": layout}
-
-    if task in ("colors", "color_attr"):
-        names = [f"a {thing['color']} {thing['shape']}" for thing in things]
-        for clause, thing in zip(include, things):
+    # What the short prompt and GenEval's rules ask for: shapes, in two tasks with colours.
+    names = []
+    include = []
+    for thing in things:
+        name = thing["shape"]
+        clause = {"class": name, "count": 1}
+        if task in ("colors", "color_attr"):
+            name = f"{thing['color']} {name}"
             clause["color"] = thing["color"]
+        names.append(f"a {name}")
+        include.append(clause)
+    metadata = {"tag": task, "include": include, "layout": layout}
+    brief = join(names)
 
     # As in GenEval, one too many is excluded: without it, three would pass for two.
     if task == "counting":
-        shape = things[0]["shape"]
         many = len(things)
-        names = [f"{NUMBERS[many]} {plural(shape)}"]
+        shape = things[0]["shape"]
+        brief = counted(many, shape)
         metadata["include"] = [{"class": shape, "count": many}]
         metadata["exclude"] = [{"class": shape, "count": many + 1}]
 
-    brief = " and ".join(names)
+    # GenEval names the object that the other's place is seen from first.
     if task == "position":
-        # GenEval names the object that the other's place is seen from first.
-        first, second = things
         # Objects in opposite corners have two relations, of which a prompt names
         # one. The long prompt must name the same one, so it is written here again.
-        words = rng.choice(cell_relations(first, second))
+        words = rng.choice(cell_relations(*things))
         metadata["include"] = [include[1], {**include[0], "position": [words, 0]}]
-        brief = f"{names[0]} {words} {names[1]}"
-        detailed = (f"{describe_object(first)} , {words} {describe_object(second)} "
-                    f"{describe_background(scene, rng)}")
+        brief = join(names, words)
+        phrases = [describe_object(thing) for thing in things]
+        detailed = f"{join(phrases, f', {words}')} {describe_background(scene, rng)}"
     return metadata, brief, detailed

@@ -1,8 +1,9 @@
-"""The toy's report: one page with everything in it, and the pieces that pages are made of."""
+"""The toy's report: one page with everything in it, and the pieces of such pages."""
 
 import base64
 import html
 import math
+import statistics
 
 from common import complete, line_chart, read_jsonl, save_png
 from encode import Encoded, draw_noise, load_vae
@@ -32,8 +33,7 @@ td:first-child { text-align: left }
 # Pieces of pages
 
 def write_page(path, title, parts):
-    """Write an HTML page. `parts` are HTML, `title` plain text."""
-    title = html.escape(title)
+    """Write an HTML page; its title and parts are HTML."""
     body = "\n".join(parts)
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
             f"<style>{STYLE}</style>\n<h1>{title}</h1>\n{body}\n")
@@ -47,6 +47,7 @@ def img(path, note=""):
     """Return an <img> with the bytes of a file in it; the note appears when one points at it."""
     # In the page itself, so that it shows its pictures wherever it is moved to.
     data = base64.b64encode(path.read_bytes()).decode()
+    # GenEval's reasons have a < in them; the toy's captions and prompts are just words.
     note = html.escape(note)
     return f'<img alt="{note}" title="{note}" src="data:image;base64,{data}">'
 
@@ -63,26 +64,29 @@ def cards(items):
 
 def table(rows):
     """Return rows of cells, which are HTML, as a table; the first row is its head."""
-    lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
+    lines = []
+    # STYLE makes the first line bold.
+    for row in rows:
+        cells = "</td><td>".join(row)
+        lines.append(f"<tr><td>{cells}</td></tr>")
     return "<table>" + "\n".join(lines) + "</table>"
 
 
-def share_text(value):
-    """Return a share as text, "-" for none."""
+def mean_and_spread(*values):
+    """Return numbers as text, "0.52 &plusmn; 0.03"; a single one as it is, and "-" for none."""
     # NaN stands for no pictures to count, which is not the same as a share of 0.
-    return "-" if math.isnan(value) else f"{value:.2f}"
-
-
-def spoken(task):
-    """Return a task's name in words: "single_object" -> "single object"."""
-    return task.replace("_", " ")
+    known = list(filter(math.isfinite, values))
+    if not known:
+        return "-"
+    mean = f"{statistics.mean(known):.2f}"
+    return f"{mean} &plusmn; {statistics.stdev(known):.2f}" if len(known) > 1 else mean
 
 
 def verdict_card(folder, row):
     """Return the card of a scored picture: verdict and prompt below, the reason when pointed at."""
     # Words, and not colours alone: red and green look alike to some.
     kind = "right" if row["right"] else "wrong"
-    caption = f'<b class="{kind}">{kind}</b> {html.escape(row["prompt"])}'
+    caption = f'<b class="{kind}">{kind}</b> {row["prompt"]}'
 
     if not row["one_background"]:
         caption += " <i>two backgrounds</i>"
@@ -91,28 +95,18 @@ def verdict_card(folder, row):
     return card(folder / row["file"], caption, row["reason"])
 
 
-def verdicts(folder, rows, most):
-    """Return the scored pictures of a folder, at most `most` of each task, under a heading each."""
-    parts = []
-    for task in TASKS:
-        # The first ones are shown, not the best ones: a page must not flatter the model.
-        chosen = [row for row in rows if row["tag"] == task][:most]
-        parts.append(f"<h3>{spoken(task)}</h3>")
-        parts.append(cards(verdict_card(folder, row) for row in chosen))
-    return "\n".join(parts)
-
-
-def examples(folder, captions, count=8):
-    """Return some pictures of a folder, spread over the data, with their captions."""
+def examples(folder, captions):
+    """Return eight pictures of a folder, spread over the data, with their captions."""
     rows = read_jsonl(captions)
     # Neighbours in a data set may be alike, so the rows in between are passed over.
-    step = max(1, len(rows) // count)
-    return cards(card(folder / row["file"], html.escape(row["caption"]), row["file"])
-                 for row in rows[::step][:count])
+    step = max(1, len(rows) // 8)
+    chosen = rows[::step][:8]
+    return cards(card(folder / row["file"], row["caption"], row["file"]) for row in chosen)
 
 
 def points_of(log, key):
     """Return [(step, value)] of the lines of train.py's log.jsonl that have this key."""
+    # Not every line has the loss of validation.
     return [(row["step"], row[key]) for row in read_jsonl(log) if key in row]
 
 
@@ -120,33 +114,40 @@ def points_of(log, key):
 # The report of one run
 
 SCORES = """
-<p>A miniature of GenEval: the share of pictures that are as asked. Two kinds of seams: <i>one background</i>
-is the share of pictures with one grey, among the pictures of two objects that are right; <i>bitten</i> the
-share of pictures in which background shows between a large object and a smaller one before it, among all
-pictures with two such objects.</p>
+<p>A miniature of GenEval: the share of pictures that are as asked. Two kinds of seams:
+<i>one background</i> is the share of pictures with one grey, among the pictures of two objects
+that are right; <i>bitten</i> the share of pictures in which background shows between a large
+object and a smaller one before it, among all pictures with two such objects.</p>
 """
 
 
 def report(folder, title, checkpoint, most, more=""):
-    """Write FOLDER/report.html, the scores and samples of a model, and return its table of scores.
+    """Write FOLDER/report.html, scores and samples of a model, and return its table of scores.
 
     most: pictures of each task. more: HTML.
     """
-    table_rows = []
+    # The head of the table is known when the first scores are.
+    scores = [[]]
     samples = []
     for kind in ("long", "short"):
         rows = read_jsonl(folder / f"scores-{kind}.jsonl")
         columns = columns_of(rows)
-        table_rows.append([f"{kind} prompts", *map(share_text, columns.values())])
-        samples += [f"<h2>Samples for {kind} prompts</h2>",
-                    verdicts(folder / f"samples-{kind}", rows, most)]
+        scores[0] = ["", *columns]
+        scores.append([f"{kind} prompts", *map(mean_and_spread, columns.values())])
 
-    table_rows.insert(0, ["", *map(spoken, columns)])
+        samples.append(f"<h2>Samples for {kind} prompts</h2>")
+        for task in TASKS:
+            # The first ones are shown, not the best ones: a page must not flatter the model.
+            chosen = [row for row in rows if row["tag"] == task][:most]
+            shown = (verdict_card(folder / f"samples-{kind}", row) for row in chosen)
+            samples += [f"<h3>{task}</h3>", cards(shown)]
+
     loss = {"training": points_of(checkpoint / "log.jsonl", "loss")}
     write_page(folder / "report.html", title, [
-        table(table_rows), SCORES, "<p>Point at a picture for the reason of its verdict.</p>", *samples,
+        table(scores), SCORES,
+        "<p>Point at a picture for the reason of its verdict.</p>", *samples,
         "<h2>Training loss</h2>", line_chart(loss, "step", "loss", log=True), more])
-    return table_rows
+    return scores
 
 
 def about_the_data(out):
@@ -157,7 +158,8 @@ def about_the_data(out):
     chosen = {}
     for i, row in enumerate(read_jsonl(out / "cutmix/cutmix.jsonl")):
         title = f"CM {row['setting']}"
-        if title not in chosen and not has_one_background(open_picture(out / "cutmix" / row["file"])):
+        path = out / "cutmix" / row["file"]
+        if title not in chosen and not has_one_background(open_picture(path)):
             chosen[title] = i
     save_png(draw_noise(composites, load_vae(VAE), chosen), out / "fig7.png")
     return f"""
@@ -166,8 +168,8 @@ def about_the_data(out):
 <h2>CutMix composites and theirs</h2>
 {examples(out / "cutmix", out / "captions-cutmix.jsonl")}
 <h2>Fig. 7: what noise hides</h2>
-<p>Composites of two greys, noised as latents and decoded. They are only used where t &gt; tau =
-{TAU}. The toy's latents have half the standard deviation of the paper's, so training sees more noise at
-the same t.</p>
+<p>Composites of two greys, noised as latents and decoded. They are only used where
+t &gt; tau = {TAU}. The toy's latents have half the standard deviation of the paper's, so training
+sees more noise at the same t.</p>
 {img(out / "fig7.png")}
 """

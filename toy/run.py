@@ -20,20 +20,32 @@ from pathlib import Path
 from common import Options, number, only_command
 
 from toy.data import bind, draw_world, encode_world, make_prompts_and_encoder, run
-from toy.recipe import IMAGES, P, PROMPTS, SEED, STEPS, TAU, judge_commands, train_command
+from toy.recipe import IMAGES, P, PROMPTS, STEPS, TAU, judge_commands, train_command
 from toy.report import about_the_data, report
-from toy.world import LEAST_IMAGES
+from toy.world import SHAPES
+
+# With fewer there is little to be mixed.
+PICTURES = number(int, 2 * len(SHAPES))
+# As large as every library takes it.
+SEED = number(int, 0, 2 ** 31)
+
+
+def add_options(parser, out, steps, prompts):
+    """Add the options that `python -m toy` and its tables have in common."""
+    add = parser.add_argument
+    count = number(int, 1)
+    add("--out", default=out, type=Path, metavar="FOLDER", help="where everything goes")
+    add("--images", type=PICTURES, default=IMAGES,
+        help="pictures to draw; as many composites are made")
+    add("--steps", type=count, default=steps, help="training steps of every model")
+    add("--prompts", type=count, default=prompts, help="prompts for each of the six tasks")
+    add("--seed", type=SEED, default=0,
+        help="of the world, the training and the samples; of several models the first one")
 
 
 def main(argv=None):
     parser = Options(__doc__, prog="python -m toy")
-    add = parser.add_argument
-    add("--out", default="out/toy", type=Path, metavar="FOLDER", help="where everything goes")
-    add("--images", type=number(int, LEAST_IMAGES), default=IMAGES,
-        help="pictures to draw; as many composites are made")
-    add("--steps", type=number(int, 1), default=STEPS, help="training steps")
-    add("--prompts", type=number(int, 1), default=PROMPTS, help="prompts for each of the six tasks")
-    add("--seed", type=SEED, default=0, help="of the world, the training and the samples")
+    add_options(parser, "out/toy", STEPS, PROMPTS)
     args = parser.parse_args(argv)
     with only_command(args.out):
         make_toy_paper(args)

@@ -1,13 +1,14 @@
-"""The toy's scores: GenEval's verdicts with the toy's detector, distances on its autoencoder's features.
+"""The toy's scores: GenEval's verdicts by its detector, distances on its autoencoder's features.
 
     python -m toy score --samples out/toy/samples-long --out scores.jsonl
 """
 
+import math
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, in_batches, keep_apart, list_images, open_image, progress,
-                    read_jsonl, write_json, write_jsonl)
+from common import (Options, UserError, in_batches, keep_apart, list_images, open_image,
+                    progress, read_jsonl, write_jsonl)
 
 import numpy as np
 import torch
@@ -29,7 +30,6 @@ def score(folder):
     {"file", "tag", "prompt", "right", "reason", "one_background", "bitten"}; `file` is
     relative to the folder. Raises UserError.
     """
-    folder = Path(folder)
     prompts = sorted(folder.glob("*/metadata.jsonl"))
     if not prompts:
         raise UserError(f"{folder}: no pictures of sample.py --format geneval")
@@ -37,14 +37,15 @@ def score(folder):
     for path in progress(prompts, len(prompts), "img", "scoring"):
         metadata = read_jsonl(path)[0]
         file = f"{path.parent.name}/samples/0000.png"
-        # GenEval's own rules judge; only the detector and the colours are the toy's.
         image = open_picture(folder / file)
         objects = find_objects(image)
+
+        # GenEval's own rules judge; only the detector and the colours are the toy's.
         right, reason = evaluate.geneval_verdict(as_detections(objects), metadata, color_of)
         rows.append({"file": file,
                      "tag": metadata["tag"],
                      "prompt": metadata["prompt"],
-                     "right": bool(right),
+                     "right": right,
                      "reason": reason,
                      "one_background": has_one_background(image),
                      "bitten": is_bitten(image, objects)})
@@ -56,8 +57,8 @@ def open_picture(path):
     # Twice the size: a larger JPEG is then not decoded at just the toy's.
     image = open_image(path, 2 * SIZE)
     if image.size != (SIZE, SIZE):
-        raise UserError(f"{path}: {image.width} x {image.height} pixels; the toy's pictures have "
-                        f"{SIZE} x {SIZE}")
+        raise UserError(f"{path}: {image.width} x {image.height} pixels; "
+                        f"the toy's pictures have {SIZE} x {SIZE}")
     return image
 
 
@@ -70,18 +71,21 @@ TWO_OBJECTS = ("two_object", "position", "color_attr")
 
 
 def columns_of(rows):
-    """Return {column: score} of verdicts; NaN where nothing counts.
+    """Return {column: score} of the rows of a file of scores; NaN where nothing counts.
 
-    For each task its share of right pictures, and "overall", the mean over the tasks.
-    Then two kinds of seams: "one background", the share of right pictures of two objects
-    that have one (among all pictures, those in which two objects melted into one would
-    have it, too); and "bitten", a share of the pictures in which a small object lies
-    before a large one.
+    Of distances, which are a single row, those. Of verdicts, for each task its share of
+    right pictures, and "overall", the mean over the tasks. Then two kinds of seams: "one
+    background", the share of right pictures of two objects that have one (among all
+    pictures, those in which two objects melted into one would have it, too); and
+    "bitten", a share of the pictures in which a small object lies before a large one.
     """
+    if "distance" in rows[0]:
+        return rows[0]
     scores = {}
     for task in TASKS:
         scores[task] = mean_of(row["right"] for row in rows if row["tag"] == task)
     scores["overall"] = mean_of(scores.values())
+
     scores["one background"] = mean_of(row["one_background"] for row in rows
                                        if row["tag"] in TWO_OBJECTS and row["right"])
     scores["bitten"] = mean_of(row["bitten"] for row in rows if row["bitten"] is not None)
@@ -91,7 +95,7 @@ def columns_of(rows):
 def mean_of(values):
     """Return the mean of numbers, NaN for none."""
     values = list(values)
-    return float(np.mean(values)) if values else float("nan")
+    return float(np.mean(values)) if values else math.nan
 
 
 # --------------------------------------------------------------------------------------------
@@ -107,24 +111,26 @@ def features(folder):
     files = [file for file in list_images(folder) if file != "sheet.png"]
     parts = []
     for batch in in_batches(files, 64):
-        images = [open_picture(Path(folder) / file) for file in batch]
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)             # (B, 3, H, W)
-        mean, _ = vae.encode(pixels / 127.5 - 1)                                    # (B, 8, 8, 8)
+        images = []
+        for file in batch:
+            images.append(open_picture(folder / file))
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)     # (B, 3, H, W)
+        mean, _ = vae.encode(pixels / 127.5 - 1)                            # (B, 8, 8, 8)
+
         # Averages over quarters keep roughly where things are, and forget exact
         # positions. Two pictures of like scenes are then close to each other.
-        quarters = mean.unfold(2, 4, 4).unfold(3, 4, 4)                             # (B, 8, 2, 2, 4, 4)
-        average = quarters.mean((4, 5)).flatten(1)                                  # (B, 32)
-        deviation = quarters.flatten(4).std(4).flatten(1)                           # (B, 32)
+        quarters = mean.unfold(2, 4, 4).unfold(3, 4, 4)                     # (B, 8, 2, 2, 4, 4)
+        average = quarters.mean((4, 5)).flatten(1)                          # (B, 32)
+        deviation = quarters.flatten(4).std(4).flatten(1)                   # (B, 32)
         parts.append(torch.cat([average, deviation], 1))
     return torch.cat(parts).numpy()
 
 
-def quality(real, fake):
-    """Return {"distance", "precision", "recall", "density", "coverage"} of two folders of pictures."""
+def distances(samples, real):
+    """Return one row, the distance and four shares of two folders of pictures (see metrics/)."""
     real = features(real)
-    fake = features(fake)
-    scores = {"distance": evaluate.frechet_distance(real, fake), **evaluate.prdc(real, fake)}
-    return {name: float(value) for name, value in scores.items()}
+    fake = features(samples)
+    return [{"distance": evaluate.frechet_distance(real, fake), **evaluate.prdc(real, fake)}]
 
 
 # --------------------------------------------------------------------------------------------
@@ -132,14 +138,10 @@ def quality(real, fake):
 def main(argv=None):
     parser = Options(__doc__, prog="python -m toy score")
     add = parser.add_argument
-    add("--samples", required=True, metavar="FOLDER", help="pictures of sample.py")
-    add("--real", metavar="FOLDER", help="measure the distance to these pictures instead")
+    add("--samples", required=True, metavar="FOLDER", type=Path, help="pictures of sample.py")
+    add("--real", metavar="FOLDER", type=Path, help="measure the distance to these instead")
     add("--out", required=True, metavar="FILE", type=Path, help="where the scores go")
     args = parser.parse_args(argv)
     keep_apart(args.out, args.samples, args.real)
-    # A distance is one result for a whole folder,
-    # GenEval's verdicts are a line for each picture.
-    if args.real:
-        write_json(args.out, quality(args.real, args.samples))
-    else:
-        write_jsonl(args.out, score(args.samples))
+    scores = distances(args.samples, args.real) if args.real else score(args.samples)
+    write_jsonl(args.out, scores)

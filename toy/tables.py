@@ -11,38 +11,36 @@ same command; tables that share models share them. Without --table it makes all:
 
 import contextlib
 import ctypes
-import html
 import math
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
-from pathlib import Path
+from itertools import product
 from typing import NamedTuple
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, ahead, default_workers, line_chart, number, only_command,
-                    progress, read_json, read_jsonl)
+from common import (Options, UserError, ahead, default_workers, line_chart, number,
+                    only_command, progress, read_jsonl)
 
 from cutmix import CUTS
 from toy.data import bind, draw_world, encode_world, kind_of, make_prompts_and_encoder
 from toy.prompts import TASKS
-from toy.recipe import IMAGES, P, SEED, TAU, judge_commands, quoted, sample_command, train_command
-from toy.report import (SCORES, about_the_data, points_of, report, share_text, spoken, table,
+from toy.recipe import P, TAU, judge_commands, quoted, sample_command, train_command
+from toy.report import (SCORES, about_the_data, mean_and_spread, points_of, report, table,
                         verdict_card, write_page)
+from toy.run import PICTURES, add_options
 from toy.score import columns_of
-from toy.world import LEAST_IMAGES
 
 # --------------------------------------------------------------------------------------------
 # What each table compares
 
 class Variant(NamedTuple):
-    """One model, whatever its seed. The defaults are DiT-I with text augmentation alone (TA)."""
+    """One model, whatever its seed. By default it is DiT-I with text augmentation alone (TA)."""
 
     model: str = "dit"
-    captions: str = "long"          # or "aio", the paper's 'An image of <class-name>'
+    captions: str = ""              # or "-aio", the paper's 'An image of <class-name>'
     setting: str = ""               # of CutMix: "" is none, "all", "1/4", ...
     p: float = P
     tau: float = TAU
@@ -50,29 +48,29 @@ class Variant(NamedTuple):
 
     def name(self, seed):
         """Return the name of the model's folder for a seed."""
-        parts = [self.model, self.captions]
+        name = f"{self.model}{self.captions or '-long'}"
         # Without composites p and tau have no effect, and are left out.
         if self.setting:
-            parts.append(f"{kind_of(self.setting)[1:]}-p{self.p:g}-tau{self.tau:g}")
+            name += f"{kind_of(self.setting)}-p{self.p:g}-tau{self.tau:g}"
         if self.small:
-            parts.append("small")
-        return "-".join([*parts, f"seed{seed}"])
+            name += "-small"
+        return f"{name}-seed{seed}"
 
     def data(self):
-        """Return the folders of what it is trained on: encoded originals, and composites if any."""
+        """Return the folders that it is trained on: encoded originals, and composites if any."""
         # The small set is a world of its own.
-        world = "small/" if self.small else ""
-        folders = [f"{world}encoded-aio" if self.captions == "aio" else f"{world}encoded"]
+        encoded = "small/encoded" if self.small else "encoded"
+        folders = [encoded + self.captions]
         if self.setting:
-            folders.append(f"{world}encoded{kind_of(self.setting)}")
+            folders.append(encoded + kind_of(self.setting))
         return folders
 
 
 TABLE_2 = {
-    "DiT-I AIO": Variant(captions="aio"),
+    "DiT-I AIO": Variant(captions="-aio"),
     "DiT-I TA": Variant(),
     "DiT-I TA + IA": Variant(setting="all"),
-    "CAD-I AIO": Variant("cad", captions="aio"),
+    "CAD-I AIO": Variant("cad", captions="-aio"),
     "CAD-I TA": Variant("cad"),
     "CAD-I TA + IA": Variant("cad", setting="all"),
 }
@@ -82,10 +80,14 @@ TABLES = {
     "1": TABLE_2,
     "2": TABLE_2,
     "4": {f"CM {setting}": Variant(setting=setting) for setting in (*CUTS, "all")},
-    "5": {"p = 0": Variant(), **{f"p = {p:g}": Variant(setting="1/4", p=p) for p in (0.25, 0.5, 0.75, 1)}},
-    "tau": {f"tau = {tau:g}": Variant(setting="all", tau=tau) for tau in (0, 0.2, 0.4, 0.6, 0.8)},
+    "5": {"p = 0": Variant()},
+    "tau": {},
     "fig5": {"TA": Variant(small=True), "TA + IA": Variant(setting="all", small=True)},
 }
+for p in (0.25, 0.5, 0.75, 1):
+    TABLES["5"][f"p = {p:g}"] = Variant(setting="1/4", p=p)
+for tau in (0, 0.2, 0.4, 0.6, 0.8):
+    TABLES["tau"][f"tau = {tau:g}"] = Variant(setting="all", tau=tau)
 TITLES = {
     "1": "Table 1: distance to validation pictures",
     "2": "Table 2: captions, composites and networks",
@@ -107,7 +109,7 @@ SMALL_SEED = 2_000_000
 
 
 def make_data(args, runs):
-    """Draw, mix, caption and encode what the runs are trained and measured on, each thing once."""
+    """Draw, mix, caption and encode what the runs are trained and measured on, each once."""
     out = args.out
     # The setting "all" is always made: the T5's words come from its captions, too.
     settings = {run.setting for run in runs} - {""} | {"all"}
@@ -132,20 +134,21 @@ def commands_of(args, run, seed):
     out = args.out
     folder = out / "runs" / run.name(seed)
     checkpoint = folder / "checkpoint"
+    data = [out / name for name in run.data()]
     # Fig. 5 is about the course of training: it measures on the way.
     every = math.ceil(args.steps / KEPT)
-    val = quoted(out / "val/encoded")
-    more = f"--val {val} --val-every {every} --keep-every {every}" if run.small else ""
+    more = ""
+    if run.small:
+        more = f"--val {quoted(out / 'val/encoded')} --val-every {every} --keep-every {every}"
 
-    data = [out / name for name in run.data()]
-    commands = [
-        train_command(run.model, checkpoint, run.p, run.tau, args.steps, seed, *data, more=more),
-        *judge_commands(checkpoint, out, folder, seed)]
+    commands = [train_command(run.model, checkpoint, run.p, run.tau, args.steps, seed,
+                              *data, more=more)]
+    commands += judge_commands(checkpoint, out, folder, seed)
 
     # Distances take many samples: measured are the models of Table 1, and one of each
     # line of Fig. 5.
     measured = {}
-    if "1" in args.tables and run in TABLES["1"].values():
+    if "1" in args.tables and run in TABLE_2.values():
         measured["distance"] = checkpoint
     if run.small and seed == args.seed:
         for step in range(every, args.steps + 1, every):
@@ -153,33 +156,35 @@ def commands_of(args, run, seed):
 
     # The prompts are the captions of the validation pictures, of the kind that it was
     # trained on.
-    prompts = out / ("val/captions-aio.jsonl" if run.captions == "aio" else "val/captions.jsonl")
+    prompts = out / f"val/captions{run.captions}.jsonl"
     real = quoted(out / "val/images")
     for name, model in measured.items():
         samples = folder / name
         commands += [sample_command(model, prompts, samples, seed, more=""),
                      f"-m toy score --samples {quoted(samples)} --real {real} "
-                     f"--out {quoted(folder / f'{name}.json')}"]
+                     f"--out {quoted(folder / f'{name}.jsonl')}"]
     return commands
 
 
 def run_aside(command, log, running):
-    """Run a command line in a process of its own, its messages in a file. Raises UserError if it fails.
+    """Run a command line in a process of its own, its messages in a file.
 
-    running: the list of all processes, to which this one is added.
+    running: the list of all processes, to which this one is added. Raises UserError if it
+    fails.
     """
     # One thread each: with more, the models would take the cores from each other.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(log, "a") as messages:
         print(f"\n$ python {command}", file=messages, flush=True)
-        process = subprocess.Popen([sys.executable, *shlex.split(command)], env=environment,
-                                   stdout=messages, stderr=messages, preexec_fn=end_with_parent)
+        process = subprocess.Popen([sys.executable, *shlex.split(command)],
+                                   stdout=messages, stderr=messages,
+                                   env=environment, preexec_fn=end_with_parent)
     running.append(process)
 
     if process.wait():
         # A progress bar writes over its own line: what stands behind the last "\r" was
-        # seen.
-        last = log.read_text(errors="replace").strip().split("\n")[-1].split("\r")[-1]
+        # seen. To Python that ends a line, too.
+        last = log.read_text(errors="replace").splitlines()[-1]
         raise UserError(f"{last} (more in {log})")
 
 
@@ -198,46 +203,50 @@ def end_with_parent():
 # The page
 
 INTRODUCTION = """
-<p>Mean &plusmn; standard deviation between seeds, which lead to their pictures. {steps} training steps on
-{images} pictures (and as many composites). {prompts} prompts a task: of a task's score of one seed, the
-standard error from these alone is up to {error:.2f}. World and prompts are those of seed {seed}, so
-&plusmn; tells only how much the training varies.</p>
+<p>Mean &plusmn; standard deviation between seeds, which lead to their pictures. {steps} training
+steps on {images} pictures (and as many composites). {prompts} prompts a task: of a task's score of
+one seed, the standard error from these alone is up to {error:.2f}. World and prompts are those of
+seed {seed}, so &plusmn; tells only how much the training varies.</p>
 """
-DISTANCES = """
-<p>Of samples for the captions of validation pictures (AIO captions for AIO), on the toy autoencoder's
-latents: mean and deviation of each channel in each quarter of a picture, 64 numbers.</p>
-"""
+# What stands above the scores of each file.
+HEADINGS = {
+    "distance.jsonl": """
+<p>Of samples for the captions of validation pictures (AIO captions for AIO), on the toy
+autoencoder's latents: mean and deviation of each channel in each quarter of a picture, 64
+numbers.</p>
+""",
+    "scores-long.jsonl": "<h3>long prompts</h3>",
+    "scores-short.jsonl": "<h3>short prompts</h3>",
+}
 
 
 def write_tables(args):
-    """Write OUT/tables.html from what lies in the folders: the tables asked for, and those begun before."""
-    out = args.out
-    parts = [SCORES, INTRODUCTION.format(error=0.5 / math.sqrt(args.prompts), **vars(args))]
+    """Write OUT/tables.html: the tables asked for, and those that were begun before."""
+    error = 0.5 / math.sqrt(args.prompts)
+    parts = [SCORES, INTRODUCTION.format(error=error, **vars(args))]
     for name, lines in TABLES.items():
-        file = "distance.json" if name == "1" else "scores-long.jsonl"
-        begun = any(results_of(out, run, file) for run in lines.values())
-        if begun or name in args.tables:
-            parts += [f"<h2>{TITLES[name]}</h2>", *section(args, name, lines)]
+        files = ["scores-long.jsonl", "scores-short.jsonl"]
+        if name == "1":
+            files = ["distance.jsonl"]
+        begun = any(results_of(args.out, run, files[0]) for run in lines.values())
+        if not begun and name not in args.tables:
+            continue
 
-    parts.append(about_the_data(out))
-    write_page(out / "tables.html", "The paper's experiments in miniature", parts)
+        parts.append(f"<h2>{TITLES[name]}</h2>")
+        if name == "fig5":
+            parts += overfitting_charts(args, lines)
+        for file in files:
+            parts += [HEADINGS[file], score_table(args.out, lines, file)]
+        if name != "1":
+            parts += ["<h3>The same long prompts, drawn by all models</h3>",
+                      same_prompts(args, lines)]
 
-
-def section(args, name, lines):
-    """Return one table's part of the page, pieces of HTML."""
-    out = args.out
-    if name == "1":
-        return [DISTANCES, score_table(out, lines, "distance.json")]
-    parts = []
-    if name == "fig5":
-        parts += overfitting_charts(args, lines)
-    for kind in ("long", "short"):
-        parts += [f"<h3>{kind} prompts</h3>", score_table(out, lines, f"scores-{kind}.jsonl")]
-    return [*parts, "<h3>The same long prompts, drawn by all models</h3>", same_prompts(out, lines)]
+    parts.append(about_the_data(args.out))
+    write_page(args.out / "tables.html", "The paper's experiments in miniature", parts)
 
 
 def results_of(out, run, file):
-    """Return {seed: path} of a run's models that have this file of scores, whichever command made them."""
+    """Return {seed: path} of a run's models that have a file of scores, whoever made them."""
     paths = {}
     for path in sorted(out.glob(f"runs/{run.name('*')}/{file}")):
         seed = path.parent.name.rpartition("seed")[2]
@@ -248,53 +257,39 @@ def results_of(out, run, file):
     return paths
 
 
-def columns_of_seeds(paths):
-    """Return {column: [a value for each seed]} of files of scores (verdicts, or distances)."""
-    values = {}
-    for path in paths:
-        columns = columns_of(read_jsonl(path)) if path.suffix == ".jsonl" else read_json(path, "scores")
-        for column, value in columns.items():
-            # A seed with no right pair of objects has no share of one background.
-            values.setdefault(column, []).extend([] if math.isnan(value) else [value])
-    return values
-
-
 def score_table(out, lines, file):
-    """Return the scores of a table's lines; the seeds at their ends are links to their pictures."""
+    """Return the scores of a table's lines, with links to the pictures of each seed."""
     rows = [[]]
     for label, run in lines.items():
         paths = results_of(out, run, file)
-        columns = columns_of_seeds(paths.values())
-        cells = [mean_and_spread(values) for values in columns.values()]
+        scores = [columns_of(read_jsonl(path)) for path in paths.values()]
+        # All files have the same columns.
+        if scores:
+            rows[0] = ["", *scores[0], "seeds"]
+        columns = zip(*(score.values() for score in scores))
+        cells = [mean_and_spread(*values) for values in columns]
         links = [f'<a href="runs/{run.name(seed)}/report.html">{seed}</a>' for seed in paths]
-        rows.append([html.escape(label), *cells, " ".join(links) or "not yet"])
-        if columns:
-            rows[0] = ["", *map(spoken, columns), "seeds"]
+        rows.append([label, *cells, " ".join(links) or "not yet"])
     return table(rows)
 
 
-def mean_and_spread(values):
-    """Return values of several seeds as text, "0.52 &plusmn; 0.03"; "-" for none."""
-    if len(values) < 2:
-        return share_text(*values or [math.nan])
-    return f"{statistics.mean(values):.2f} &plusmn; {statistics.stdev(values):.2f}"
-
-
-def same_prompts(out, lines):
+def same_prompts(args, lines):
     """Return pictures of two prompts of each task, a row for each line's first model."""
-    rows = [[]]
+    rows = []
     for label, run in lines.items():
-        for path in list(results_of(out, run, "scores-long.jsonl").values())[:1]:
-            verdicts = read_jsonl(path)
+        folder = args.out / "runs" / run.name(args.seed)
+        scores = folder / "scores-long.jsonl"
+        if scores.exists():
+            verdicts = read_jsonl(scores)
             # All models got the same prompts in the same order.
             step = len(verdicts) // (2 * len(TASKS)) or 1
-            rows.append([html.escape(label), *(verdict_card(path.parent / "samples-long", row)
-                                               for row in verdicts[::step])])
+            shown = [verdict_card(folder / "samples-long", row) for row in verdicts[::step]]
+            rows.append([label, *shown])
     return table(rows)
 
 
 def overfitting_charts(args, lines):
-    """Return Fig. 5: the validation loss, and the distance to validation pictures, against steps."""
+    """Return Fig. 5: the losses, and the distance to validation pictures, against steps."""
     losses = {}
     distances = {}
     for label, run in lines.items():
@@ -305,9 +300,9 @@ def overfitting_charts(args, lines):
             losses[f"{label}, validation"] = points_of(log, "val_loss")
             losses[f"{label}, training"] = points_of(log, "loss")
         distances[label] = []
-        for path in sorted(folder.glob("distance-*.json")):
-            step = int(path.stem.removeprefix("distance-"))
-            distances[label].append((step, read_json(path, "scores")["distance"]))
+        for path in sorted(folder.glob("distance-*.jsonl")):
+            step = int(path.stem.split("-")[1])
+            distances[label].append((step, read_jsonl(path)[0]["distance"]))
 
     return [line_chart(losses, "step", "loss", log=True),
             line_chart(distances, "step", "distance to validation pictures", log=True)]
@@ -318,19 +313,14 @@ def overfitting_charts(args, lines):
 def arguments(argv):
     """Return the settings."""
     parser = Options(__doc__, prog="python -m toy tables")
+    add_options(parser, "out/toy-tables", 4000, 64)
     add = parser.add_argument
-    pictures = number(int, LEAST_IMAGES)
     count = number(int, 1)
     add("--table", action="append", dest="tables", choices=list(TABLES), metavar="T",
         help="1, 2, 4, 5, tau or fig5; may be given again (default: all)")
-    add("--out", default="out/toy-tables", type=Path, metavar="FOLDER", help="where everything goes")
-    add("--images", type=pictures, default=IMAGES, help="pictures to draw; as many composites are made")
-    add("--small", type=pictures, default=600, help="pictures of Fig. 5's small training set")
-    add("--val", type=pictures, default=512, help="pictures of the validation set")
-    add("--steps", type=count, default=4000, help="training steps of every model")
-    add("--prompts", type=count, default=64, help="prompts for each of the six tasks")
+    add("--small", type=PICTURES, default=600, help="pictures of Fig. 5's small training set")
+    add("--val", type=PICTURES, default=512, help="pictures of the validation set")
     add("--seeds", type=count, default=2, help="models of each kind")
-    add("--seed", type=SEED, default=0, help="the first seed; also of the pictures and the prompts")
     add("--jobs", type=count, default=default_workers(), help="models at a time")
     args = parser.parse_args(argv)
     args.tables = args.tables or list(TABLES)
@@ -349,17 +339,21 @@ def make_tables(args):
     # time.
     bind(args.out / "tables.json", images=args.images, small=args.small, val=args.val,
          steps=args.steps, prompts=args.prompts, seed=args.seed)
-    # CAD-I takes longer, and comes first: at the end it would run alone.
-    runs = sorted({run for name in args.tables for run in TABLES[name].values()})
+    runs = set()
+    for name in args.tables:
+        runs.update(TABLES[name].values())
     make_data(args, runs)
 
-    models = [(run, seed) for seed in range(args.seed, args.seed + args.seeds) for run in runs]
+    # In the order of names CAD-I, which takes longer, comes before DiT-I: at the end it would
+    # run alone.
+    models = list(product(range(args.seed, args.seed + args.seeds), sorted(runs)))
     running = []
 
     def make(model):
-        folder = args.out / "runs" / Variant.name(*model)
+        seed, run = model
+        folder = args.out / "runs" / run.name(seed)
         folder.mkdir(parents=True, exist_ok=True)
-        for command in commands_of(args, *model):
+        for command in commands_of(args, run, seed):
             run_aside(command, folder / "commands.log", running)
         return folder
 

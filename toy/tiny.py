@@ -12,7 +12,8 @@ import math
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import Options, UserError, command_line, contact_sheet, number, progress, save_png, to_images
+from common import (Options, UserError, command_line, contact_sheet, number, progress,
+                    save_png, to_images)
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -28,7 +29,8 @@ WARMUP = 50             # steps in which the learning rate rises
 def pad(texts):
     """Return captions, (L_i, D) each, as text (B, L, D) and mask (B, L), True where there is a token."""
     lengths = torch.tensor([len(text) for text in texts])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    positions = torch.arange(int(lengths.max()))
+    mask = positions < lengths[:, None]
     return pad_sequence(texts, batch_first=True), mask
 
 
@@ -60,16 +62,20 @@ def loss_of(model, t, x_0, eps, text, mask):
 def train(model, photos, composites, steps):
     """Train a model in place, and return the moving average of its weights, a model too."""
     ema = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), LR,
+                                  betas=(0.9, 0.98), weight_decay=0.01)
+
     for step in progress(range(1, steps + 1), steps, "step", "training"):
         t, x_0, text, mask = draw_batch(photos, composites)
         eps = torch.randn_like(x_0)
-        loss_of(model, t, x_0, eps, text, mask).backward()
+        loss = loss_of(model, t, x_0, eps, text, mask)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
         # The learning rate rises, then falls to zero along half a cosine.
         falling = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        optimizer.param_groups[0]["lr"] = LR * min(step / WARMUP, falling)
+        lr = LR * min(step / WARMUP, falling)
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
 
@@ -85,6 +91,7 @@ def ddim(model, x, cond, null, steps=SAMPLE_STEPS, w=GUIDANCE, clamp=1.2):
     """Return x_0 (B, C, h, w) for noise x. cond, null: (text, mask) of captions and of empty prompts."""
     cond = model.condition(*cond)
     null = model.condition(*null)
+
     # In float64: the first step divides by almost nothing.
     x = x.double()
     gamma = torch.linspace(0, 1, steps + 1, dtype=torch.float64).clamp(min=1e-9)
@@ -95,7 +102,9 @@ def ddim(model, x, cond, null, steps=SAMPLE_STEPS, w=GUIDANCE, clamp=1.2):
         if g > 1e-9:
             eps_null, _ = model.denoise(x.float(), level, null)
             eps = eps + w * (eps - eps_null)
-        x_0 = ((x - (1 - g).sqrt() * eps) / g.sqrt()).clamp(-clamp, clamp)
+
+        x_0 = (x - (1 - g).sqrt() * eps) / g.sqrt()
+        x_0 = x_0.clamp(-clamp, clamp)
         eps = (x - g.sqrt() * x_0) / (1 - g).sqrt()
         x = g_next.sqrt() * x_0 + (1 - g_next).sqrt() * eps
     return x_0.float()
@@ -103,9 +112,10 @@ def ddim(model, x, cond, null, steps=SAMPLE_STEPS, w=GUIDANCE, clamp=1.2):
 
 def main(argv=None):
     parser = Options(__doc__, prog="python -m toy.tiny")
-    parser.add_argument("--data", default="out/toy", type=Path, help="folder of python -m toy")
-    parser.add_argument("--steps", default=STEPS, type=number(int, 1), help="training steps")
-    parser.add_argument("--out", default="out/tiny.png", type=Path, help="the picture")
+    add = parser.add_argument
+    add("--data", default="out/toy", type=Path, help="folder of python -m toy")
+    add("--steps", default=STEPS, type=number(int, 1), help="training steps")
+    add("--out", default="out/tiny.png", type=Path, help="the picture")
     args = parser.parse_args(argv)
     if not (args.data / "encoded-cutmix").exists():
         raise UserError(f"{args.data}: no encoded-cutmix in it: python -m toy makes it")
@@ -115,16 +125,21 @@ def main(argv=None):
     torch.manual_seed(0)
     photos = Encoded(args.data / "encoded")
     composites = Encoded(args.data / "encoded-cutmix")
-    ema = train(DiT(**PRESETS["toy"]), photos, composites, args.steps)
+    model = DiT(**PRESETS["toy"])
+    ema = train(model, photos, composites, args.steps)
 
+    # All of them from noise, each with its own caption.
     picks = [i * len(composites) // 16 for i in range(16)]
     cond = pad([composites.text(i) for i in picks])
     null = pad([composites.null] * 16)
     noise = torch.randn(16, *composites.meta["latent_shape"])
     x_0 = ddim(ema, noise, cond, null)
+
     vae = load_vae(composites.meta["vae"])
     images = to_images(vae.decode(x_0 / vae.scaling_factor))
-    save_png(contact_sheet(images, [composites.caption(i) for i in picks]), args.out)
+    captions = [composites.caption(i) for i in picks]
+    sheet = contact_sheet(images, captions)
+    save_png(sheet, args.out)
     print(args.out)
 
 

@@ -9,6 +9,7 @@ and are not in the class name.
 
 import math
 import random
+from collections import Counter
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -25,7 +26,6 @@ COLORS = {
     "blue": (45, 75, 225),
     "purple": (160, 50, 185),
 }
-LEAST_IMAGES = 2 * len(SHAPES)  # with fewer there is little to be mixed
 GREYS = {"dark": 60, "grey": 128, "light": 205}
 LARGE = 18                       # a larger radius, in pixels, fills the frame
 
@@ -33,22 +33,34 @@ LARGE = 18                       # a larger radius, in pixels, fills the frame
 # --------------------------------------------------------------------------------------------
 # Drawing
 
-def polar(radius, turns):
-    """Return the point at `radius` from the centre, `turns` of a full turn clockwise from the top."""
-    # In pictures y points down, so the top is at a negative y.
-    angle = 2 * math.pi * turns
-    return radius * math.sin(angle), -radius * math.cos(angle)
+def around(radii, lower=0):
+    """Return points around a centre, clockwise from the top, a radius each; y points down."""
+    points = []
+    for i, radius in enumerate(radii):
+        angle = 2 * math.pi * (i / len(radii))
+        points.append((radius * math.sin(angle), lower - radius * math.cos(angle)))
+    return points
 
 
-# The corners of the shapes in a disc of radius 1, y downwards.
-TRIANGLE = [polar(1.08, turn) for turn in (0, 1 / 3, 2 / 3)]
-POLYGONS = {
-    "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
-    # A triangle's centre of mass lies low: it is drawn a little lower to look centred.
-    "triangle": [(x, y + 0.2) for x, y in TRIANGLE],
-    "star": [polar(0.5 if i % 2 else 1.0, i / 10) for i in range(10)],
-    "cross": [(-0.3, -0.95), (0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3),
-              (0.3, 0.95), (-0.3, 0.95), (-0.3, 0.3), (-0.95, 0.3), (-0.95, -0.3), (-0.3, -0.3)],
+def turned(corners):
+    """Return corners, and the same ones after a quarter of a turn, a half, and three quarters."""
+    outline = []
+    for _ in range(4):
+        outline += corners
+        corners = [(-y, x) for x, y in corners]
+    return outline
+
+
+# The corners of the shapes in a disc of radius 1.
+OUTLINES = {
+    # A circle has none: these are those of a square around it. With a radius of 1 it
+    # would look larger than a square.
+    "circle": [(-0.92, -0.92), (0.92, 0.92)],
+    "cross": turned([(-0.3, -0.95), (0.3, -0.95), (0.3, -0.3)]),
+    "square": turned([(-0.8, -0.8)]),
+    "star": around([1.0, 0.5] * 5),
+    # Its centre of mass lies low: it is drawn a little lower to look centred.
+    "triangle": around([1.08] * 3, lower=0.2),
 }
 
 
@@ -69,16 +81,15 @@ def mask_of(thing, scale=1):
     """Return where an object is: a PIL image of mode L of 64 `scale` pixels a side, 255 inside."""
     mask = Image.new("L", (SIZE * scale, SIZE * scale))
     pen = ImageDraw.Draw(mask)
-    x = thing["x"] * scale
-    y = thing["y"] * scale
-    radius = thing["radius"] * scale
+    radius = thing["radius"]
+    corners = []
+    for x, y in OUTLINES[thing["shape"]]:
+        corners.append((scale * (thing["x"] + radius * x), scale * (thing["y"] + radius * y)))
 
-    if thing["shape"] in POLYGONS:
-        corners = POLYGONS[thing["shape"]]
-        pen.polygon([(x + radius * a, y + radius * b) for a, b in corners], fill=255)
+    if thing["shape"] == "circle":
+        pen.ellipse(corners, fill=255)
     else:
-        radius = 0.92 * radius          # a circle of radius 1 would look larger than a square
-        pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=255)
+        pen.polygon(corners, fill=255)
     return mask
 
 
@@ -133,26 +144,31 @@ def random_scene(rng, shape=None, kind=None):
         radius = places[0][0]
         places.append(pasted_place(rng, kind, radius))
 
-    # `sample` never draws a colour twice: colours tell objects of one shape apart.
     shape = shape or rng.choice(SHAPES)
+    return make_scene([shape] * len(places), places, rng)
+
+
+def make_scene(shapes, places, rng):
+    """Return a scene of shapes at places (radius, x, y), in random colours on a random grey."""
+    # `sample` never draws a colour twice: colours tell objects of one shape apart.
     colors = rng.sample(list(COLORS), len(places))
-    things = [make_object(shape, color, place) for color, place in zip(colors, places)]
+    things = []
+    for shape, color, (radius, x, y) in zip(shapes, colors, places):
+        things.append({"shape": shape, "color": color,
+                       "radius": round(radius, 1), "x": round(x, 1), "y": round(y, 1)})
     return {"objects": things, "grey": rng.choice(list(GREYS))}
 
 
-def make_object(shape, color, place):
-    """Return an object at a place (radius, x, y)."""
-    radius, x, y = place
-    return {"shape": shape, "color": color,
-            "radius": round(radius, 1), "x": round(x, 1), "y": round(y, 1)}
-
-
 def make_world(out, count, seed):
-    """Draw OUT/images, in ImageNet's layout, and write OUT/scenes.jsonl, what is in each picture."""
-    # It is written last: where it is, all pictures are.
+    """Draw OUT/images, in ImageNet's layout, and write what is in each picture.
+
+    OUT/captions.jsonl says it in words, OUT/scenes.jsonl exactly. The latter is written
+    last: where it is, all pictures are.
+    """
     if (out / "scenes.jsonl").exists():
         return
     scenes = []
+    captions = []
     for i in progress(range(count), count, "img", "drawing"):
         # Classes take turns, so all have the same number of pictures, up to one.
         shape = SHAPES[i % len(SHAPES)]
@@ -161,6 +177,9 @@ def make_world(out, count, seed):
         (out / "images" / shape).mkdir(parents=True, exist_ok=True)
         draw(scene).save(out / "images" / file)
         scenes.append({"file": file, **scene})
+        text = caption_of(seen_in_original(scene), scene, random.Random(f"{seed} {file}"))
+        captions.append({"file": file, "caption": text})
+    write_jsonl(out / "captions.jsonl", captions)
     write_jsonl(out / "scenes.jsonl", scenes)
 
 
@@ -185,9 +204,7 @@ HALF = 0.55             # up to this share the caption says "half a star"
 
 
 def cell_of(thing):
-    """Return the cell of an object's centre; one that fills the frame is in the middle."""
-    if thing["radius"] > LARGE:
-        return (1, 1)
+    """Return the cell of an object's centre; of one that fills the frame, the middle."""
     return (int(3 * thing["x"] / SIZE), int(3 * thing["y"] / SIZE))
 
 
@@ -205,10 +222,15 @@ def seen_in_composite(base, paste, box, setting):
     # What is pasted covers the base, so an object is seen only on its own side of the
     # box. CM 1/2 pastes at full size, where it was; all other settings shrink.
     scale = cutmix.CUTS[setting].scale
-    seen = [look_at(thing, ~inside) for thing in base["objects"]]
+    seen = []
+    for thing in base["objects"]:
+        seen.append(look_at(thing, ~inside))
     for thing in paste["objects"]:
         if scale > 1:
-            thing = shrink(thing, x0, y0, scale)
+            thing = {**thing,
+                     "radius": thing["radius"] / scale,
+                     "x": x0 + thing["x"] / scale,
+                     "y": y0 + thing["y"] / scale}
         seen.append(look_at(thing, inside))
 
     # A captioner would not recognise slivers and specks. Three
@@ -216,14 +238,6 @@ def seen_in_composite(base, paste, box, setting):
     seen = [thing for thing in seen if thing["visible"] > 0.2 and thing["radius"] >= 4]
     seen.sort(key=lambda thing: -thing["visible"] * thing["radius"])
     return seen[:3]
-
-
-def shrink(thing, x0, y0, side):
-    """Return an object as CutMix pastes it: 1 / `side` as large, its picture's corner at (x0, y0)."""
-    return {**thing,
-            "radius": thing["radius"] / side,
-            "x": x0 + thing["x"] / side,
-            "y": y0 + thing["y"] / side}
 
 
 def look_at(thing, region):
@@ -249,39 +263,34 @@ def look_at(thing, region):
 # The captioner, in LLaVA's stead: it knows what is seen and writes it down, at length or
 # briefly
 
-NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
+NUMBERS = {1: "a", 2: "two", 3: "three"}
 # Shares of brief captions: the less there is to tell, the more often a caption is brief.
 BRIEF_FOR_ONE = 0.5
 BRIEF_FOR_SEVERAL = 0.15
 
 
-def plural(shape):
-    return shape + ("es" if shape == "cross" else "s")
+def counted(count, shape):
+    """Return words for a number of objects of a shape: "a star", "two crosses"."""
+    ending = "es" if shape == "cross" else "s"
+    return f"{NUMBERS[count]} {shape}{ending if count > 1 else ''}"
 
 
-def join(phrases):
-    """Return phrases as one: "a , b and c"."""
-    if len(phrases) == 1:
-        return phrases[0]
-    return f"{' , '.join(phrases[:-1])} and {phrases[-1]}"
+def join(phrases, link="and"):
+    """Return phrases as one, with a word before the last one: "a , b and c"."""
+    *others, last = phrases
+    return f"{' , '.join(others)} {link} {last}" if others else last
 
 
 def cell_relations(one, two):
     """Return the words for where the first object is, seen from the second: none, one or two."""
     words = []
-
     # Cells are compared, not pixels: a slight difference
     # within a row or a column is no relation.
-    column, row = one["cell"]
-    other_column, other_row = two["cell"]
-    if column < other_column:
-        words.append("left of")
-    if column > other_column:
-        words.append("right of")
-    if row < other_row:
-        words.append("above")
-    if row > other_row:
-        words.append("below")
+    across, down = np.subtract(one["cell"], two["cell"])
+    if across:
+        words.append("left of" if across < 0 else "right of")
+    if down:
+        words.append("above" if down < 0 else "below")
     return words
 
 
@@ -328,24 +337,24 @@ def long_caption(things, scene, rng):
     """
     # The order is random, so that it tells nothing of which object is larger or in front.
     things = rng.sample(things, len(things))
+    phrases = [describe_object(thing) for thing in things] or ["nothing"]
+    link = "and"
 
     # A relation is said only of two whole objects, neither of which
     # fills the frame: one that does is nowhere in particular.
     whole = all(thing["visible"] > HALF for thing in things)
     none_large = all(thing["radius"] < LARGE for thing in things)
-    one_class = len({thing["shape"] for thing in things}) == 1
-
-    text = join([describe_object(thing) for thing in things])
     if len(things) == 2 and whole and none_large and rng.random() < 0.4:
         words = cell_relations(*things)
         if words:
-            first, second = [describe_object(thing) for thing in things]
-            text = f"{first} , {rng.choice(words)} {second}"
+            link = f", {rng.choice(words)}"
+    text = join(phrases, link)
 
     # A number counts whole objects of one class:
     # "two stars" would be wrong for two halves.
-    if len(things) > 1 and one_class and whole:
-        text = f"{NUMBERS[len(things)]} {plural(things[0]['shape'])} , {text}"
+    shapes = Counter(thing["shape"] for thing in things)
+    if len(things) > len(shapes) == 1 and whole:
+        text = f"{counted(len(things), things[0]['shape'])} , {text}"
     return f"{text} {describe_background(scene, rng)}"
 
 
@@ -360,23 +369,16 @@ def brief_caption(things, rng):
         names = [f"a {thing['color']} {thing['shape']}" for thing in things]
         return f"a photo of {join(names)}"
 
-    counts = {}
-    for thing in things:
-        counts[thing["shape"]] = counts.get(thing["shape"], 0) + 1
-
+    counts = Counter(thing["shape"] for thing in things)
+    link = "and"
     # Between two objects of one shape a relation
     # would say nothing: both have the same name.
     if len(things) == len(counts) == 2 and rng.random() < 0.5:
         words = cell_relations(*things)
         if words:
-            first, second = things
-            return f"a photo of a {first['shape']} {rng.choice(words)} a {second['shape']}"
-
-    names = []
-    for shape, count in counts.items():
-        name = plural(shape) if count > 1 else shape
-        names.append(f"{NUMBERS[count]} {name}")
-    return f"a photo of {join(names)}"
+            link = rng.choice(words)
+    names = [counted(count, shape) for shape, count in counts.items()]
+    return f"a photo of {join(names, link)}"
 
 
 def caption_of(things, scene, rng):
@@ -387,30 +389,6 @@ def caption_of(things, scene, rng):
     return long_caption(things, scene, rng)
 
 
-def caption_of_composite(base, paste, box, setting, rng):
-    """Return a caption of the composite of two scenes; `box` is where the second one was pasted."""
-    things = seen_in_composite(base, paste, box, setting)
-    # Each half of CM 1/2 has its background: the caption names one of them.
-    ground = base if cutmix.CUTS[setting].scale > 1 else rng.choice([base, paste])
-    if not things:
-        return f"nothing {describe_background(ground, rng)}"
-    # Never a brief one: "a photo of a star" is no caption for a part of a star.
-    if len(things) == 1:
-        return long_caption(things, ground, rng)
-    return caption_of(things, ground, rng)
-
-
-def caption_originals(out, seed):
-    """Write OUT/captions.jsonl, a caption for each original."""
-    rows = []
-    for scene in read_jsonl(out / "scenes.jsonl"):
-        # Seeded by the file's name, a caption does not depend on the other pictures.
-        rng = random.Random(f"{seed} {scene['file']}")
-        text = caption_of(seen_in_original(scene), scene, rng)
-        rows.append({"file": scene["file"], "caption": text})
-    write_jsonl(out / "captions.jsonl", rows)
-
-
 def caption_composites(out, kind, seed):
     """Write OUT/captions`kind`.jsonl, a caption for each composite in the folder of that kind.
 
@@ -419,9 +397,16 @@ def caption_composites(out, kind, seed):
     scenes = {scene["file"]: scene for scene in read_jsonl(out / "scenes.jsonl")}
     rows = []
     for row in read_jsonl(out / kind.removeprefix("-") / "cutmix.jsonl"):
+        # Seeded by the file's name, a caption does not depend on the other pictures.
         rng = random.Random(f"{seed} {row['file']}")
+        setting = row["setting"]
         base = scenes[row["base"]]
         paste = scenes[row["paste"]]
-        text = caption_of_composite(base, paste, row["box"], row["setting"], rng)
-        rows.append({"file": row["file"], "caption": text})
+        things = seen_in_composite(base, paste, row["box"], setting)
+
+        # Each half of CM 1/2 has its background: the caption names one of them.
+        ground = base if cutmix.CUTS[setting].scale > 1 else rng.choice([base, paste])
+        # Never a brief one of one object: "a photo of a star" is no caption for a part of it.
+        caption = caption_of if len(things) > 1 else long_caption
+        rows.append({"file": row["file"], "caption": caption(things, ground, rng)})
     write_jsonl(out / f"captions{kind}.jsonl", rows)
