@@ -5,8 +5,8 @@
     python tests/benchmark.py read --data encoded/train
 
 `train` (on random data) and `sample` take the options of train.py and sample.py. They tell where
-the time goes, the counted floating-point operations (FLOPs) of an image, and which share of a large
-matrix product's speed was reached. `read` compares training's loader with a copy of the same bytes.
+the time goes, the counted floating-point operations (FLOPs) of an image, and which share was reached
+of a large matrix product's speed, and of a known card's peak. `read` compares training's loader with a copy of the same bytes.
 """
 
 import json
@@ -32,6 +32,10 @@ from encode import Encoded, encode_text  # noqa: E402
 
 CAPTION_TOKENS = 160        # about as many as a caption of LLaVA's has
 
+# Dense bfloat16 multiplications and additions a second, from the makers' data sheets (SXM).
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
 def seconds_of(function, *arguments, **options):
     """Return the seconds of a call, until the device has done all it was given."""
     begin = time.perf_counter()
@@ -50,17 +54,20 @@ def show(args, device, flops, network_seconds, images, **measured):
         a = a @ a
         timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
         peak = 2 * n ** 3 / timer.timeit(5).mean
+    card = "CPU"
+    # Linux reports KiB.
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device.type == "cuda":
+        card = torch.cuda.get_device_name(device)
         memory = torch.cuda.max_memory_allocated(device)
-    else:
-        # Linux reports KiB.
-        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result = {"device": device.type,
+    reached = flops * images / network_seconds
+    result = {"device": card,
               "batch_size": args.batch_size,
               **measured,
               "gflop_per_image": flops / 1e9,
               "tflop_per_second_of_a_product": peak / 1e12,
-              "share_of_that": flops * images / network_seconds / peak,
+              "share_of_that": reached / peak,
+              "share_of_the_cards_peak": [reached / PEAK_FLOPS[name] for name in PEAK_FLOPS if name in card],
               "memory_gib": memory / 2 ** 30}
     print(json.dumps(result, indent=1))
 
