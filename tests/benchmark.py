@@ -6,7 +6,8 @@
 
 `train` (on random data) and `sample` take the options of train.py and sample.py. They tell where
 the time goes, the counted floating-point operations (FLOPs) of an image, and which share was reached
-of a large matrix product's speed, and of a known card's peak. `read` compares training's loader with a copy of the same bytes.
+of a large matrix product's speed, and of a known card's peak. `read` compares training's loader with
+a copy of the same bytes.
 """
 
 import json
