@@ -282,7 +282,8 @@ def naming(path):
 def read_json(path, what):
     """Return the object in a JSON file. Raises UserError: "path: not WHAT (why)"."""
     with reading(path, what):
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        # Some editors put a mark (BOM) in front.
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if not isinstance(value, dict):
             raise ValueError("no JSON object")
     return value
@@ -557,12 +558,11 @@ def open_image(path, size):
             is_png = image.format == "PNG"
             if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
                 levels = np.asarray(image)
-                grey = (levels // 256).clip(0, 255)
-                # 8 bits in 16: nothing but black would be left.
-                if levels.any() and not grey.any():
-                    raise ValueError("16 bits a pixel, none above 255: which number is white "
+                # 8 to 12 bits in 16: little but black would be left.
+                if 0 < levels.max() < 4096:
+                    raise ValueError("16 bits a pixel, none above 4095: which number is white "
                                      "is not known")
-                image = Image.fromarray(grey.astype(np.uint8))
+                image = Image.fromarray((levels // 256).clip(0, 255).astype(np.uint8))
             # Is 1 white, or 255, or the largest number in it?
             if image.mode in ("I", "F"):
                 raise ValueError("32 bits a pixel: which number is white is not known")

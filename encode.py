@@ -734,7 +734,7 @@ def main(argv=None):
     add("--out", metavar="FOLDER", type=Path, help="where the shards go")
     add("--vae", default="stabilityai/sd-vae-ft-ema", help="folder or hub id, diffusers' format")
     add("--text-encoder", default="google/flan-t5-xl", help="folder or hub id of a T5")
-    add("--size", type=number(int, 8, 4096), default=256, help="side of images, in pixels")
+    add("--size", type=number(int, 8, 2048), default=256, help="side of images, in pixels")
     add("--max-tokens", type=number(int, 1, 4096), default=256, help="longer captions are cut")
     add("--text-dtype", default="bfloat16", choices=list(TEXT_DTYPES), help="on the disk")
     add("--shard-images", type=number(int, 1), default=1600, help="1600 are about 1 GiB")

@@ -321,8 +321,8 @@ def load_model(path_or_repo, device="cpu"):
             raise ValueError("its scaling_factor is not a positive number")
         if not isinstance(config.get("training", {}), dict):
             raise ValueError("training is no JSON object")
-        if max(sizes.values(), default=0) > 10_000:
-            raise ValueError("a size above 10,000")
+        if max(sizes.values(), default=0) > 4096:
+            raise ValueError("a size above 4,096")
         model = MODELS[kind].network(**sizes)
 
     with reading(weights_file, f"the weights of the {type(model).__name__} in its config.json"):

@@ -268,10 +268,10 @@ def test_a_file_that_is_no_picture_or_whose_white_is_unknown_is_named_in_one_lin
     os.mkfifo(tmp_path / "pipe.png")
     Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tif")
     Image.fromarray(np.zeros((8, 8), np.int32)).save(tmp_path / "int.tif")
-    Image.fromarray(np.full((8, 8), 255, np.uint16)).save(tmp_path / "8bits.tif")
+    Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(tmp_path / "12bits.tif")
     for name, why in [("text.png", "identify"), ("none.png", "No such file"), ("pipe.png", "regular"),
                       ("pointer.png", "git-lfs pointer"), ("float.tif", "32 bits"), ("int.tif", "32 bits"),
-                      ("8bits.tif", "16 bits")]:
+                      ("12bits.tif", "16 bits")]:
         with pytest.raises(OSError, match=f"not a readable image .*{why}") as error:
             common.open_image(tmp_path / name, 64)
         assert common.one_line(error.value).startswith(f"{tmp_path / name}: not a readable image")

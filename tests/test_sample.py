@@ -195,7 +195,7 @@ TINY = {"dim": 8, "heads": 2, "depth": 1, "text_dim": 8}
     ({"model": "unet"}, "no 'unet'"), ({"model": ["dit"]}, "config.json"), ({"args": 5}, "config.json"),
     ({"args": {**TINY, "depth": "four"}}, "config.json"), ({"args": {**TINY, "size": -8}}, "config.json"),
     ({"args": {**TINY, "colour": 1}}, "unexpected keyword argument 'colour'"),
-    ({"args": {**TINY, "depth": 10 ** 6}}, "a size above 10,000"), ({"training": [1]}, "training"),
+    ({"args": {**TINY, "depth": 10 ** 6}}, "a size above 4,096"), ({"training": [1]}, "training"),
     ({"scaling_factor": float("nan")}, "its scaling_factor is not a positive number"),
     ({"scaling_factor": "0.18"}, "config.json"), ({"args": TINY}, "weights of the DiT")])
 def test_a_config_that_means_nothing_or_fits_no_weights_is_refused_in_one_line(
