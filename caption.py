@@ -786,7 +786,7 @@ def main(argv=None):
         add("--out", type=Path, required=True, metavar="FILE", help="captions.jsonl")
         if model:
             add("--model", default=model, help="hub id or folder")
-            add("--batch-size", type=number(int, 1), default=32, help="asked at once")
+            add("--batch-size", type=number(int, 1, 10_000), default=32, help="asked at once")
             add("--max-new-tokens", type=number(int, 1), default=200, help="longest answer")
         return add
 

@@ -145,7 +145,7 @@ class Options(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def number(kind, low, high=10 ** 6):
+def number(kind, low, high=10 ** 9):
     """Return what turns an option's text into an int or float from `low` to `high`.
 
     It goes beside the option: `type=number(int, 1)`. Not a number is refused.
@@ -298,8 +298,7 @@ def write_json(path, value):
 def read_jsonl(path):
     """Return the objects of a JSONL file, one a line.
 
-    A last line without its newline was torn by a kill and is left out. Raises UserError
-    (file, line) for anything else that is not a JSON object.
+    A last line without its newline was torn by a kill and is left out. Raises UserError.
     """
     rows = []
     # Bytes, because a torn line may end inside a character, and lines end at \n only.
@@ -524,7 +523,8 @@ def list_images(folder):
         for entry in os.scandir(here):
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            # Of a link that leads to itself, is_dir() fails.
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 walk(entry.path, f"{prefix}{entry.name}/", {*above, this})
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
                 files.append(prefix + entry.name)

@@ -738,7 +738,7 @@ def main(argv=None):
     add("--max-tokens", type=number(int, 1, 4096), default=256, help="longer captions are cut")
     add("--text-dtype", default="bfloat16", choices=list(TEXT_DTYPES), help="on the disk")
     add("--shard-images", type=number(int, 1), default=1600, help="1600 are about 1 GiB")
-    add("--batch-size", type=number(int, 1), default=64, help="images or captions at once")
+    add("--batch-size", type=number(int, 1, 10_000), default=64, help="images or captions at once")
     add("--workers", type=number(int, 0, 1024), default=default_workers(),
         help="threads that decode images; 0: none")
     add("--check", metavar="FOLDER", help="only check this data set, draw check.png, fig7.png")

@@ -310,7 +310,7 @@ def geneval(args):
         detector, _ = load_once(args.detector, "Mask2FormerForUniversalSegmentation")
         labels = detector.config.id2label
         # A configuration without names has LABEL_0 and so on.
-        if len(labels) != len(CLASSES) or labels[0] not in (CLASSES[0], "LABEL_0"):
+        if len(labels) != len(CLASSES) or labels.get(0) not in (CLASSES[0], "LABEL_0"):
             raise UserError(f"{args.detector}: not a detector of COCO's {len(CLASSES)} classes")
         weights = {name: weights_hash(name) for name in (args.detector, args.clip)}
         notes = ["On the hub, the detector is Meta's own training of Mask2Former, not the "

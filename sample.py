@@ -593,7 +593,7 @@ def name_of(row, p):
 def png_is_whole(path):
     """Tell whether a PNG file need not be made: it is there, and neither cut nor damaged."""
     # Pillow raises almost any exception on broken bytes.
-    with contextlib.suppress(Exception), Image.open(path) as image:
+    with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as image:
         image.verify()
         return True
     return False
@@ -704,7 +704,7 @@ def arguments(argv):
     # The rest changes no image, unless --vae or --text-encoder names other weights.
     add("--vae", help=f"folder or hub repository (default: the checkpoint's own, or {VAE})")
     add("--text-encoder", help=f"folder or hub repository (default: likewise, {TEXT_ENCODER})")
-    add("--batch-size", type=number(int, 1), default=16, help="images at once")
+    add("--batch-size", type=number(int, 1, 10_000), default=16, help="images at once")
     flag("--no-compile", help="CUDA: do not torch.compile the network")
     args = parser.parse_args(argv)
 

@@ -404,8 +404,8 @@ def arguments(argv):
         parser.add_argument(name, type=kind, default=default, help=meaning, metavar="X", **more)
 
     count = number(int, 1)
-    steps = number(int, 1, 10 ** 9)
-    steps_or_none = number(int, 0, 10 ** 9)
+    or_none = number(int, 0)
+    samples = number(int, 1, 10 ** 6)
     share = number(float, 0, 1)
     positive = number(float, 0)
 
@@ -426,23 +426,23 @@ def arguments(argv):
     add("--drop", share, 0.1, f"share of null prompts {RELEASE}")
 
     # Optimisation. Only for CAD-I a configuration was released; DiT-I uses the same one.
-    add("--batch-size", count, 1024, f"samples a step, all ranks {PAPER}")
-    add("--steps", steps, 250_000, f"training steps {PAPER}")
-    add("--schedule-steps", steps, None, "of the learning rate (default: 2 x --steps "
+    add("--batch-size", samples, 1024, f"samples a step, all ranks {PAPER}")
+    add("--steps", count, 250_000, f"training steps {PAPER}")
+    add("--schedule-steps", count, None, "of the learning rate (default: 2 x --steps "
         f"{RELEASE}, or what the run was begun with)")
     add("--optimizer", str, "lamb", f"lamb or adamw {RELEASE}", choices=["lamb", "adamw"])
     add("--lr", positive, 1e-3, f"peak learning rate {RELEASE}")
     below_1 = number(float, 0, math.nextafter(1, 0))
     add("--betas", below_1, [0.9, 0.999], f"of both optimisers {RELEASE}", nargs=2)
     add("--weight-decay", positive, 0.01, f"none on biases, norms; 0: Adam {RELEASE}")
-    add("--warmup", steps_or_none, 5000, f"steps of linear warm-up {RELEASE}")
+    add("--warmup", or_none, 5000, f"steps of linear warm-up {RELEASE}")
     add("--rate", share, 0.7, f"part of a half cosine that is used {RELEASE}")
     add("--clip", number(float, 1e-9), 2.0, f"bound of the gradient's norm {RELEASE}")
     add("--ema", share, 0.9999, f"decay of the averaged weights {RELEASE}")
 
     # The machine.
     cuda = torch.cuda.is_available()
-    add("--micro-batch", count, 64 if cuda else None,
+    add("--micro-batch", samples, 64 if cuda else None,
         f"samples on a device at once; more are added up (default: 64 on CUDA, or all {OURS})")
     add("--precision", str, "auto", "auto: bf16 on CUDA, else fp32 (on CUDA TF32); weights "
         f"are always float32 {OURS}", choices=["auto", "fp32", "bf16"])
@@ -452,12 +452,12 @@ def arguments(argv):
                         help="compute them again in the backward pass: slower, less memory")
 
     # What is looked at and kept.
-    add("--log-every", steps, 100, f"steps between rows of the log {OURS}")
-    add("--save-every", steps, 5000, f"steps between saved states {OURS}")
-    add("--keep-every", steps, 50_000, f"steps between lasting checkpoints {OURS}")
-    add("--val-every", steps, 5000, f"steps between measurements on --val {OURS}")
+    add("--log-every", count, 100, f"steps between rows of the log {OURS}")
+    add("--save-every", count, 5000, f"steps between saved states {OURS}")
+    add("--keep-every", count, 50_000, f"steps between lasting checkpoints {OURS}")
+    add("--val-every", count, 5000, f"steps between measurements on --val {OURS}")
     add("--val-images", number(int, 10), 5000, f"pictures of --val that are used {OURS}")
-    add("--sample-every", steps_or_none, 5000, f"steps between grids; 0: none {OURS}")
+    add("--sample-every", or_none, 5000, f"steps between grids; 0: none {OURS}")
     add("--sample-steps", count, 50, f"DDIM steps of those grids {OURS}")
     add("--guidance", positive, 8.0, f"of those grids {RELEASE}")
     add("--clamp", positive, 1.2, f"bound of |x_0| in them; 0: none {RELEASE}")

@@ -233,9 +233,11 @@ def test_images_are_listed_in_order_and_none_twice_where_a_link_leads_back_up(tm
         (tmp_path / file).touch()
     (tmp_path / "b/up").symlink_to(tmp_path)
     (tmp_path / "b/self").symlink_to(tmp_path / "b")
+    # It cannot be read, and will be named where it is opened.
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     # A folder beside is entered by both its names, but not again below itself.
     (tmp_path / "c").symlink_to(tmp_path / "b")
-    expected = ["a.webp", "b/10.png", "b/2.JPG", "c/10.png", "c/2.JPG"]
+    expected = ["a.webp", "b/10.png", "b/2.JPG", "c/10.png", "c/2.JPG", "loop.png"]
     assert common.list_images(tmp_path) == expected
 
 

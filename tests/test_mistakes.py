@@ -127,7 +127,7 @@ MISTAKES = [
                      "{bad}/binary", "--dino", "{tmp}/no"], "no: no such folder"),
     *[("evaluate.py", ["quality", "--real", "a", option, value], f"{option}: {value}: must be at {bound}")
       for option, value, bound in [("--size", 2 ** 40, "most 4096"), ("--seed", 2 ** 64, "most"),
-                                   ("--k", 0, "least 1"), ("--k", 10 ** 7, "most 1000000")]],
+                                   ("--k", 0, "least 1"), ("--k", 10 ** 10, "most 1000000000")]],
     ("evaluate.py", ["quality", "--real", "a", "--no-crop"], "--no-crop"),
     ("evaluate.py", ["clip", "--samples", "{bad}/nothing"], "no samples in it"),
     ("evaluate.py", ["clip", "--samples", "{bad}/latin.jsonl"], "line 1: not JSON"),

@@ -252,6 +252,7 @@ def test_a_killed_command_goes_on_with_other_ranks_and_batches_and_its_images_ar
     # As a full disk and a crash of the machine leave them.
     (two / files[0]).write_bytes(b"")
     (two / files[1]).write_bytes((two / files[1]).read_bytes()[:-20])
+    Image.new("RGB", (64, 64)).save(two / files[2], "JPEG")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
         assert not (two / "samples.jsonl").exists()
