@@ -293,9 +293,10 @@ def test_whatever_changes_an_image_belongs_to_the_folder_and_foreign_images_are_
 def test_skipped_prompts_and_words_that_the_text_encoder_does_not_know_are_told(
         checkpoint, tmp_path, capsys):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "一"}\n{"prompt": " "}\n{"prompt": "a star"}\n')
-    sample.main(options(checkpoint, tmp_path / "out", "--prompts", tmp_path / "prompts.jsonl"))
+    sample.main(options(checkpoint, tmp_path / "out", "--prompts", tmp_path / "prompts.jsonl",
+                        "--negative-prompt", "二"))
     stderr = capsys.readouterr().err
-    assert "1 of 3 prompts hold words that the text encoder does not know; the first: '一'" in stderr
+    assert "2 of 3 prompts hold words that the text encoder does not know; the first: '二'" in stderr
     assert "1 prompts skipped" in stderr and "prompts.jsonl row 2" in stderr
     assert [row["file"] for row in read_jsonl(tmp_path / "out/skipped.jsonl")] == ["prompts.jsonl row 2"]
 
