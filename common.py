@@ -274,9 +274,9 @@ def naming(path):
     try:
         yield
     except OSError as error:
-        if error.errno and not error.filename:
-            error.filename = str(path)
-        raise
+        # Pillow's have a text alone.
+        why = error.strerror or f"cannot be written ({one_line(error)})"
+        raise OSError(error.errno or errno.EIO, why, error.filename or str(path)) from error
 
 
 def read_json(path, what):
