@@ -465,10 +465,10 @@ def make_together(out, settings, units, make, is_whole=has_content, products=())
 
 
 def make_rows(out, settings, units, rows_of, products=()):
-    """Make JSONL files as `make_together` does, which see; return whether all are there.
+    """Make JSONL files, as `make_together` makes files, and return whether all are there now.
 
-    units: {name of a file: items}. rows_of([items, ...]) yields a row for each item of these
-    files, in order. It is called where some are missing, and may read ahead.
+    units: {name of a file: items}. rows_of([items, ...]) yields a row for each item of the files
+    that are missing, in order, so that it may read ahead.
     """
     def make(parts):
         rows = progress(rows_of(parts), sum(map(len, parts)), "row")
