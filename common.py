@@ -255,8 +255,7 @@ def complete(path):
     try:
         with naming(path):
             yield temporary
-            # Otherwise a crash of the machine may leave an empty file of that name.
-            # Not opened as a file, because it may be a folder.
+            # A crash of the machine may leave an empty file. (It may be a folder: no open().)
             descriptor = os.open(temporary, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
@@ -270,11 +269,10 @@ def complete(path):
 
 @contextlib.contextmanager
 def naming(path):
-    """Give an OSError that names no file this one: which disk is full?"""
+    """Give an OSError that names no file this one, and Pillow's a reason: which disk is full?"""
     try:
         yield
     except OSError as error:
-        # Pillow's have a text alone.
         why = error.strerror or f"cannot be written ({one_line(error)})"
         raise OSError(error.errno or errno.EIO, why, error.filename or str(path)) from error
 
@@ -282,7 +280,6 @@ def naming(path):
 def read_json(path, what):
     """Return the object in a JSON file. Raises UserError: "path: not WHAT (why)"."""
     with reading(path, what):
-        # Some editors put a mark (BOM) in front.
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if not isinstance(value, dict):
             raise ValueError("no JSON object")
@@ -503,7 +500,7 @@ def join_rows(folder, units, product, skipped):
 # --------------------------------------------------------------------------------------
 # Images
 
-IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def list_images(folder):
@@ -531,9 +528,13 @@ def list_images(folder):
 
     walk(str(folder), "", set())
     if not files:
-        known = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"{folder}: no images in it (looked for {known})")
+        raise UserError(f"{folder}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)})")
     return sorted(files)
+
+
+def rgb(image):
+    """Return a PIL image in RGB, itself if it is RGB already: a copy takes time."""
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def open_image(path, size):
@@ -571,7 +572,7 @@ def open_image(path, size):
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
+            return rgb(image)
     # Pillow raises almost any exception on broken bytes.
     except Exception as error:  # noqa: BLE001
         reason = getattr(error, "strerror", None)
@@ -653,8 +654,7 @@ def contact_sheet(images, captions=None, columns=None, gap=4, lines=3):
         y = gap + row * step_y
         sheet.paste(image, (x + (width - image.width) // 2, y))
         if captions:
-            # Six pixels are enough for most letters.
-            text = textwrap.wrap(captions[i], width // 6)[:lines]
+            text = textwrap.wrap(captions[i], width // 6)[:lines]        # 6 pixels a letter
             pen.multiline_text((x, y + height), "\n".join(text), fill="black", spacing=1)
     return sheet
 
@@ -829,8 +829,8 @@ def needs_sentencepiece(name):
     """Return what to do where a folder's tokenizer is of a package that is missing, or ""."""
     files = {path.name for path in Path(name).glob("*")}
     of_sentencepiece = {"spiece.model", "tokenizer.model"} & files
-    installed = importlib.util.find_spec("sentencepiece")
-    if not of_sentencepiece or "tokenizer.json" in files or installed:
+    is_there = "tokenizer.json" in files or importlib.util.find_spec("sentencepiece")
+    if is_there or not of_sentencepiece:
         return ""
     return "its tokenizer needs pip install sentencepiece, or a tokenizer.json beside it"
 

@@ -27,7 +27,8 @@ from PIL import Image
 
 from common import (Options, UserError, ahead, command_line, contact_sheet,
                     default_workers, fingerprint, in_batches, join_rows, keep_apart, list_images,
-                    make_rows, naming, number, open_image, resize_and_crop, save_png)
+                    make_rows, naming, number, open_image, resize_and_crop, rgb,
+                    save_png)
 
 # --------------------------------------------------------------------------------------
 # The composite (paper 3.2, "Image augmentation")
@@ -124,8 +125,8 @@ def mix(base, paste, setting, size, rng):
     The images may have any size; the composite is RGB, `size` x `size`. Nothing is
     squashed: of each image its central square is used.
     """
-    base = base.convert("RGB")
-    paste = paste.convert("RGB")
+    base = rgb(base)
+    paste = rgb(paste)
     picture = Image.new("RGB", (size, size))
     box = paste_box(setting, size, rng)
 
