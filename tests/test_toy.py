@@ -172,7 +172,7 @@ def large_pairs(name):
 
 def finds(image, *scenes):
     """Tell whether the detector finds every object of the scenes, in its colour."""
-    found = detector.detect(image)
+    found = detector.as_detections(detector.find_objects(image))
     return all(thing["color"] in [one["color"] for one in found.get(thing["shape"], [])]
                for scene in scenes for thing in scene["objects"])
 

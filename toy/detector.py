@@ -318,17 +318,12 @@ def find_objects(image):
     return objects
 
 
-def detect(image):
-    """Return the objects of an RGB picture, 64 x 64, as GenEval's detector does.
+def as_detections(objects):
+    """Return what `find_objects` finds as GenEval's detector does.
 
     {shape: [{"box": [x0, y0, x1, y1], "score", "color"}, ...]}, most confident first. The
     box, in pixels, right and bottom exclusive, is that of the visible part.
     """
-    return as_detections(find_objects(image))
-
-
-def as_detections(objects):
-    """Return what `find_objects` finds as `detect` does."""
     things = {}
     for one in objects:
         thing = {"box": list(one.box), "score": one.score, "color": one.color}

@@ -69,15 +69,17 @@ class Checkpoint(NamedTuple):
 
 def load_checkpoint(word):
     """Return the Checkpoint that a word on the command line names, FOLDER or NAME=FOLDER."""
-    # Without a "=" the whole word is a folder, and the name its last part.
-    name, _, folder = word.partition("=")
-    pipeline = load_pipeline(folder or word)
+    name, equals, folder = word.partition("=")
+    # A folder may have a "=" in its own name.
+    if not equals or Path(word).exists():
+        name, folder = Path(word).name, word
+    pipeline = load_pipeline(folder)
     pixels = pipeline.model.config["size"] * pipeline.vae.downscale
 
     # The toy's are known by their pictures' size and by their text encoder's words.
     words = pipeline.tokenizer.get_vocab()
     of_toy = pixels == SIZE and words.keys() >= {*SHAPES, *COLORS}
-    return Checkpoint(Path(name).name, pipeline, pixels, of_toy)
+    return Checkpoint(name, pipeline, pixels, of_toy)
 
 
 def draw(checkpoint, prompt, steps, guidance, seed):
