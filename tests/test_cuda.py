@@ -36,9 +36,12 @@ def network(name):
 
 
 def gradients(model, device, precision):
-    """Return the loss and all gradients, as one vector, of a batch of 12 in parts of 8."""
+    """Return the loss and all gradients, as one vector, of a batch of 16 in parts of 8.
+
+    Of parts of one size, because torch.compile takes a minute for each.
+    """
     torch.manual_seed(1)
-    inputs = train.draw_inputs(random_batch(model, 12, 20), 1.0, torch.device("cpu"))
+    inputs = train.draw_inputs(random_batch(model, 16, 20), 1.0, torch.device("cpu"))
     inputs = {key: value.to(device) for key, value in inputs.items()}
     args = train.arguments(["--data", "x", "--out", "y", "--precision", precision, "--micro-batch", "8"])
     model.zero_grad()
