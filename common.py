@@ -789,7 +789,6 @@ def pretrained(name, kind, companion=None, device=None, **options):
     """
     import logging
 
-    import torch
     import transformers
     # transformers would print up to 79 lines of its own above ours.
     transformers.utils.logging.set_verbosity(logging.CRITICAL)
@@ -806,6 +805,7 @@ def pretrained(name, kind, companion=None, device=None, **options):
         model, report = getattr(transformers, kind).from_pretrained(
             name, output_loading_info=True, **options)
         companion = companion and getattr(transformers, companion).from_pretrained(name)
+        refuse_not_finite(model.named_parameters())
     # transformers raises almost any exception if the folder is wrong.
     except Exception as error:  # noqa: BLE001
         hint = needs_sentencepiece(name) or one_line(error)
@@ -816,13 +816,18 @@ def pretrained(name, kind, companion=None, device=None, **options):
     if wrong:
         raise UserError(f"{name}: not the weights of a {type(model).__name__} ({len(wrong)} are "
                         f"missing or wrong, {wrong[0]} first)")
-    for key, weights in model.named_parameters():
-        # NaN and infinity survive a sum, the cheapest look at all numbers.
-        if not weights.sum(dtype=torch.float32).isfinite():
-            raise UserError(f"{name}: {key} is not finite")
     if companion:
         refuse_strange_tokenizer(name, getattr(companion, "tokenizer", companion), model.config)
     return model.eval().requires_grad_(False).to(device or local_device()), companion
+
+
+def refuse_not_finite(weights):
+    """Raise ValueError if one of a network's weights, (name, tensor), is not finite."""
+    import torch
+    for name, tensor in weights:
+        # NaN and infinity survive a sum, the cheapest look at all numbers.
+        if not tensor.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{name} is not finite")
 
 
 def needs_sentencepiece(name):

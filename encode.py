@@ -28,7 +28,7 @@ from pathlib import Path
 from common import (Options, UserError, ahead, command_line, contact_sheet, default_workers,
                     fetch, fingerprint, in_batches, keep_apart, list_images, load_image,
                     local_device, make_together, number, pretrained, progress,
-                    reading, save_png, shorten, to_images, write_json,
+                    reading, refuse_not_finite, save_png, shorten, to_images, write_json,
                     write_jsonl)
 
 import numpy as np
@@ -260,8 +260,7 @@ def load_vae(path_or_repo, device="cpu"):
     with reading(path_or_repo, "an AutoencoderKL of diffusers"):
         vae = AutoencoderKL(**vae_arguments(json.loads(config.read_text())))
         vae.load_state_dict(translate_vae(load_file(weights)))
-        if not all(tensor.isfinite().all() for tensor in vae.state_dict().values()):
-            raise ValueError("some numbers are not finite")
+        refuse_not_finite(vae.state_dict().items())
         if not 0 < vae.scaling_factor < math.inf:
             raise ValueError("its scaling_factor is not a positive number")
     return vae.eval().requires_grad_(False).to(device)

@@ -30,8 +30,8 @@ from typing import NamedTuple, Protocol
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (Options, UserError, command_line, complete, contact_sheet, fetch,
                     fingerprint, in_batches, local_device, make_together, number, open_image,
-                    rank_and_world, read_json, reading, save_png, sha256, to_images,
-                    write_json, write_jsonl)
+                    rank_and_world, read_json, reading, refuse_not_finite, save_png, sha256,
+                    to_images, write_json, write_jsonl)
 
 import torch
 from PIL import Image
@@ -303,10 +303,7 @@ def load_model(path_or_repo, device="cpu"):
     with reading(weights_file, "the weights of a network"):
         # safetensors holds numbers and names only: unlike a pickle, it cannot run code.
         weights = load_file(weights_file)
-        for name, tensor in weights.items():
-            # NaN and infinity survive a sum, the cheapest look at all numbers.
-            if not tensor.sum(dtype=torch.float32).isfinite():
-                raise ValueError(f"{name} is not finite")
+        refuse_not_finite(weights.items())
 
     with reading(config_file, f"the config.json of {' or '.join(MODELS)}"):
         # The released CAD-I has keys and tensor names of its own.
