@@ -39,9 +39,8 @@ class UserError(Exception):
 
 
 def command_line(main):
-    """Run a stage's `main()`. A mistake becomes one line and exit code 2.
-
-    So do a failing file system, too little GPU memory and a lost rank.
+    """Run a stage's `main()`. A mistake becomes one line and exit code 2, and so do a failing
+    file system, too little GPU memory and a lost rank.
     """
     # A terminal that cannot show a letter, and a file name that is no text, end no run.
     with contextlib.suppress(AttributeError):
@@ -277,6 +276,12 @@ def naming(path):
         raise OSError(error.errno or errno.EIO, why, error.filename or str(path)) from error
 
 
+def write_file(path, content):
+    """Write bytes to a file."""
+    with complete(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def read_json(path, what):
     """Return the object in a JSON file. Raises UserError: "path: not WHAT (why)"."""
     with reading(path, what):
@@ -288,8 +293,7 @@ def read_json(path, what):
 
 def write_json(path, value):
     """Write an object to a JSON file."""
-    with complete(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_file(path, f"{json.dumps(value, indent=1)}\n".encode())
 
 
 def read_jsonl(path):
@@ -320,8 +324,7 @@ def read_jsonl(path):
 
 def write_jsonl(path, rows):
     """Write objects to a JSONL file."""
-    with complete(path) as temporary:
-        temporary.write_text(jsonl(rows), encoding="utf-8")
+    write_file(path, jsonl(rows).encode())
 
 
 def jsonl(rows):
@@ -453,8 +456,7 @@ def make_together(out, settings, units, make, is_whole=has_content, products=())
             if not begun:
                 write_json(record, settings)
                 begun = True
-            with complete(out / name) as path:
-                path.write_bytes(content)
+            write_file(out / name, content)
     whole = all(name in there or is_whole(out / name) for name in units)
     if not whole:
         print(f"rank {rank}: its share is done; the rank that ends last completes {out}")
@@ -624,13 +626,6 @@ def load_image(path, size):
     return resize_and_crop(open_image(path, 2 * size), size)
 
 
-def to_images(pixels):
-    """Return PIL images for pixels (B, 3, H, W) in about [-1, 1]."""
-    levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte()
-    arrays = levels.permute(0, 2, 3, 1).cpu().numpy()                     # (B, H, W, 3)
-    return [Image.fromarray(array) for array in arrays]
-
-
 # --------------------------------------------------------------------------------------
 # Pictures to look at
 
@@ -771,8 +766,7 @@ def download(repo, names):
                 return Path(hub.hf_hub_download(repo, name))
         raise LookupError(f"no {' or '.join(names)} in it")
     except Exception as error:  # noqa: BLE001
-        reason = one_line(error)
-        raise UserError(f"{repo}: no such folder, and not on the hub ({reason})")
+        raise UserError(f"{repo}: no such folder, and not on the hub ({one_line(error)})")
 
 
 def weights_hash(name):
@@ -787,12 +781,12 @@ def pretrained(name, kind, companion=None, device=None, **options):
     kind: a class of transformers; companion: that of its tokenizer or processor, None for none.
     device: without, this process's. options: of the model's `from_pretrained`. Raises UserError.
     """
-    import logging
-
     import transformers
+    from transformers.utils import logging
     # transformers would print up to 79 lines of its own above ours.
-    transformers.utils.logging.set_verbosity(logging.CRITICAL)
-    transformers.utils.logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+
     # Refuses a model that is not there, of which transformers' own words are unclear, and
     # another kind of it, whose weights may have the same names and some more.
     found = read_json(fetch(name, "config.json"), "a configuration").get("model_type")
@@ -805,7 +799,6 @@ def pretrained(name, kind, companion=None, device=None, **options):
         model, report = getattr(transformers, kind).from_pretrained(
             name, output_loading_info=True, **options)
         companion = companion and getattr(transformers, companion).from_pretrained(name)
-        refuse_not_finite(model.named_parameters())
     # transformers raises almost any exception if the folder is wrong.
     except Exception as error:  # noqa: BLE001
         hint = needs_sentencepiece(name) or one_line(error)
@@ -818,16 +811,18 @@ def pretrained(name, kind, companion=None, device=None, **options):
                         f"missing or wrong, {wrong[0]} first)")
     if companion:
         refuse_strange_tokenizer(name, getattr(companion, "tokenizer", companion), model.config)
-    return model.eval().requires_grad_(False).to(device or local_device()), companion
+    model = model.eval().requires_grad_(False).to(device or local_device())
+    refuse_not_finite(name, model.named_parameters())
+    return model, companion
 
 
-def refuse_not_finite(weights):
-    """Raise ValueError if one of a network's weights, (name, tensor), is not finite."""
+def refuse_not_finite(path, weights):
+    """Raise UserError if one of a network's weights, (name, tensor), is not finite."""
     import torch
     for name, tensor in weights:
         # NaN and infinity survive a sum, the cheapest look at all numbers.
         if not tensor.sum(dtype=torch.float32).isfinite():
-            raise ValueError(f"{name} is not finite")
+            raise UserError(f"{path}: {name} is not finite")
 
 
 def needs_sentencepiece(name):

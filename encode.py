@@ -28,8 +28,7 @@ from pathlib import Path
 from common import (Options, UserError, ahead, command_line, contact_sheet, default_workers,
                     fetch, fingerprint, in_batches, keep_apart, list_images, load_image,
                     local_device, make_together, number, pretrained, progress,
-                    reading, refuse_not_finite, save_png, shorten, to_images, write_json,
-                    write_jsonl)
+                    reading, refuse_not_finite, save_png, shorten, write_json, write_jsonl)
 
 import numpy as np
 import torch
@@ -237,6 +236,13 @@ class AutoencoderKL(nn.Module):
         return F.pixel_shuffle(images, self.patch_size)              # (B, 3, H, W)
 
 
+def to_images(pixels):
+    """Return PIL images for pixels (B, 3, H, W) in about [-1, 1]."""
+    levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte()
+    arrays = levels.permute(0, 2, 3, 1).cpu().numpy()                     # (B, H, W, 3)
+    return [Image.fromarray(array) for array in arrays]
+
+
 # What the parts of the attention were called in diffusers before version 0.17.
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -260,7 +266,7 @@ def load_vae(path_or_repo, device="cpu"):
     with reading(path_or_repo, "an AutoencoderKL of diffusers"):
         vae = AutoencoderKL(**vae_arguments(json.loads(config.read_text())))
         vae.load_state_dict(translate_vae(load_file(weights)))
-        refuse_not_finite(vae.state_dict().items())
+        refuse_not_finite(path_or_repo, vae.state_dict().items())
         if not 0 < vae.scaling_factor < math.inf:
             raise ValueError("its scaling_factor is not a positive number")
     return vae.eval().requires_grad_(False).to(device)

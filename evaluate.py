@@ -27,7 +27,7 @@ from typing import NamedTuple
 from common import (Options, UserError, ahead, command_line, complete, default_workers,
                     fingerprint, in_batches, line_chart, list_images, local_device, make_rows,
                     number, open_image, pretrained, read_json, read_jsonl, reading,
-                    resize_and_crop, sha256, weights_hash, write_json, write_jsonl)
+                    resize_and_crop, sha256, weights_hash, write_file, write_json, write_jsonl)
 
 import numpy as np
 import torch
@@ -784,8 +784,7 @@ def curve(args):
     curves = {}
     for row in rows:
         curves.setdefault(row["run"], []).append((row["steps"], row[args.score]))
-    with complete(out) as path:
-        path.write_text(line_chart(curves, "training steps", args.score), encoding="utf-8")
+    write_file(out, line_chart(curves, "training steps", args.score).encode())
     write_jsonl(points, rows)
     print(f"{out}: {len(rows)} checkpoints of {len(curves)} runs, and the same as JSONL")
 

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, command_line, complete, contact_sheet, fetch,
+from common import (Options, UserError, command_line, contact_sheet, fetch,
                     fingerprint, in_batches, local_device, make_together, number, open_image,
                     rank_and_world, read_json, reading, refuse_not_finite, save_png, sha256,
-                    to_images, write_json, write_jsonl)
+                    write_file, write_json, write_jsonl)
 
 import torch
 from PIL import Image
@@ -43,7 +43,7 @@ import model_cad
 import model_dit
 from caption import read_prompts
 from encode import (encode_text, fingerprint_of_t5, load_text_encoder, load_vae,
-                    with_unknown_words)
+                    to_images, with_unknown_words)
 
 # Encoders of a checkpoint whose config.json names none, as the released CAD-I's.
 VAE = "stabilityai/sd-vae-ft-ema"
@@ -303,7 +303,7 @@ def load_model(path_or_repo, device="cpu"):
     with reading(weights_file, "the weights of a network"):
         # safetensors holds numbers and names only: unlike a pickle, it cannot run code.
         weights = load_file(weights_file)
-        refuse_not_finite(weights.items())
+        refuse_not_finite(weights_file, weights.items())
 
     with reading(config_file, f"the config.json of {' or '.join(MODELS)}"):
         # The released CAD-I has keys and tensor names of its own.
@@ -333,11 +333,9 @@ def save_checkpoint(folder, model, config):
 
     model: the network whose weights are saved; config: of config.json (train.py's).
     """
-    with complete(folder / "model.safetensors") as path:
-        path.write_bytes(save(model.state_dict()))
+    write_file(folder / "model.safetensors", save(model.state_dict()))
     write_json(folder / "config.json", config)
-    with complete(folder / "README.md") as path:
-        path.write_text(model_card(config), encoding="utf-8")
+    write_file(folder / "README.md", model_card(config).encode())
 
 
 def model_card(config):
@@ -768,8 +766,8 @@ def main(argv=None):
             print(f"{len(skipped)} prompts skipped ({out / 'skipped.jsonl'}), the first: "
                   f"{skipped[0]['file']}: {skipped[0]['reason']}", file=sys.stderr)
         # Where the images come from, for the tables of evaluate.py.
-        with complete(out / "checkpoint.json") as path:
-            path.write_bytes(fetch(args.checkpoint, "config.json").read_bytes())
+        config = fetch(args.checkpoint, "config.json")
+        write_file(out / "checkpoint.json", config.read_bytes())
         write_lists(args, rows, samples)
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from common import (Options, UserError, ahead, command_line, complete, contact_sheet,
                     in_batches, jsonl, keep_apart, line_chart, local_device, number, one_line,
                     only_command, rank_and_world, read_jsonl, reading, refuse_other_settings,
-                    save_png, to_images, write_jsonl)
+                    save_png, write_file, write_jsonl)
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import model_cad
 from encode import (SAME_ENCODERS, Encoded, load_vae, pad_text, padded_length,
-                    refuse_other_encoders)
+                    refuse_other_encoders, to_images)
 from sample import (MODELS, autocast, changed_encoders, compile_blocks, ddim, encoders_of, gamma,
                     load_model, save_checkpoint)
 
@@ -800,8 +800,7 @@ def draw_progress(out):
             parts.append(f"<h2>{title}</h2>\n{chart}")
     for grid in sorted((out / "samples").glob("*.png"))[-1:]:
         parts.append(f"<h2>Samples: {grid.name}</h2>\n<img src='samples/{grid.name}'>")
-    with complete(out / "progress.html") as path:
-        path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    write_file(out / "progress.html", "\n".join([*parts, ""]).encode())
 
 
 # --------------------------------------------------------------------------------------

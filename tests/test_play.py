@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 import sample
-from common import UserError, read_json, to_images
+from common import UserError, read_json
+from encode import to_images
 from model_dit import DiT
 from toy import play
 from toy.world import draw

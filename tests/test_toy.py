@@ -185,7 +185,7 @@ def decoded(images):
     """Return pictures as they come back from the toy's autoencoder."""
     vae = encode.load_vae(recipe.VAE)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return common.to_images(vae.decode(vae.encode(pixels / 127.5 - 1)[0]))
+    return encode.to_images(vae.decode(vae.encode(pixels / 127.5 - 1)[0]))
 
 
 def test_the_detector_finds_every_object_of_originals_and_composites_also_half_hidden_ones():

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import Options, UserError, number, one_line, reading, to_images
+from common import Options, UserError, number, one_line, reading
 
 import torch
 
+from encode import to_images
 from sample import Pipeline, generate, load_pipeline, starting_noise, times
 from toy.detector import find_objects
 from toy.recipe import GUIDANCE, SAMPLE_STEPS

@@ -13,12 +13,12 @@ from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (Options, UserError, command_line, contact_sheet, number, progress,
-                    save_png, to_images)
+                    save_png)
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from encode import Encoded, load_vae
+from encode import Encoded, load_vae, to_images
 from model_dit import PRESETS, DiT
 from toy.recipe import BATCH, GUIDANCE, LR, P, SAMPLE_STEPS, STEPS, TAU
 
