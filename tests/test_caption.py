@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -247,27 +248,20 @@ def test_every_photo_gets_a_caption_or_a_reason_unless_it_has_one(tiny_llava, pi
     assert reasons["class0/4.png"].startswith("not a readable image")
 
 
-def test_composites_are_shown_the_views_of_their_setting(tiny_llava, pictures, tmp_path, monkeypatch):
-    seen = []
-    embed_question = caption.embed_question
-
-    def watch(model, pixels, kept, prompt):
-        assert [len(views) for views in pixels] == [len(numbers) for numbers in kept]
-        # The question is the composites' own: <s> user : <image> ... ASSISTANT :
-        assert len(prompt) == 6 + len(re.findall(r"\w+|[.,]", caption.PROMPT_CUTMIX))
-        seen.extend(kept)
-        return embed_question(model, pixels, kept, prompt)
-
-    monkeypatch.setattr(caption, "embed_question", watch)
+@pytest.mark.parametrize("flags", [[], ["--no-prune"]])
+def test_composites_are_shown_the_views_of_their_setting(tiny_llava, pictures, tmp_path, flags):
+    with mock.patch.object(caption, "embed_question", wraps=caption.embed_question) as watched:
+        do("llava", "--cutmix", pictures / "cutmix/cutmix.jsonl", "--model", tiny_llava, *flags,
+           "--max-new-tokens", 2, "--out", tmp_path / "c.jsonl")
+    [(_, pixels, kept, prompt)] = [call.args for call in watched.call_args_list]
     rows = common.read_jsonl(pictures / "cutmix/cutmix.jsonl")
     assert {row["setting"] for row in rows} == {"1/2", "1/4", "1/9", "1/16"}
     # Boxes are in pixels of the file, a JPEG that is decoded at a part of its size.
-    expected = [caption.kept_patches(row["setting"], row["box"], 512) for row in rows]
-    for flags, kept in ([], expected), (["--no-prune"], [caption.ALL_VIEWS] * len(rows)):
-        seen.clear()
-        do("llava", "--cutmix", pictures / "cutmix/cutmix.jsonl", "--model", tiny_llava, *flags,
-           "--max-new-tokens", 2, "--out", tmp_path / f"c{len(flags)}.jsonl")
-        assert seen == kept
+    pruned = tuple(caption.kept_patches(row["setting"], row["box"], 512) for row in rows)
+    assert kept == (tuple([caption.ALL_VIEWS] * len(rows)) if flags else pruned)
+    assert [len(views) for views in pixels] == [len(numbers) for numbers in kept]
+    # The question is the composites' own: <s> user : <image> ... ASSISTANT :
+    assert len(prompt) == 6 + len(re.findall(r"\w+|[.,]", caption.PROMPT_CUTMIX))
 
 
 def test_captions_find_their_files_with_a_folder_or_by_a_name_that_is_the_only_one():

