@@ -120,11 +120,7 @@ def pipeline(toy_paper):
 @pytest.fixture
 def checkpoint(toy_paper, tmp_path):
     """Return a copy of the toy's checkpoint, which a test may damage."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(toy_paper[0] / "dit" / name, folder)
-    return folder
+    return shutil.copytree(toy_paper[0] / "dit", tmp_path / "checkpoint")
 
 
 def options(checkpoint, out, *words):
