@@ -280,8 +280,7 @@ def test_a_killed_command_goes_on_with_other_ranks_to_the_same_bytes(
     words = ["llava", "--images", pictures / "photos", "--model", tiny_llava, "--batch-size", 1,
              "--workers", 0, "--max-new-tokens", 2, "--out"]
     do(*words, one)
-    ended = stopped(signal.SIGKILL, caption, "load_views", 10, lambda: do(*words, many))
-    assert ended == -signal.SIGKILL
+    assert stopped(signal.SIGKILL, caption, "load_views", 10, lambda: do(*words, many)) == -signal.SIGKILL
     # Of two units the first, of 8 pictures, is there.
     assert [path.name for path in many.parent.glob("*.parts/*.jsonl")] == ["00000.jsonl"]
 

@@ -171,8 +171,7 @@ def test_clipping_rates_steps_and_averages_equal_the_formulas_in_float64(name, d
 
 def test_cad_as_deep_as_the_real_one_learns_from_the_start(words, tmp_path, monkeypatch):
     # As the release starts it, it stays at a loss of 1 for 200 steps.
-    deep = {**model_cad.PRESETS["toy"], "depth": 4, "layers": 4}
-    monkeypatch.setitem(model_cad.PRESETS, "toy", deep)
+    monkeypatch.setitem(model_cad.PRESETS, "toy", {**model_cad.PRESETS["toy"], "depth": 4, "layers": 4})
     train.main(words("cad", "--model", "cad", "--steps", 24, "--log-every", 8))
     assert losses(tmp_path / "cad")[-1] < 0.8
 
@@ -258,11 +257,10 @@ def train_in_turn(rank, jobs):
 def test_a_killed_run_goes_on_with_other_ranks_to_the_same_bytes_and_ranks_share_a_state(words, tmp_path):
     more = ["--model", "cad", "--schedule-steps", 16, "--micro-batch", 3, "--steps"]
     train.main(words("0", *more, 16))
-    log = tmp_path / "killed/log.jsonl"
     # In step 5: a state was saved at 3, between two rows of the log.
     ended = stopped(signal.SIGKILL, train, "add_gradient", 5, lambda: train.main(words("killed", *more, 16)))
     assert ended == -signal.SIGKILL
-    with log.open("a") as file:
+    with open(tmp_path / "killed/log.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
     assert torch.load(tmp_path / "killed/state.pt", weights_only=True)["done"] == 3
 
@@ -377,6 +375,7 @@ def test_a_state_or_start_of_other_data_or_settings_or_damaged_is_refused(words,
     narrow = make_encoded(tmp_path / "narrow", text_dim=8)
     for more, said in [(["--steps", 3], "is of step 4 already"),
                        (["--schedule-steps", 9], "(schedule steps 8, now 9)"),
+                       (["--tau", 0.5], "tau 0.4, now 0.5"),
                        (["--data", data / "composites"], "lists of images and captions"),
                        (["--data", other, "--augmented", other], "latent shape"),
                        (["--augmented", other], "differ in latent_shape")]:
