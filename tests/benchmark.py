@@ -46,7 +46,7 @@ def seconds_of(function, *arguments, **options):
     return time.perf_counter() - begin
 
 
-def show(args, device, flops, network_seconds, images, **measured):
+def show(args, device, flops, network_seconds, **measured):
     """Print what was measured, and the share of a matrix product's speed that `flops` an image are."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device)
@@ -61,7 +61,7 @@ def show(args, device, flops, network_seconds, images, **measured):
     if device.type == "cuda":
         card = torch.cuda.get_device_name(device)
         memory = torch.cuda.max_memory_allocated(device)
-    reached = flops * images / network_seconds
+    reached = flops * args.batch_size / network_seconds
     result = {"device": card,
               "batch_size": args.batch_size,
               **measured,
@@ -126,8 +126,8 @@ def time_training(argv):
     parts = np.mean(parts[warmup:], axis=0).tolist()
     seconds = sum(parts)
     names = ("seconds_data", "seconds_forward_backward", "seconds_clipping_optimizer_ema")
-    show(args, device, counter.get_total_flops(), seconds, args.batch_size, model=args.model,
-         preset=args.preset, images_per_second=args.batch_size / seconds, **dict(zip(names, parts)))
+    show(args, device, counter.get_total_flops(), seconds, model=args.model, preset=args.preset,
+         images_per_second=args.batch_size / seconds, **dict(zip(names, parts)))
 
 
 # ---- Sampling
@@ -141,9 +141,8 @@ def time_sampling(argv):
     pipeline = sample.load_pipeline(args.checkpoint, args.vae, args.text_encoder)
     model, vae, tokenizer, t5 = pipeline
     B = args.batch_size
-    # The options' own prompts come after ours.
-    prompts = (args.prompt[1:] or args.prompt) * B
-    prompts = prompts[:B]
+    # An option's own prompt comes after ours.
+    prompts = args.prompt[-1:] * B
 
     # Of an evaluation of the network, before it is compiled. T5, the decoder and `condition` are
     # not counted, and the time of the first two is taken off.
@@ -166,7 +165,7 @@ def time_sampling(argv):
     text = seconds_of(encode_text, tokenizer, t5, prompts, args.max_tokens)
     decoder = seconds_of(vae.decode, noise)
     network = total - text - decoder
-    show(args, device, flops, network, B, checkpoint=args.checkpoint, steps=args.steps, **options,
+    show(args, device, flops, network, checkpoint=args.checkpoint, steps=args.steps, **options,
          evaluations=evaluations, images_per_second=B / total, seconds_text=text,
          seconds_network=network, seconds_decoder=decoder)
 

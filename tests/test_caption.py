@@ -1,18 +1,22 @@
 """Stage 2: class names, LLaVA with pruned tokens (against transformers), longer prompts, files that
 ranks make together, and the one reader of captions and prompts."""
 
+import copy
 import itertools
 import json
 import os
 import re
 import shutil
+import signal
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import photo, refusal
-from PIL import Image
+import transformers
+from conftest import photo, refusal, stopped
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.models.llava_next import image_processing_pil_llava_next as pil
 
 import caption
 import common
@@ -27,12 +31,9 @@ LLAMA = dict(vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hi
 
 def tokenizer(path, content):
     """Save a tokenizer of whole words, which any test sentence fits into, and return it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    vocabulary = {word: k for k, word in enumerate(WORDS)}
-    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokens = Tokenizer(models.WordLevel({word: k for k, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokens.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(
+    made = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokens, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
         unk_token="<unk>", extra_special_tokens={"image_token": "<image>"})
     made.chat_template = "{{ bos_token }}USER : {{ messages[0]." + content + " }} ASSISTANT :"
@@ -43,18 +44,15 @@ def tokenizer(path, content):
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory):
     """Make a random LLaVA-NeXT of 4 x 4 patches a view, as a folder."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextProcessor
-    from transformers import LlavaNextForConditionalGeneration as LlavaNext
-    from transformers.models.llava_next import image_processing_pil_llava_next as pil
     path = tmp_path_factory.mktemp("llava")
     words = tokenizer(path, "content[0].type.replace('image', '<image> ') + messages[0].content[1].text")
     grids = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
-    vision = CLIPVisionConfig(
+    vision = transformers.CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
         image_size=28, patch_size=7, projection_dim=32)
     torch.manual_seed(0)
-    model = LlavaNext(LlavaNextConfig(
-        vision_config=vision, text_config=LlamaConfig(**LLAMA), image_token_index=4,
+    model = transformers.LlavaNextForConditionalGeneration(transformers.LlavaNextConfig(
+        vision_config=vision, text_config=transformers.LlamaConfig(**LLAMA), image_token_index=4,
         image_grid_pinpoints=grids, image_seq_length=16))
     for weights in model.parameters():
         # Livelier than the usual start, so that answers depend on the picture.
@@ -62,7 +60,7 @@ def tiny_llava(tmp_path_factory):
     model.save_pretrained(path)
     images = pil.LlavaNextImageProcessorPil(
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=grids)
-    LlavaNextProcessor(
+    transformers.LlavaNextProcessor(
         images, words, patch_size=7, vision_feature_select_strategy="default",
         image_token="<image>", num_additional_image_tokens=1,
         chat_template=words.chat_template).save_pretrained(path)
@@ -72,17 +70,16 @@ def tiny_llava(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_llm(tmp_path_factory):
     """Make a random chat model, as a folder."""
-    from transformers import LlamaConfig, LlamaForCausalLM
     path = tmp_path_factory.mktemp("llm")
     torch.manual_seed(0)
     tokenizer(path, "content")
-    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(path)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).save_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """Make 13 photos in two classes, one of them broken, and their composites."""
+    """Make 13 photos in two classes, one of them broken, and their composites, which are large."""
     folder = tmp_path_factory.mktemp("pictures")
     for k in range(13):
         path = folder / "photos" / f"class{k % 2}" / f"{k}.png"
@@ -90,7 +87,7 @@ def pictures(tmp_path_factory):
         photo(k, (80, 64)).save(path)
     (folder / "photos/class0/4.png").write_bytes(b"broken")
     cutmix.main(["--images", str(folder / "photos"), "--out", str(folder / "cutmix"),
-                 "--size", "64", "--workers", "0"])
+                 "--size", "512", "--workers", "0"])
     return folder
 
 
@@ -139,17 +136,6 @@ def test_kept_patches_are_the_quadrants_with_most_of_the_second_photo():
         assert caption.kept_patches(setting, box, size) == [0, *most]
     assert caption.kept_patches(None, None, 256) == [0]
     assert caption.kept_patches("1/2", (128, 0, 256, 256), 256) == [0]
-    # In the middle of the lower border: a tie of two quadrants.
-    assert caption.kept_patches("1/9", (32, 64, 64, 96), 96) == [0, 3, 4]
-
-
-def test_the_box_of_a_composite_is_in_pixels_of_its_file_even_if_less_is_decoded(tmp_path):
-    # A JPEG as large as this is decoded at half its size: its views have 64 pixels.
-    Image.new("RGB", (512, 512), "red").save(tmp_path / "large.jpg")
-    composite = ("large.jpg", "1/4", (256, 256, 512, 512))
-    processor = mock.Mock(return_value={"pixel_values": torch.zeros(1, 5, 3, 2, 2)})
-    ((_, _, kept),), _ = caption.load_views([composite], tmp_path, processor, 64, prune=True)
-    assert kept == [0, 4]
 
 
 class Llava:
@@ -201,14 +187,11 @@ def test_pruned_embeddings_are_the_kept_subset_in_order(llava, kept):
     after = len(llava.prompt) - before - 1
     places = np.concatenate([np.ones(before + 16, bool), grid.ravel(), np.ones(after, bool)])
 
-    passed = []
-    hook = llava.model.model.vision_tower.register_forward_pre_hook(
-        lambda module, args: passed.append(len(args[0])))
     views = llava.views[0]
     full, _ = caption.embed_question(llava.model, [views], [caption.ALL_VIEWS], llava.prompt)
-    pruned, mask = caption.embed_question(llava.model, [views[kept]], [kept], llava.prompt)
-    hook.remove()
-    assert passed == [5, len(kept)], "other views should not pass through the vision tower"
+    with mock.patch.object(caption, "view_features", wraps=caption.view_features) as tower:
+        pruned, mask = caption.embed_question(llava.model, [views[kept]], [kept], llava.prompt)
+    assert len(tower.call_args.args[1]) == len(kept), "other views should not pass through the vision tower"
     assert mask.all() and len(pruned[0]) == places.sum()
     assert torch.allclose(pruned[0], full[0, places], atol=1e-5)
 
@@ -229,20 +212,15 @@ def test_a_batch_padded_on_the_left_says_what_each_picture_says_alone(llava):
 
 
 def test_an_answer_ends_at_the_models_end_token_and_at_the_tokenizers(llava):
-    def answer(views):
-        return llava.answers([views], [caption.ALL_VIEWS])[0].split()
-
-    views = max(llava.views, key=lambda views: len(answer(views)))
-    words = answer(views)
+    views = [llava.views[0]], [caption.ALL_VIEWS]
+    words = llava.answers(*views)[0].split()
     assert len(words) > 1
-    for place, name, end in [
-            (llava.processor.tokenizer, "eos_token", words[0]),
-            (llava.model.generation_config, "eos_token_id", [WORDS.index(words[0]), 2])]:
-        before = getattr(place, name)
-        setattr(place, name, end)
-        assert answer(views) == words[:1]
-        setattr(place, name, before)
-        assert answer(views) == words
+    of_model = copy.deepcopy(llava)
+    of_model.model.generation_config.eos_token_id = [WORDS.index(words[0]), 2]
+    of_tokenizer = copy.deepcopy(llava)
+    of_tokenizer.processor.tokenizer.eos_token = words[0]
+    for ended in (of_model, of_tokenizer):
+        assert ended.answers(*views) == words[:1]
 
 
 def test_answers_end_with_a_whole_sentence_on_one_line():
@@ -267,26 +245,20 @@ def test_every_photo_gets_a_caption_or_a_reason_unless_it_has_one(tiny_llava, pi
     assert reasons["class0/4.png"].startswith("not a readable image")
 
 
-def test_composites_are_shown_the_views_of_their_setting(tiny_llava, pictures, tmp_path, monkeypatch):
-    seen = []
-    embed_question = caption.embed_question
-
-    def watch(model, pixels, kept, prompt):
-        assert [len(views) for views in pixels] == [len(numbers) for numbers in kept]
-        # The question is the composites' own: <s> user : <image> ... ASSISTANT :
-        assert len(prompt) == 6 + len(re.findall(r"\w+|[.,]", caption.PROMPT_CUTMIX))
-        seen.extend(kept)
-        return embed_question(model, pixels, kept, prompt)
-
-    monkeypatch.setattr(caption, "embed_question", watch)
+@pytest.mark.parametrize("flags", [[], ["--no-prune"]])
+def test_composites_are_shown_the_views_of_their_setting(tiny_llava, pictures, tmp_path, flags):
+    with mock.patch.object(caption, "embed_question", wraps=caption.embed_question) as watched:
+        do("llava", "--cutmix", pictures / "cutmix/cutmix.jsonl", "--model", tiny_llava, *flags,
+           "--max-new-tokens", 2, "--out", tmp_path / "c.jsonl")
+    [(_, pixels, kept, prompt)] = [call.args for call in watched.call_args_list]
     rows = common.read_jsonl(pictures / "cutmix/cutmix.jsonl")
     assert {row["setting"] for row in rows} == {"1/2", "1/4", "1/9", "1/16"}
-    expected = [caption.kept_patches(row["setting"], row["box"], 64) for row in rows]
-    for flags, kept in ([], expected), (["--no-prune"], [caption.ALL_VIEWS] * len(rows)):
-        seen.clear()
-        do("llava", "--cutmix", pictures / "cutmix/cutmix.jsonl", "--model", tiny_llava, *flags,
-           "--max-new-tokens", 2, "--out", tmp_path / f"c{len(flags)}.jsonl")
-        assert seen == kept
+    # Boxes are in pixels of the file, a JPEG that is decoded at a part of its size.
+    pruned = [caption.kept_patches(row["setting"], row["box"], 512) for row in rows]
+    assert list(kept) == ([caption.ALL_VIEWS] * len(rows) if flags else pruned)
+    assert [len(views) for views in pixels] == [len(numbers) for numbers in kept]
+    # The question is the composites' own: <s> user : <image> ... ASSISTANT :
+    assert len(prompt) == 6 + len(re.findall(r"\w+|[.,]", caption.PROMPT_CUTMIX))
 
 
 def test_captions_find_their_files_with_a_folder_or_by_a_name_that_is_the_only_one():
@@ -302,29 +274,15 @@ def test_captions_find_their_files_with_a_folder_or_by_a_name_that_is_the_only_o
     assert caption.match(["1.jpg", "a/1.jpg"], {"1.jpg": "flat"})[0] == {"1.jpg": "flat"}
 
 
-@pytest.mark.parametrize("change", [
-    {"box": [0, 0, float("nan"), 8]}, {"box": "0088"}, {"box": [0, 0, 8]}, {"setting": "1/5"}, {"file": 3},
-    {"box": [8, 8, 0, 0]}])
-def test_a_row_that_cutmix_did_not_write_is_refused_by_its_number(tmp_path, change):
-    row = {"file": "0.jpg", "setting": "1/4", "box": [0, 0, 8, 8]}
-    common.write_jsonl(tmp_path / "cutmix.jsonl", [row, {**row, **change}])
-    words = ["llava", "--cutmix", tmp_path / "cutmix.jsonl", "--out", tmp_path / "out.jsonl"]
-    assert "cutmix.jsonl row 2: not a composite of cutmix.py" in refusal(do, *words)
-
-
 def test_a_killed_command_goes_on_with_other_ranks_to_the_same_bytes(
         tiny_llava, pictures, tmp_path, monkeypatch):
     one, many = tmp_path / "one/c.jsonl", tmp_path / "many/c.jsonl"
     words = ["llava", "--images", pictures / "photos", "--model", tiny_llava, "--batch-size", 1,
              "--workers", 0, "--max-new-tokens", 2, "--out"]
     do(*words, one)
-    made = []
-
-    def load_views(batch, *rest, load_views=caption.load_views):
-        made.append(batch)
-        if len(made) == 10:
-            raise KeyboardInterrupt
-        return load_views(batch, *rest)
+    assert stopped(signal.SIGKILL, caption, "load_views", 10, lambda: do(*words, many)) == -signal.SIGKILL
+    # Of two units the first, of 8 pictures, is there.
+    assert [path.name for path in many.parent.glob("*.parts/*.jsonl")] == ["00000.jsonl"]
 
     def join_rows(*arguments):
         # While this rank is about to join the units, another one joins and removes them.
@@ -332,18 +290,13 @@ def test_a_killed_command_goes_on_with_other_ranks_to_the_same_bytes(
         do(*words, many)
         common.join_rows(*arguments)
 
-    monkeypatch.setattr(caption, "load_views", load_views)
     monkeypatch.setattr(caption, "join_rows", join_rows)
-    with pytest.raises(KeyboardInterrupt):
-        do(*words, many)
-    made.clear()
     monkeypatch.setenv("WORLD_SIZE", "3")
-    # Of two units the first, of 8 pictures, is there, and the third rank has none to make.
-    for rank, count in (("2", 0), ("1", 5), ("0", 5)):
+    # The third rank has none to make, and the second completes the file.
+    for rank in "210":
+        assert many.exists() == (rank == "0")
         monkeypatch.setenv("RANK", rank)
-        assert not many.exists() or rank == "0"
         do(*words, many)
-        assert len(made) == count
     assert sorted(os.listdir(many.parent)) == ["c.jsonl", "c.jsonl.settings", "c.skipped.jsonl"]
     for path in many.parent.iterdir():
         assert path.read_bytes() == (one.parent / path.name).read_bytes()
@@ -403,27 +356,18 @@ def test_prompts_become_long_stay_whole_or_stay_short(tiny_llm, tmp_path, monkey
         {"file": "p.jsonl row 2", "reason": "no word in it"}]
 
 
-def other_grid(content):
-    return re.sub(rb"56,\s*56", b"56, 84", content)
-
-
-@pytest.mark.parametrize("command, kind, name, change, words", [
-    ("llava", "llava", "model.safetensors", lambda content: content[:5000], "does not load"),
-    ("llava", "llava", "chat_template.jinja", lambda _: b"text", "no <image> in its chat"),
-    ("llava", "llava", "processor_config.json", other_grid, "no 2 x 2 grid"),
-    ("llava", "llm", "config.json", bytes, "not llava_next, but llama"),
-    ("extend", "llm", "chat_template.jinja", lambda _: b"", "not a model that can be asked")])
+@pytest.mark.parametrize("command, name, change, words", [
+    ("llava", "model.safetensors", lambda content: content[:5000], "does not load"),
+    ("llava", "chat_template.jinja", lambda _: b"text", "no <image> in its chat"),
+    ("llava", "processor_config.json", lambda content: content.replace(b"56", b"84"), "no 2 x 2 grid"),
+    ("extend", "chat_template.jinja", lambda _: b"", "not a model that can be asked")])
 def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_made(
-        request, pictures, tmp_path, command, kind, name, change, words):
-    model = shutil.copytree(request.getfixturevalue(f"tiny_{kind}"), tmp_path / "model")
-    content = change((model / name).read_bytes())
-    (model / name).unlink()
-    if content:
-        (model / name).write_bytes(content)
+        tiny_llava, tiny_llm, pictures, tmp_path, command, name, change, words):
     (tmp_path / "prompts.txt").write_text("a dog\n")
-    given = {"llava": ["--images", pictures / "photos"], "extend": ["--prompts", tmp_path / "prompts.txt"]}
-    options = [*given[command], "--out", tmp_path / "out.jsonl", "--model", model]
-    assert words in refusal(do, command, *options)
+    options = {"llava": ["--images", pictures / "photos"], "extend": ["--prompts", tmp_path / "prompts.txt"]}
+    model = shutil.copytree({"llava": tiny_llava, "extend": tiny_llm}[command], tmp_path / "model")
+    (model / name).write_bytes(change((model / name).read_bytes()))
+    assert words in refusal(do, command, *options[command], "--out", tmp_path / "out", "--model", model)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -493,6 +437,7 @@ def test_a_limit_chooses_by_seed_what_it_always_chose(tmp_path, name, limit, see
 
 
 IMAGE = b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": ['
+BOX = b'{"file": "a", "setting": "1/4", "box": '
 
 
 @pytest.mark.parametrize("read, name, content, words", [
@@ -502,6 +447,11 @@ IMAGE = b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": ['
     ("captions", "a.jsonl", b'{"file": "a", "caption": "x \\ud83d"}\n', "row 1: not text that UTF-8"),
     ("captions", "a.csv", b"file,caption\n1.jpg,A dog, a cat\n", "row 1 has more cells"),
     ("captions", "a.csv", b"file,caption\n1.jpg," + 200_000 * b"x", "not a table of cells (Error: field"),
+    ("captions", "a.jsonl", b'{"a": 1}\n{"a": \n{"a": 2}\n', "a.jsonl line 2: not JSON"),
+    ("captions", "a.jsonl", b"[1]\n", "a.jsonl line 1: not a JSON object"),
+    ("composites", "c.jsonl", BOX + b'[0, 0, 8.5, 8]}', "row 1: not a composite of cutmix.py"),
+    ("composites", "c.jsonl", BOX + b'[8, 8, 0, 0]}', "row 1: not a composite of cutmix.py"),
+    ("composites", "c.jsonl", b'{"file": "a", "setting": "1/5", "box": [0, 0, 8, 8]}', "row 1: not a"),
     ("prompts", "p.tsv", b"a star\tred\na ring\tblue\n", "prompt or caption or text, and has a star, red"),
     ("prompts", "p.txt", b"a star\tred\n", "begins like a table"),
     ("prompts", "p.dat", b"Category, Prompt\nx,a star\n", "begins like a table"),

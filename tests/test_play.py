@@ -103,7 +103,6 @@ def test_a_second_request_waits_until_the_first_one_is_drawn(server, monkeypatch
     (400, "1 to 1000 characters", {"body": {**ASKED, "prompt": " "}}),
     (400, "steps: must be a whole number", {"body": {**ASKED, "steps": float("nan")}}),
     (400, "guidance: must be a number", {"body": {**ASKED, "guidance": float("inf")}}),
-    (501, "not support", {"method": "DELETE"}),
 ])
 def test_what_the_page_itself_would_not_ask_is_refused_in_one_line(server, status, words, asked):
     found, line = ask(server, **{"body": ASKED, **asked})

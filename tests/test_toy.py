@@ -23,7 +23,6 @@ import cutmix
 import encode
 import sample
 import train
-from common import read_jsonl
 from model_dit import PRESETS, DiT
 from toy import data, detector, prompts, recipe, run, score, tables, tiny, world
 
@@ -123,8 +122,8 @@ def one_object(shape, color):
 
 
 def test_captions_of_originals_are_true_and_name_one_class(toy_paper):
-    captions = {row["file"]: row["caption"] for row in read_jsonl(toy_paper[0] / "captions.jsonl")}
-    for scene in read_jsonl(toy_paper[0] / "scenes.jsonl"):
+    captions = {row["file"]: row["caption"] for row in common.read_jsonl(toy_paper[0] / "captions.jsonl")}
+    for scene in common.read_jsonl(toy_paper[0] / "scenes.jsonl"):
         text = captions[scene["file"]]
         things = scene["objects"]
         assert len({thing["shape"] for thing in things}) == 1
@@ -152,7 +151,7 @@ def test_captions_of_composites_name_what_was_pasted_and_where(monkeypatch, sett
 
 
 def test_prompts_ask_for_what_genevals_six_tasks_ask_for(toy_paper):
-    short, long = [read_jsonl(toy_paper[0] / f"prompts-{kind}.jsonl") for kind in ("short", "long")]
+    short, long = [common.read_jsonl(toy_paper[0] / f"prompts-{kind}.jsonl") for kind in ("short", "long")]
     assert [row["tag"] for row in short] == prompts.TASKS
     for brief, detailed in zip(short, long):
         assert brief["include"] == detailed["include"]

@@ -70,17 +70,6 @@ def losses(out):
 
 # ---- The method
 
-def test_composites_come_only_where_t_is_above_tau_and_there_with_probability_p():
-    t = np.random.default_rng(1).random(40_000)
-    chosen = train.choose(t, np.random.default_rng(2), 0.4, 0.3)
-    assert chosen.dtype == bool
-    assert not chosen[t <= 0.4].any()
-    # Four standard errors.
-    assert chosen[t > 0.4].mean() == pytest.approx(0.3, abs=0.012)
-    assert not train.choose(t, np.random.default_rng(2), 0.4, 0.0).any()
-    assert (train.choose(t, np.random.default_rng(2), 0.4, 1.0) == (t > 0.4)).all()
-
-
 def test_the_loss_is_the_mean_squared_error_of_the_noise_in_x_t():
     x_0 = torch.randn(2, 3, 4, 4)
     eps = torch.randn(2, 3, 4, 4)
@@ -98,14 +87,14 @@ def test_the_loss_is_the_mean_squared_error_of_the_noise_in_x_t():
     assert train.gamma(torch.tensor([0.0, 0.25, 1.0])).tolist() == pytest.approx([1.0, 0.75, 1e-9])
 
 
-def test_a_step_reads_one_picture_a_sample_draws_x_0_anew_and_drops_a_tenth_of_the_captions(
+def test_a_step_reads_a_composite_only_above_tau_draws_x_0_anew_and_drops_a_tenth_of_the_captions(
         words, monkeypatch):
     read = []
     real = encode.Encoded.moments
     monkeypatch.setattr(encode.Encoded, "moments",
                         lambda self, i: read.append((self.folder.name, i)) or real(self, i))
     t, z, lengths = [], [], []
-    args = train.arguments(words("unused"))
+    args = train.arguments(words("unused", "--p", 0.2))
     sets = [encode.Encoded(args.data), encode.Encoded(args.augmented)]
     for step in range(200):
         batch = train.read_batch(sets, args, step)
@@ -113,8 +102,9 @@ def test_a_step_reads_one_picture_a_sample_draws_x_0_anew_and_drops_a_tenth_of_t
         z.append((train.draw_inputs(batch, 0.5, CPU)["x_0"] / 0.5 - batch["mean"]) / batch["std"])
         lengths += zip(batch["coherence"].tolist(), batch["lengths"].tolist())
     composites = [x for (name, _), x in zip(read, t) if name == "composites"]
-    assert min(composites) > 0.4
-    assert len(composites) / len(t) == pytest.approx(0.3, abs=0.055)
+    assert 0.4 < min(composites) < 0.42
+    # Four standard errors.
+    assert len(composites) / sum(x > 0.4 for x in t) == pytest.approx(0.2, abs=0.06)
     # None twice in an epoch, which is six steps; and all of both sets in the end.
     assert len(set(read[:36])) == 36
     assert len(read) == 1200 and len(set(read)) == 72
@@ -181,8 +171,7 @@ def test_clipping_rates_steps_and_averages_equal_the_formulas_in_float64(name, d
 
 def test_cad_as_deep_as_the_real_one_learns_from_the_start(words, tmp_path, monkeypatch):
     # As the release starts it, it stays at a loss of 1 for 200 steps.
-    deep = {**model_cad.PRESETS["toy"], "depth": 4, "layers": 4}
-    monkeypatch.setitem(model_cad.PRESETS, "toy", deep)
+    monkeypatch.setitem(model_cad.PRESETS, "toy", {**model_cad.PRESETS["toy"], "depth": 4, "layers": 4})
     train.main(words("cad", "--model", "cad", "--steps", 24, "--log-every", 8))
     assert losses(tmp_path / "cad")[-1] < 0.8
 
@@ -268,23 +257,21 @@ def train_in_turn(rank, jobs):
 def test_a_killed_run_goes_on_with_other_ranks_to_the_same_bytes_and_ranks_share_a_state(words, tmp_path):
     more = ["--model", "cad", "--schedule-steps", 16, "--micro-batch", 3, "--steps"]
     train.main(words("0", *more, 16))
-    log = tmp_path / "killed/log.jsonl"
     # In step 5: a state was saved at 3, between two rows of the log.
     ended = stopped(signal.SIGKILL, train, "add_gradient", 5, lambda: train.main(words("killed", *more, 16)))
     assert ended == -signal.SIGKILL
-    with log.open("a") as file:
+    with open(tmp_path / "killed/log.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
     assert torch.load(tmp_path / "killed/state.pt", weights_only=True)["done"] == 3
 
     # On two ranks these are the same sums; on three others, but the same ones at each start.
-    runs = [(2, words("killed", *more, 16))]
     # The last as on three nodes, whose folders of one name are three.
-    for out, steps in [("three", 4), ("parts", 2), ("parts", 4), ("{rank}", 20)]:
-        runs.append((3, words(out, *more, steps, "--micro-batch", 1)))
     jobs = []
-    for ranks, options in runs:
+    for ranks, out, steps, part in [(2, "killed", 16, 3), (3, "three", 4, 1), (3, "parts", 2, 1),
+                                    (3, "parts", 4, 1), (3, "{rank}", 20, 1)]:
         with socket.create_server(("localhost", 0)) as server:
-            jobs.append((server.getsockname()[1], ranks, options))
+            port = server.getsockname()[1]
+        jobs.append((port, ranks, words(out, *more, steps, "--micro-batch", part)))
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="all nodes must share --out"):
         torch.multiprocessing.spawn(train_in_turn, [jobs], nprocs=3)
     same_end(tmp_path / "0", tmp_path / "killed")
@@ -351,10 +338,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(words, tmp_path, monk
     assert "step 8: 2 steps were skipped" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("optimizer, lr", [("lamb", 1e6), ("adamw", 1e6)])
 def test_neither_what_is_spoilt_nor_a_full_disk_replaces_a_good_state_and_the_run_can_go_on(
-        words, tmp_path, monkeypatch, optimizer, lr):
-    begun = words("out", "--optimizer", optimizer)
+        words, tmp_path, monkeypatch):
+    begun = words("out")
     train.main([*begun, "--steps", "4", "--schedule-steps", "40"])
     state = tmp_path / "out/state.pt"
     good = state.read_bytes()
@@ -365,8 +351,8 @@ def test_neither_what_is_spoilt_nor_a_full_disk_replaces_a_good_state_and_the_ru
         assert not list(tmp_path.glob("out/.state.pt*"))
 
     # A state is due after each step, whose loss is that of the weights before it.
-    check_refusal("lower --lr", "--lr", lr, "--save-every", 1)
-    check_refusal("lower --lr", "--lr", lr, "--save-every", 4)
+    check_refusal("the loss of its weights is not below 10", "--lr", 1e6, "--save-every", 1)
+    check_refusal("step 6: the loss is", "--lr", 30, "--save-every", 4)
     with monkeypatch.context() as patch:
         at_call(patch, "add_gradient", range(1, 11), lambda loss: loss * math.nan)
         check_refusal("step 14: the loss is nan", "--save-every", 100)
