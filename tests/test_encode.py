@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, photo, refused, relative, stopped
+from conftest import FIXTURES, ROOT, contents, photo, refused, relative, stopped
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
@@ -27,11 +27,6 @@ COUNT = 24
 def sentence(number):
     """Return a caption of 2 to 39 of the words."""
     return " ".join(WORDS[number % 12:] * (1 + number % 3))
-
-
-def contents(folder):
-    """Return {name: bytes} of a folder's files. Hidden ones are what a kill may leave."""
-    return {file.name: file.read_bytes() for file in folder.glob("[!.]*")}
 
 
 @pytest.fixture(scope="session")

@@ -189,15 +189,15 @@ def models(tmp_path_factory):
     import transformers as tf
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    tf.Dinov2Model(tf.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
-                                   patch_size=14)).save_pretrained(folder / "dino")
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    dino = tf.Dinov2Config(**size, image_size=28, patch_size=14)
+    tf.Dinov2Model(dino).save_pretrained(folder / "dino")
     words = ["a photo of the dog cup bench in object colored apple", *geneval_rules.COLORS]
     make_text_encoder(folder / "clip", words, seed=0)       # Its tokenizer is used.
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {**size, "image_size": 32, "patch_size": 8}
     text = {**size, "vocab_size": 24, "eos_token_id": 1, "max_position_embeddings": 20}
-    tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(
-        folder / "clip")
+    clip = tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    tf.CLIPModel(clip).save_pretrained(folder / "clip")
     backbone = tf.SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=7,
                              out_features=["stage1", "stage2", "stage3", "stage4"])
     detector = tf.Mask2FormerForUniversalSegmentation(tf.Mask2FormerConfig(
@@ -282,92 +282,87 @@ def test_features_are_those_of_other_means(models, inception_file, tmp_path):
 
 
 @pytest.fixture
-def quick(monkeypatch, tmp_path):
-    """`quality` with networks that take no time: means of parts of the image."""
+def quality(monkeypatch, tmp_path):
+    """Compare images with those in tmp_path/fake by quick networks: means of parts of the image."""
     def means(images):
         return F.adaptive_avg_pool2d(images.float(), 2).flatten(1)
 
     def dino(images):
         return SimpleNamespace(last_hidden_state=means(images)[:, None])
+
+    def compare_with_fakes(real, *words):
+        run("quality", "--inception", weights, "--dino", "dino", "--real", real, "--fake", fake, *words)
+        return section(fake, "quality")
+
     monkeypatch.setattr(evaluate, "load_networks", lambda *weights: (means, dino))
     monkeypatch.setattr(evaluate, "weights_hash", lambda name: "hash of " + name)
-    (tmp_path / "inception.pth").write_bytes(b"weights")
-    return lambda *args: run("quality", "--inception", tmp_path / "inception.pth", "--dino", "dino", *args)
-
-
-def test_samples_of_coco_are_compared_with_the_photos_that_were_asked_for(quick, tmp_path, capsys):
-    real = pictures(tmp_path / "real", 9, names="COCO_{:03}.jpg")
+    weights = tmp_path / "inception.pth"
+    weights.write_bytes(b"weights")
     fake = pictures(tmp_path / "fake", 6, seed=50)
-    photo(99, (400, 400)).save(fake / "sheet.png")
-    quick("--real", real, "--fake", fake)
-    assert section(fake, "quality")["counts"] == {"real": 9, "fake": 6, "skipped": 0}
-    assert "ImageNet quality: real: 9, fake: 6, skipped: 0, size: 256, k: 3" in capsys.readouterr().out
+    return compare_with_fakes
+
+
+def test_samples_of_coco_are_compared_with_the_photos_that_were_asked_for(quality, tmp_path):
+    real = pictures(tmp_path / "real", 9, names="COCO_{:03}.jpg")
+    photo(99, (400, 400)).save(tmp_path / "fake/sheet.png")
+    assert quality(real)["counts"] == {"real": 9, "fake": 6, "skipped": 0}
     rows = [{"file": f"{n:04}.png", "prompt": "é", "name": f"COCO_{n + 4:03}"} for n in range(6)]
-    write_jsonl(fake / "samples.jsonl", rows)
-    quick("--real", real, "--fake", fake)
-    found = section(fake, "quality")
-    assert found["counts"]["real"] == 5 and found["data"] == "COCO"
-    # The same from saved features of the whole folder; not the same of another size.
+    write_jsonl(tmp_path / "fake/samples.jsonl", rows)
+    # Saved features are those of the whole folder.
     stats = tmp_path / "stats.safetensors"
-    for _ in range(2):
-        quick("--real", real, "--save-stats", stats)
-    quick("--real", stats, "--fake", fake)
-    assert section(fake, "quality")["scores"] == found["scores"]
-    foreign = tmp_path / "foreign.safetensors"
-    foreign.write_bytes(b"PK")
+    for found in (quality(real, "--save-stats", stats), quality(stats)):
+        assert found["counts"]["real"] == 5 and found["data"] == "COCO"
+        assert found["scores"] == quality(real)["scores"]
+    (tmp_path / "foreign.safetensors").write_bytes(b"PK")
     for words, message in [
-            (["--real", stats, "--size", 200], "other weights or another --size"),
-            (["--real", real, "--save-stats", foreign], "not a file of --save-stats"),
-            (["--real", pictures(tmp_path / "other", 5)], "bear the 6 names")]:
-        assert message in refusal(quick, *words, "--fake", fake)
+            ([stats, "--size", 200], "other weights or another --size"),
+            ([real, "--save-stats", tmp_path / "foreign.safetensors"], "not a file of --save-stats"),
+            ([pictures(tmp_path / "other", 5)], "bear the 6 names")]:
+        assert message in refusal(quality, *words)
     # A prompt that was a file has a name, too, and is not COCO's.
-    write_jsonl(fake / "samples.jsonl", [{**row, "prompt_file": "p.txt"} for row in rows])
-    quick("--real", real, "--fake", fake)
-    assert section(fake, "quality")["data"] == "ImageNet"
+    write_jsonl(tmp_path / "fake/samples.jsonl", [{**row, "prompt_file": "p.txt"} for row in rows])
+    assert quality(real)["data"] == "ImageNet"
 
 
 def test_what_cannot_be_read_is_named_beside_the_samples_and_what_has_changed_is_measured_again(
-        quick, tmp_path, capsys):
+        quality, tmp_path, capsys):
     real = pictures(tmp_path / "real", 6)
-    fake = pictures(tmp_path / "fake", 6, seed=50)
+    fake = tmp_path / "fake"
     (fake / "0003.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     (real / "0001.png").write_bytes(b"")
     write_jsonl(fake / "skipped.jsonl", [{"file": "prompts.txt line 3", "reason": "empty"}])
     for _ in range(2):                                      # Also from what is kept.
-        quick("--real", real, "--fake", fake)
-        assert section(fake, "quality")["counts"] == {"real": 5, "fake": 5, "skipped": 2}
+        assert quality(real)["counts"] == {"real": 5, "fake": 5, "skipped": 2}
         rows = read_jsonl(fake / "skipped.jsonl")
         assert [row["file"] for row in rows] == ["prompts.txt line 3", f"{real}/0001.png", "0003.png"]
-        assert "git-lfs pointer" in rows[2]["reason"]
         assert "2 images could not be read" in capsys.readouterr().err
     # Nothing is written beside the user's own photos.
     assert len(list(real.iterdir())) == 6
     photo(7, (40, 40)).save(fake / "0003.png")
-    quick("--real", real, "--fake", fake)
-    assert section(fake, "quality")["counts"]["skipped"] == 1
+    assert quality(real)["counts"]["skipped"] == 1
     for path in fake.glob("*.png"):
         path.write_bytes(b"")
-    line = refusal(quick, "--real", real, "--fake", fake)
+    line = refusal(quality, real)
     assert f"fake: none of its 6 images is readable; the first: {fake}/0000.png" in line
 
 
 def test_ranks_share_the_units_that_are_missing_and_the_last_one_measures(models, tmp_path, monkeypatch):
-    images = geneval_folder(tmp_path / "images", *[DOG] * 2, images=80)
+    # Three units of at most 64 images.
+    images = geneval_folder(tmp_path / "images", DOG, DOG, images=80)
     alone = shutil.copytree(images, tmp_path / "alone")
     detect = mock.Mock(side_effect=lambda model, image: {
         "dog": [{"box": BOX, "score": image.getpixel((0, 0))[0] / 255}]})
     monkeypatch.setattr(evaluate, "detect", detect)
     words = ["geneval", "--detector", models / "detector", "--clip", models / "clip", "--images"]
     run(*words, alone)
-    detect.reset_mock()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as stop:
         run(*words, images)
-    assert not stop.value.code and detect.call_count == 64 and not (images / "results.json").exists()
+    assert not stop.value.code and detect.call_count == 160 + 64 and not (images / "results.json").exists()
     monkeypatch.setenv("RANK", "0")
     run(*words, images)
-    assert detect.call_count == 160
+    assert detect.call_count == 160 + 160
     assert section(images, "geneval")["scores"] == section(alone, "geneval")["scores"]
     assert (images / "geneval.jsonl").read_bytes() == (alone / "geneval.jsonl").read_bytes()
 
