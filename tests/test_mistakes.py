@@ -93,7 +93,9 @@ MISTAKES = [
     (DPG + "{bad}/nothing", "no questions"),
     (DPG + "{bad}/binary", "dpg_bench.csv"),
     ("evaluate.py compare {tmp}/absent", "no results.json with scores in it"),
-    ("evaluate.py compare {bad}/deep.json", "not a results.json of evaluate.py"),
+    ("evaluate.py compare {bad}/deep.json", "deep.json: not a results.json of evaluate.py"),
+    ("evaluate.py compare {bad}/a-3.json", "a-3.json: not a results.json of evaluate.py"),
+    ("evaluate.py compare {bad}/a-nan.json", "a-nan.json: not a results.json of evaluate.py"),
     ("evaluate.py curve {tmp}/absent --out {tmp}/fig.jsonl", "must be a file that ends"),
 
     ("toy --out {tmp}/x --seed 100000000000000000000", "--seed"),
@@ -141,6 +143,8 @@ def bad(tmp_path_factory):
         "a.jsonl": '{"file": "n1/1.png", "caption": "a red dog"}\n',
         "half.jsonl": '{"file": "n1/1.png", "prompt": "a dog \\ud83d"}\n',
         "deep.json": "[" * 100_000,
+        "a-3.json": '{"quality": 3}',
+        "a-nan.json": '{"quality": {"scores": {"fid": NaN}}}',
     }
     for folder in ("empty", "pointers", "foreign", "photos/n1", "photos/n2"):
         (bad / folder).mkdir(parents=True)
