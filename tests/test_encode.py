@@ -41,13 +41,10 @@ def t5_folder(tmp_path_factory):
 
 
 class Data:
-    """24 images in 3 classes with their captions, and the command that encodes them."""
+    """24 images in 3 classes with their captions, and the words of a command that encodes them."""
 
     def __init__(self, folder, t5_folder):
         self.folder = folder
-        self.options = {"images": folder / "images", "captions": folder / "captions.jsonl",
-                        "out": folder / "out", "vae": VAE, "text_encoder": t5_folder, "size": 32,
-                        "shard_images": 5, "batch_size": 3, "workers": 0}
         self.rows = [{"file": f"class{i // 8}/{i:02d} é.png", "caption": sentence(i)}
                      for i in range(COUNT)]
         self.paths = [folder / "images" / row["file"] for row in self.rows]
@@ -55,21 +52,19 @@ class Data:
             path.parent.mkdir(parents=True, exist_ok=True)
             photo(i, (70, 64)).save(path)
         # In another order than the images.
-        self.write(self.rows[::-1])
+        captions = self.write(self.rows[::-1])
+        self.words = ["--images", folder / "images", "--captions", captions, "--vae", VAE, "--text-encoder",
+                      t5_folder, "--size", 32, "--shard-images", 5, "--batch-size", 3, "--workers", 0]
 
     def write(self, rows, name="captions.jsonl"):
         """Write a JSONL file and return its path."""
         write_jsonl(self.folder / name, rows)
         return self.folder / name
 
-    def arguments(self, **options):
-        """Return encode.py's arguments: small sizes, unless options say otherwise."""
-        options = {**self.options, **options}
-        return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-
-    def encode(self, out="out", **options):
+    def encode(self, out, *more):
         """Encode in this process and return the folder."""
-        encode.main(self.arguments(out=self.folder / out, **options))
+        words = [*self.words, "--out", self.folder / out, *more]
+        encode.main([str(word) for word in words])
         return self.folder / out
 
 
@@ -176,7 +171,7 @@ def test_padded_texts_are_the_captions_and_zeros():
 
 @pytest.mark.parametrize("text_dtype, size, bound", [("bfloat16", 64, 0.005), ("float8", 32, 0.03)])
 def test_what_is_read_is_what_the_encoders_give(data, t5_folder, text_dtype, size, bound):
-    ds = encode.Encoded(data.encode(text_dtype=text_dtype, max_tokens=20, size=size))
+    ds = encode.Encoded(data.encode("out", "--text-dtype", text_dtype, "--max-tokens", 20, "--size", size))
     vae = encode.load_vae(VAE)
     tokenizer, t5 = encode.load_text_encoder(t5_folder)
     assert ds.null.shape == (1, 32) and ds.null.dtype == torch.bfloat16
@@ -217,7 +212,7 @@ def test_a_data_set_of_composites_names_its_settings_and_an_example_of_each(data
         rows = [{"file": row["file"], "setting": cut, "box": [0, 0, 8, 8]}
                 for row, cut in zip(data.rows, cuts)]
         data.write(rows, "images/cutmix.jsonl")
-        return encode.Encoded(data.encode(captions=captions)).meta
+        return encode.Encoded(data.encode("out", "--captions", captions)).meta
 
     meta = encoded_with("1/4", "1/16", "1/4")
     assert meta["captions"] == "aio" and meta["cutmix"] == ["1/16", "1/4"]
@@ -230,7 +225,7 @@ def test_a_data_set_of_composites_names_its_settings_and_an_example_of_each(data
 
 def test_missing_cut_foreign_swapped_and_spoilt_files_are_refused(encoded, data):
     captions = data.write([{**row, "caption": "a cat"} for row in data.rows], "other.jsonl")
-    others = data.encode("others", captions=captions)
+    others = data.encode("others", "--captions", captions)
     one, null = "00001.safetensors", "null.safetensors"
     own = contents(encoded)
     samples = encode.open_shard(encoded / one, encode.Encoded(encoded).meta)[1]
@@ -257,28 +252,29 @@ def test_missing_cut_foreign_swapped_and_spoilt_files_are_refused(encoded, data)
     assert f"{one}: No such file" in refused("encode.py", "--check", encoded)
     # Neither does the command take another set's shard for its own.
     (others / one).write_bytes(own[one])
-    line = refused("encode.py", *data.arguments(out=others, captions=captions))
+    line = refused("encode.py", *data.words, "--out", others, "--captions", captions)
     assert one in line and "delete it and run its encode.py" in line
 
 
 def test_changed_settings_are_refused_and_nothing_is_touched(data, t5_folder):
-    before = contents(data.encode())
+    before = contents(data.encode("out"))
     captions = data.write([{**row, "caption": "a cat"} for row in data.rows], "other.jsonl")
-    for change, message in [
-            ({"size": 36}, "takes multiples of 8"), ({"size": 40}, r"size 32, now 40\)"),
-            ({"text_dtype": "float8"}, "text dtype"), ({"shard_images": 6}, "images per shard"),
-            ({"vae": ROOT / "toy/weights"}, "autoencoder"), ({"captions": captions}, "list of images")]:
+    for option, value, message in [
+            ("--size", 36, "takes multiples of 8"), ("--size", 40, r"size 32, now 40\)"),
+            ("--text-dtype", "float8", "text dtype"), ("--shard-images", 6, "images per shard"),
+            ("--vae", ROOT / "toy/weights", "autoencoder"), ("--captions", captions, "list of images")]:
         with pytest.raises(UserError, match=message):
-            data.encode(**change)
+            data.encode("out", option, value)
     assert contents(data.folder / "out") == before
     # The same encoder in another place is the same.
-    data.encode(text_encoder=shutil.copytree(t5_folder, data.folder / "t5"))
+    data.encode("out", "--text-encoder", shutil.copytree(t5_folder, data.folder / "t5"))
 
 
 def test_a_killed_run_goes_on_with_other_ranks_and_ends_in_the_same_bytes(data, monkeypatch, capsys):
-    whole = contents(data.encode("whole", shard_images=1))
+    data.words += ["--shard-images", 1]
+    whole = contents(data.encode("whole"))
     out = data.folder / "killed"
-    assert stopped(signal.SIGKILL, encode, "save", 9, lambda: data.encode(out, shard_images=1)) == -9
+    assert stopped(signal.SIGKILL, encode, "save", 9, lambda: data.encode(out)) == -9
     assert len(list(out.glob("0*.safetensors"))) == 7
     # What a crash of the machine may do to one of them.
     (out / "00002.safetensors").write_bytes(whole["00002.safetensors"][:-10])
@@ -286,7 +282,7 @@ def test_a_killed_run_goes_on_with_other_ranks_and_ends_in_the_same_bytes(data, 
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in ("2", "0", "1"):
         monkeypatch.setenv("RANK", rank)
-        data.encode(out, shard_images=1, workers=2)
+        data.encode(out, "--workers", 2)
     assert "its share is done" in capsys.readouterr().out
     assert contents(out) == whole
 
@@ -303,12 +299,11 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_encoded(data, capsys):
     # A later file replaces what an earlier one says.
     rows[9]["caption"] = "一只 红色的 cat"
     more = data.write([rows[9]], "more.jsonl")
-    encode.main([*data.arguments(vae=ROOT / "toy/weights"), "--captions", str(captions), str(more)])
+    ds = encode.Encoded(data.encode("out", "--vae", ROOT / "toy/weights", "--captions", captions, more))
 
     said = capsys.readouterr().out
     assert "1 captions hold tokens that this text encoder does not know, such as '一只 红色的 cat'" in said
     assert "9 skipped" in said
-    ds = encode.Encoded(data.folder / "out")
     kept = [(row["file"], row["caption"]) for i, row in enumerate(rows) if i not in why]
     assert [ds.sample(i) for i in range(len(ds))] == kept
     skipped = {row["file"]: row["reason"] for row in read_jsonl(ds.folder / "skipped.jsonl")}
@@ -321,11 +316,11 @@ def test_where_nothing_can_be_read_the_same_command_works_later(data, encoded):
     photos = [path.read_bytes() for path in data.paths]
     for path in data.paths:
         path.write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert "a git-lfs pointer" in refused("encode.py", *data.arguments())
+    assert "a git-lfs pointer" in refused("encode.py", *data.words, "--out", data.folder / "out")
     assert contents(data.folder / "out").keys() == {"settings.json"}
     for path, content in zip(data.paths, photos):
         path.write_bytes(content)
-    assert contents(data.encode()) == contents(encoded)
+    assert contents(data.encode("out")) == contents(encoded)
 
 
 def test_check_draws_four_images_and_fig_7(encoded):
