@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 import evaluate
-from common import read_jsonl, write_jsonl
+from common import read_jsonl, write_json, write_jsonl
 from metrics import geneval as geneval_rules
 from toy.text_encoder import make_text_encoder
 
@@ -211,14 +211,11 @@ def models(tmp_path_factory):
     for name, x in detector.named_parameters():
         x.data *= 100_000 if "mask_embedder.2" in name else 1
     detector.save_pretrained(folder / "detector")
-    bert = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"is there a dog red ? yes no".split()]
-    text = {**size, "vocab_size": len(bert) + 2, "encoder_hidden_size": 16, "bos_token_id": len(bert),
-            "pad_token_id": 0, "eos_token_id": 3, "sep_token_id": 3, "max_position_embeddings": 64}
-    tf.BlipForQuestionAnswering(
-        tf.BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder / "vqa")
-    (folder / "vqa/vocab.txt").write_text("\n".join(bert))
+    text |= {"encoder_hidden_size": 16, "bos_token_id": 2, "pad_token_id": 0, "sep_token_id": 1}
+    vqa = tf.BlipConfig(text_config=text, vision_config=vision)
+    tf.BlipForQuestionAnswering(vqa).save_pretrained(folder / "vqa")
     tf.BlipProcessor(tf.BlipImageProcessorPil(size={"height": 32, "width": 32}),
-                     tf.BertTokenizer(str(folder / "vqa/vocab.txt"))).save_pretrained(folder / "vqa")
+                     tf.AutoTokenizer.from_pretrained(folder / "clip")).save_pretrained(folder / "vqa")
     return folder
 
 
@@ -508,18 +505,16 @@ def test_dpg_scores_given_answers_of_all_images_of_a_grid(dpg, tmp_path):
     grids, given = tmp_path / "grids", tmp_path / "answers.jsonl"
     command = [*dpg, "--answers", given]
     yes, no_dog = {"1": 1, "2": "yes", "3": True}, {"1": 0, "2": 1, "3": 1}
-
-    def write_answers(of_g0):
-        write_jsonl(given, [{"file": "g0.png", "answers": of_g0}, {"file": "g1.png", "answers": [yes] * 4}])
-
-    write_answers([yes, yes, no_dog, {**yes, "2": "no"}])
+    rows = [{"file": "g0.png", "answers": [yes, yes, no_dog, {**yes, "2": "no"}]},
+            {"file": "g1.png", "answers": [yes] * 4}]
+    write_jsonl(given, rows)
     run(*command)
     found = section(grids, "dpg")
     assert found["scores"] == pytest.approx({               # g0: (1 + 1 + 0 + 1/3) / 4
         "overall": 100 * (7 / 12 + 1) / 2, "entity": 100 * 7 / 8, "attribute": 100 * 7 / 8, "other": 100})
     assert found["counts"] == {"prompts": 2, "of": 3, "skipped": 0}
     for wrong in [yes] * 3, [{**yes, "1": "perhaps"}] * 4, [{"1": True}] * 4, 5, []:
-        write_answers(wrong)
+        write_jsonl(given, [{**rows[0], "answers": wrong}, rows[1]])
         assert "g0.png: not answers to all questions" in refused("evaluate.py", *command)
     photo(0).save(grids / "g0.jpg")
     assert "g0.jpg and g0.png are both named after prompt g0" in refused("evaluate.py", *command)
@@ -547,8 +542,7 @@ def test_dpg_cuts_only_what_is_said_to_be_a_grid(dpg, models, tmp_path, monkeypa
 # ---- `compare`, `curve`
 
 def write_results(folder, **sections):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(sections), encoding="utf-8")
+    write_json(folder / "results.json", sections)
     return folder
 
 
@@ -581,8 +575,7 @@ def test_compare_shows_a_row_for_each_argument_and_notes_below(tmp_path, capsys)
 
 
 def test_compare_paper_is_the_papers_five_tables_and_ours_only_where_they_belong(tmp_path, capsys):
-    settings = [("ta", None, 0), ("half", "1/2", 0.5), ("quarter|", "1/4", 0.25), ("all", "all", 0.5)]
-    for name, IA, p in settings:
+    for name, IA, p in ("ta", None, 0), ("half", "1/2", 0.5), ("quarter|", "1/4", 0.25), ("all", "all", 0.5):
         write_results(tmp_path / name, quality=of_quality(20, IA, p))
     run("compare", "--paper", *sorted(tmp_path.iterdir()))
     found = {}
