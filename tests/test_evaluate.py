@@ -495,7 +495,7 @@ def dpg(tmp_path):
     for prompt in ("g0", "g1", "c"):
         lines += [f"{prompt},1,0,entity - whole (dog),Is there a dog?",
                   f'{prompt},2,1,"attribute - color (dog, red)",Is the dog red?',
-                  f'{prompt},3,"1, 2","other - count (dog, ==2)",Are there two dogs?']
+                  f'{prompt},3,"1, 2","other - count (dog, ==2)",Are there just two dogs?']
     (tmp_path / "dpg.csv").write_text("\n".join(lines))
     folder = pictures(tmp_path / "grids", 2, names="g{}.png")
     return ["dpg", "--images", folder, "--questions", tmp_path / "dpg.csv"]

@@ -28,6 +28,7 @@ MISTAKES = [
     (CUTMIX + " --out {bad}/binary", "Not a directory"),
     (CUTMIX + " --out {bad}/foreign", "not made by this"),
     (CUTMIX + " --size x", "invalid whole"),
+    (CUTMIX + " --setting 1/5", "1/5"),
 
     ("caption.py", "required"),
     ("caption.py llava --out {tmp}/out", "--images"),
