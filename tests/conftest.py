@@ -92,6 +92,12 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
+def contents(folder):
+    """Return {path: bytes} of all files below a folder, hidden and temporary ones too."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 def photo(seed, size=(60, 45)):
     """Return a PIL image of smooth random colours, different for each seed."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)

@@ -8,18 +8,17 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, photo, refused, relative, stopped
+from conftest import FIXTURES, ROOT, contents, photo, refused, relative, stopped
 from PIL import Image
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 import encode
-from common import UserError, load_image, read_jsonl
+from common import UserError, load_image, read_jsonl, write_json, write_jsonl
 from cutmix import CUTS
 from toy.text_encoder import make_text_encoder
 
 VAE = FIXTURES / "vae_tiny"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SIZES = ("block_out_channels", "norm_num_groups", "scaling_factor")
 WORDS = "a red blue circle square star cat on the left of , . two".split()
 COUNT = 24
 
@@ -27,11 +26,6 @@ COUNT = 24
 def sentence(number):
     """Return a caption of 2 to 39 of the words."""
     return " ".join(WORDS[number % 12:] * (1 + number % 3))
-
-
-def contents(folder):
-    """Return {name: bytes} of a folder's files. Hidden ones are what a kill may leave."""
-    return {file.name: file.read_bytes() for file in folder.glob("[!.]*")}
 
 
 @pytest.fixture(scope="session")
@@ -47,13 +41,10 @@ def t5_folder(tmp_path_factory):
 
 
 class Data:
-    """24 images in 3 classes with their captions, and the command that encodes them."""
+    """24 images in 3 classes with their captions, and the words of a command that encodes them."""
 
     def __init__(self, folder, t5_folder):
         self.folder = folder
-        self.options = {"images": folder / "images", "captions": folder / "captions.jsonl",
-                        "out": folder / "out", "vae": VAE, "text_encoder": t5_folder, "size": 32,
-                        "shard_images": 5, "batch_size": 3, "workers": 0}
         self.rows = [{"file": f"class{i // 8}/{i:02d} é.png", "caption": sentence(i)}
                      for i in range(COUNT)]
         self.paths = [folder / "images" / row["file"] for row in self.rows]
@@ -61,21 +52,19 @@ class Data:
             path.parent.mkdir(parents=True, exist_ok=True)
             photo(i, (70, 64)).save(path)
         # In another order than the images.
-        self.write(self.rows[::-1])
+        captions = self.write(self.rows[::-1])
+        self.words = ["--images", folder / "images", "--captions", captions, "--vae", VAE, "--text-encoder",
+                      t5_folder, "--size", 32, "--shard-images", 5, "--batch-size", 3, "--workers", 0]
 
     def write(self, rows, name="captions.jsonl"):
         """Write a JSONL file and return its path."""
-        (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(self.folder / name, rows)
         return self.folder / name
 
-    def arguments(self, **options):
-        """Return encode.py's arguments: small sizes, unless options say otherwise."""
-        options = {**self.options, **options}
-        return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-
-    def encode(self, out="out", **options):
+    def encode(self, out, *more):
         """Encode in this process and return the folder."""
-        encode.main(self.arguments(out=self.folder / out, **options))
+        words = [*self.words, "--out", self.folder / out, *more]
+        encode.main([str(word) for word in words])
         return self.folder / out
 
 
@@ -94,7 +83,7 @@ def encoded(data):
 def test_the_autoencoder_equals_diffusers_also_from_an_old_folder_if_its_weights_are_numbers(tmp_path):
     config = json.loads((VAE / "config.json").read_text())
     del config["scaling_factor"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_json(tmp_path / "config.json", config)
     old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     weights = {}
     for name, tensor in load_file(VAE / WEIGHTS).items():
@@ -119,39 +108,29 @@ def test_the_autoencoder_equals_diffusers_also_from_an_old_folder_if_its_weights
         encode.load_vae(tmp_path)
 
 
-@pytest.mark.parametrize("key, value", [
-    ("latents_mean", [0.1] * 4), ("shift_factor", 0.1159), ("act_fn", "relu"), ("use_quant_conv", False),
-    ("down_block_types", ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]),
-    ("_class_name", "AsymmetricAutoencoderKL"), ("block_out_channels", [8, 16, 16, 64]),
-    ("norm_num_groups", 0), ("scaling_factor", "x"), ("scaling_factor", math.nan),
-    ("scaling_factor", 0), ("layers_per_block", 10 ** 6),
-])
-def test_a_config_of_another_autoencoder_is_refused(tmp_path, key, value):
-    shutil.copyfile(VAE / WEIGHTS, tmp_path / WEIGHTS)
-    config = json.loads((VAE / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
-    with pytest.raises(UserError, match="not an AutoencoderKL of diffusers") as error:
-        encode.load_vae(tmp_path)
-    # Sizes are seen by torch, which has its own words.
-    assert f"{key} = " in str(error.value) or key in SIZES
-
-
-@pytest.mark.parametrize("files, change, words", [
+@pytest.mark.parametrize("encoder, files, change, words", [
+    ("vae", "config.json", {"shift_factor": 0.1159}, "shift_factor = 0.1159 is another network"),
+    ("vae", "config.json", {"act_fn": "relu"}, "act_fn = relu is another network"),
+    ("vae", "config.json", {"down_block_types": ["DownEncoderBlock2D", "Attn"]}, "down_block_types = "),
+    ("vae", "config.json", {"layers_per_block": 10 ** 6}, "layers_per_block = 1000000 is another"),
+    ("vae", "config.json", {"block_out_channels": [8, 16, 16, 64]}, "not an AutoencoderKL of diffusers"),
+    ("vae", "config.json", {"norm_num_groups": 0}, "not an AutoencoderKL of diffusers"),
+    ("vae", "config.json", {"scaling_factor": math.nan}, "not a positive number"),
+    ("vae", "config.json", {"scaling_factor": 0}, "not a positive number"),
     # Its weights have T5's names, and some more.
-    ("config.json", {"model_type": "umt5"}, "not t5, but umt5"),
-    ("tokenizer.json", {"post_processor": None}, "not T5's tokenizer"),
-    ("*token*", None, "tokenizer's files"),
-])
-def test_a_text_encoder_of_another_kind_or_without_its_own_tokenizer_is_refused(
-        t5_folder, tmp_path, files, change, words):
-    shutil.copytree(t5_folder, tmp_path, dirs_exist_ok=True)
+    ("text_encoder", "config.json", {"model_type": "umt5"}, "not t5, but umt5"),
+    ("text_encoder", "tokenizer.json", {"post_processor": None}, "not T5's tokenizer"),
+    ("text_encoder", "*token*", None, "tokenizer's files")])
+def test_an_encoder_of_another_kind_or_without_its_own_tokenizer_is_refused(
+        t5_folder, tmp_path, encoder, files, change, words):
+    shutil.copytree(VAE if encoder == "vae" else t5_folder, tmp_path, dirs_exist_ok=True)
     for path in tmp_path.glob(files):
         content = path.read_text()
         path.unlink()
         if change:
-            path.write_text(json.dumps({**json.loads(content), **change}))
+            write_json(path, {**json.loads(content), **change})
     with pytest.raises(UserError, match=words):
-        encode.load_text_encoder(tmp_path)
+        getattr(encode, f"load_{encoder}")(tmp_path)
 
 
 def test_captions_in_a_batch_are_encoded_as_each_alone(t5_folder):
@@ -192,7 +171,7 @@ def test_padded_texts_are_the_captions_and_zeros():
 
 @pytest.mark.parametrize("text_dtype, size, bound", [("bfloat16", 64, 0.005), ("float8", 32, 0.03)])
 def test_what_is_read_is_what_the_encoders_give(data, t5_folder, text_dtype, size, bound):
-    ds = encode.Encoded(data.encode(text_dtype=text_dtype, max_tokens=20, size=size))
+    ds = encode.Encoded(data.encode("out", "--text-dtype", text_dtype, "--max-tokens", 20, "--size", size))
     vae = encode.load_vae(VAE)
     tokenizer, t5 = encode.load_text_encoder(t5_folder)
     assert ds.null.shape == (1, 32) and ds.null.dtype == torch.bfloat16
@@ -211,19 +190,18 @@ def test_what_is_read_is_what_the_encoders_give(data, t5_folder, text_dtype, siz
     assert ds.meta.items() >= known.items()
 
 
-def test_a_float8_data_set_with_scales_as_made_before_is_still_read(encoded):
-    before = encode.Encoded(encoded)
-    for i, path in enumerate(before.paths):
-        tensors = load_file(path)
-        scale = tensors["text"].float().abs().amax(1, keepdim=True) / 448
-        stored = (tensors["text"] / scale).to(torch.float8_e4m3fn)
-        _, samples = encode.open_shard(path, before.meta)
-        samples = {key: samples[key] for key in ("files", "captions", "skipped")}
-        save_file({**tensors, "text": stored, "scale": scale}, path, {"samples": json.dumps(samples)})
-        text = encode.Encoded(encoded).text(5 * i)
-        expected = stored.float() * scale
-        assert torch.equal(text, expected[:len(text)].bfloat16())
-    assert encode.Encoded(encoded).sample(7) == before.sample(7)
+def test_a_float8_shard_with_scales_as_made_before_is_still_read(encoded):
+    path = encoded / "00000.safetensors"
+    tensors, samples = encode.open_shard(path, encode.Encoded(encoded).meta)
+    scale = tensors["text"].float().abs().amax(1, keepdim=True) / 448
+    stored = (tensors["text"] / scale).to(torch.float8_e4m3fn)
+    start, end = tensors["offset"][3:5].tolist()
+    # It did not say its settings and its name.
+    samples = {key: samples[key] for key in ("files", "captions", "skipped")}
+    path.write_bytes(save({**tensors, "text": stored, "scale": scale}, {"samples": json.dumps(samples)}))
+    ds = encode.Encoded(encoded)
+    assert torch.equal(ds.text(3), (stored.float() * scale)[start:end].bfloat16())
+    assert ds.sample(3) == (samples["files"][3], samples["captions"][3])
 
 
 def test_a_data_set_of_composites_names_its_settings_and_an_example_of_each(data):
@@ -234,7 +212,7 @@ def test_a_data_set_of_composites_names_its_settings_and_an_example_of_each(data
         rows = [{"file": row["file"], "setting": cut, "box": [0, 0, 8, 8]}
                 for row, cut in zip(data.rows, cuts)]
         data.write(rows, "images/cutmix.jsonl")
-        return encode.Encoded(data.encode(captions=captions)).meta
+        return encode.Encoded(data.encode("out", "--captions", captions)).meta
 
     meta = encoded_with("1/4", "1/16", "1/4")
     assert meta["captions"] == "aio" and meta["cutmix"] == ["1/16", "1/4"]
@@ -247,55 +225,56 @@ def test_a_data_set_of_composites_names_its_settings_and_an_example_of_each(data
 
 def test_missing_cut_foreign_swapped_and_spoilt_files_are_refused(encoded, data):
     captions = data.write([{**row, "caption": "a cat"} for row in data.rows], "other.jsonl")
-    others = data.encode("others", captions=captions)
+    others = data.encode("others", "--captions", captions)
     one, null = "00001.safetensors", "null.safetensors"
-    own = (encoded / one).read_bytes()
-    tensors, samples = encode.open_shard(encoded / one, encode.Encoded(encoded).meta)
+    own = contents(encoded)
+    samples = encode.open_shard(encoded / one, encode.Encoded(encoded).meta)[1]
 
     def with_nan(name):
         """Return the bytes of the shard where the last image's numbers are not finite."""
-        damaged = tensors[name].clone()
-        damaged[-1] = math.nan
-        return save({**tensors, name: damaged}, {"samples": json.dumps(samples)})
+        tensors = load(own[one])
+        tensors[name][-1] = math.nan
+        return save(tensors, {"samples": json.dumps(samples)})
 
     for name, wrong, words in [
-            (one, b"", "not a shard"), (one, own[:-10], "not a shard"),
-            (one, (others / one).read_bytes(), "of other images"),
-            (one, (encoded / "00002.safetensors").read_bytes(), "in another's place"),
-            (null, (others / null).read_bytes(), "of other images"),
-            (one, with_nan("mean"), samples["files"][-1]), (one, with_nan("text"), samples["files"][-1]),
-            ("meta.json", b'{"version": 1}', "not the description"), (one, None, "No such file")]:
-        before = (encoded / name).read_bytes()
-        (encoded / name).unlink()
-        if wrong is not None:
-            (encoded / name).write_bytes(wrong)
+            (one, own[one][:-10], "not a shard"),
+            (one, contents(others)[one], "of other images"),
+            (one, own["00002.safetensors"], "in another's place"),
+            (null, contents(others)[null], "of other images"),
+            (one, with_nan("mean"), samples["files"][-1]),
+            (one, with_nan("text"), samples["files"][-1]),
+            ("meta.json", b'{"version": 1}', "not the description")]:
+        (encoded / name).write_bytes(wrong)
         line = refused("encode.py", "--check", encoded)
         assert name in line and words in line
-        (encoded / name).write_bytes(before)
+        (encoded / name).write_bytes(own[name])
+    (encoded / one).unlink()
+    assert f"{one}: No such file" in refused("encode.py", "--check", encoded)
     # Neither does the command take another set's shard for its own.
-    shutil.copyfile(encoded / one, others / one)
-    line = refused("encode.py", *data.arguments(out=others, captions=captions))
+    (others / one).write_bytes(own[one])
+    line = refused("encode.py", *data.words, "--out", others, "--captions", captions)
     assert one in line and "delete it and run its encode.py" in line
 
 
 def test_changed_settings_are_refused_and_nothing_is_touched(data, t5_folder):
-    before = contents(data.encode())
+    before = contents(data.encode("out"))
     captions = data.write([{**row, "caption": "a cat"} for row in data.rows], "other.jsonl")
-    changes = [({"size": 36}, "takes multiples of 8"), ({"size": 40}, r"size 32, now 40\)"),
-               ({"text_dtype": "float8"}, "text dtype"), ({"shard_images": 6}, "images per shard"),
-               ({"vae": ROOT / "toy/weights"}, "autoencoder"), ({"captions": captions}, "list of images")]
-    for change, message in changes:
+    for option, value, message in [
+            ("--size", 36, "takes multiples of 8"), ("--size", 40, r"size 32, now 40\)"),
+            ("--text-dtype", "float8", "text dtype"), ("--shard-images", 6, "images per shard"),
+            ("--vae", ROOT / "toy/weights", "autoencoder"), ("--captions", captions, "list of images")]:
         with pytest.raises(UserError, match=message):
-            data.encode(**change)
+            data.encode("out", option, value)
     assert contents(data.folder / "out") == before
     # The same encoder in another place is the same.
-    data.encode(text_encoder=shutil.copytree(t5_folder, data.folder / "t5"))
+    data.encode("out", "--text-encoder", shutil.copytree(t5_folder, data.folder / "t5"))
 
 
 def test_a_killed_run_goes_on_with_other_ranks_and_ends_in_the_same_bytes(data, monkeypatch, capsys):
-    whole = contents(data.encode("whole", shard_images=1))
+    data.words += ["--shard-images", 1]
+    whole = contents(data.encode("whole"))
     out = data.folder / "killed"
-    assert stopped(signal.SIGKILL, encode, "save", 9, lambda: data.encode(out, shard_images=1)) == -9
+    assert stopped(signal.SIGKILL, encode, "save", 9, lambda: data.encode(out)) == -9
     assert len(list(out.glob("0*.safetensors"))) == 7
     # What a crash of the machine may do to one of them.
     (out / "00002.safetensors").write_bytes(whole["00002.safetensors"][:-10])
@@ -303,31 +282,28 @@ def test_a_killed_run_goes_on_with_other_ranks_and_ends_in_the_same_bytes(data, 
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in ("2", "0", "1"):
         monkeypatch.setenv("RANK", rank)
-        data.encode(out, shard_images=1, workers=2)
+        data.encode(out, "--workers", 2)
     assert "its share is done" in capsys.readouterr().out
     assert contents(out) == whole
 
 
 def test_what_cannot_be_used_is_named_and_the_rest_is_encoded(data, capsys):
     rows = data.rows
-    data.paths[2].write_bytes(b"")
-    data.paths[7].write_bytes(data.paths[7].read_bytes()[:100])
-    # A whole shard; and the toy's autoencoder folds pixels, which takes no empty batch.
-    for path in data.paths[15:20]:
-        path.write_text("not an image")
+    # A whole shard of them; and the toy's autoencoder folds pixels, which takes no empty batch.
+    why = {2: "no caption", 12: "no caption", 23: "no such image"}
+    for i in (7, *range(15, 20)):
+        data.paths[i].write_bytes(data.paths[i].read_bytes()[:100])
+        why[i] = "not a readable"
     data.paths[23].unlink()
-    captions = data.write([*rows[:3], {**rows[3], "caption": " "}, *rows[4:12], *rows[13:]])
+    captions = data.write([*rows[:2], {**rows[2], "caption": " "}, *rows[3:12], *rows[13:]])
     # A later file replaces what an earlier one says.
     rows[9]["caption"] = "一只 红色的 cat"
     more = data.write([rows[9]], "more.jsonl")
-    encode.main([*data.arguments(vae=ROOT / "toy/weights"), "--captions", str(captions), str(more)])
+    ds = encode.Encoded(data.encode("out", "--vae", ROOT / "toy/weights", "--captions", captions, more))
 
     said = capsys.readouterr().out
     assert "1 captions hold tokens that this text encoder does not know, such as '一只 红色的 cat'" in said
-    assert "10 skipped" in said
-    ds = encode.Encoded(data.folder / "out")
-    why = {2: "not a readable", 3: "no caption", 7: "not a readable", 12: "no caption",
-           **dict.fromkeys(range(15, 20), "not a readable"), 23: "no such image"}
+    assert "9 skipped" in said
     kept = [(row["file"], row["caption"]) for i, row in enumerate(rows) if i not in why]
     assert [ds.sample(i) for i in range(len(ds))] == kept
     skipped = {row["file"]: row["reason"] for row in read_jsonl(ds.folder / "skipped.jsonl")}
@@ -340,11 +316,11 @@ def test_where_nothing_can_be_read_the_same_command_works_later(data, encoded):
     photos = [path.read_bytes() for path in data.paths]
     for path in data.paths:
         path.write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert "a git-lfs pointer" in refused("encode.py", *data.arguments())
+    assert "a git-lfs pointer" in refused("encode.py", *data.words, "--out", data.folder / "out")
     assert contents(data.folder / "out").keys() == {"settings.json"}
     for path, content in zip(data.paths, photos):
         path.write_bytes(content)
-    assert contents(data.encode()) == contents(encoded)
+    assert contents(data.encode("out")) == contents(encoded)
 
 
 def test_check_draws_four_images_and_fig_7(encoded):

@@ -1,6 +1,5 @@
 """DiT-I and CAD-I: released numbers, closed forms, what masks, gates and states must (not) do."""
 
-import json
 import shutil
 
 import pytest
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 
 import model_cad
 import model_dit
-from common import UserError
+from common import UserError, read_json, write_json
 from sample import ddim, load_model
 
 CAD_TINY = FIXTURES / "cad_tiny"
@@ -65,11 +64,11 @@ def test_the_released_cad_gives_the_released_numbers():
 
 def test_released_config_keys_of_another_network_are_refused_by_name_and_harmless_ones_are_not(tmp_path):
     shutil.copytree(CAD_TINY, tmp_path, dirs_exist_ok=True)
-    config = json.loads((CAD_TINY / "config.json").read_text())
+    config = read_json(CAD_TINY / "config.json", "a config")
 
     def load(**changes):
-        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
-        return load_model(tmp_path)
+        write_json(tmp_path / "config.json", {**config, **changes})
+        load_model(tmp_path)
 
     load(num_cond_tokens=5, weight_init="orthogonal", _name="x", license="mit", unheard_of=0)
     for key, value in [("modulate_conditioning", True), ("use_cond_rin_block", False), ("unheard_of", 3),
@@ -213,8 +212,6 @@ def test_positions_of_cad_are_resized_like_a_picture():
     assert_close(resized[3:5, :, 0], expected[:, None].expand(2, 8), 1e-4)
     assert_close(resized[:, 3:5, 1], expected.expand(8, 2), 1e-4)
     assert model_cad.resize_positions(small, size=8, patch=2)["position"] is small["position"]
-    with pytest.raises(ValueError, match="size 15 is not a multiple of patch 2"):
-        model_cad.resize_positions(small, size=15, patch=2)
 
 
 @BOTH
