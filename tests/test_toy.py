@@ -192,7 +192,7 @@ def test_the_detector_finds_every_object_of_originals_and_composites_also_half_h
     rng = random.Random("kinds")
     right = []
     for kind in world.KINDS:
-        scenes = [world.random_scene(rng, kind=kind) for _ in range(MANY)]
+        scenes = [world.random_scene(rng, rng.choice(world.SHAPES), kind) for _ in range(MANY)]
         right += [finds(world.draw(scene), scene) for scene in scenes]
     for setting in ("1/4", "1/9", "1/16"):
         right += [finds(composite(one, two, setting, number), one, two)
@@ -227,7 +227,7 @@ def test_seams_of_two_greys_are_seen_also_after_the_autoencoder(setting):
 
 def test_a_bite_is_seen_in_composites_of_one_grey_and_originals_have_neither_seams_nor_bites():
     rng = random.Random("bites")
-    originals = [world.draw(world.random_scene(rng, kind="1/4")) for _ in range(MANY)]
+    originals = [world.draw(world.random_scene(rng, shape, "1/4")) for shape in rng.choices(world.SHAPES, k=MANY)]
     composites = [composite(one, {**two, "grey": one["grey"]}, "1/4", number)
                   for number, (one, two) in enumerate(large_pairs("bites"))]
     for images, expected in ((originals, False), (composites, True)):
