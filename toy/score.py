@@ -41,7 +41,8 @@ def score(folder):
         objects = find_objects(image)
 
         # GenEval's own rules judge; only the detector and the colours are the toy's.
-        right, reason = evaluate.geneval_verdict(as_detections(objects), metadata, color_of)
+        right, reason = evaluate.geneval_verdict(as_detections(objects), metadata,
+                                                 lambda thing, shape: thing["color"])
         rows.append({"file": file,
                      "tag": metadata["tag"],
                      "prompt": metadata["prompt"],
@@ -60,11 +61,6 @@ def open_picture(path):
         raise UserError(f"{path}: {image.width} x {image.height} pixels; "
                         f"the toy's pictures have {SIZE} x {SIZE}")
     return image
-
-
-def color_of(thing, shape):
-    """Return the colour of a detected object, which the toy's detector says itself."""
-    return thing["color"]
 
 
 TWO_OBJECTS = ("two_object", "position", "color_attr")
@@ -111,18 +107,15 @@ def features(folder):
     files = [file for file in list_images(folder) if file != "sheet.png"]
     parts = []
     for batch in in_batches(files, 64):
-        images = []
-        for file in batch:
-            images.append(open_picture(folder / file))
+        images = [open_picture(folder / file) for file in batch]
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)     # (B, 3, H, W)
         mean, _ = vae.encode(pixels / 127.5 - 1)                            # (B, 8, 8, 8)
 
         # Averages over quarters keep roughly where things are, and forget exact
         # positions. Two pictures of like scenes are then close to each other.
         quarters = mean.unfold(2, 4, 4).unfold(3, 4, 4)                     # (B, 8, 2, 2, 4, 4)
-        average = quarters.mean((4, 5)).flatten(1)                          # (B, 32)
-        deviation = quarters.flatten(4).std(4).flatten(1)                   # (B, 32)
-        parts.append(torch.cat([average, deviation], 1))
+        deviation, average = torch.std_mean(quarters, (4, 5))               # (B, 8, 2, 2)
+        parts.append(torch.stack([average, deviation], 1).flatten(1))       # (B, 64)
     return torch.cat(parts).numpy()
 
 

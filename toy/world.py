@@ -86,10 +86,8 @@ def mask_of(thing, scale=1):
     for x, y in OUTLINES[thing["shape"]]:
         corners.append((scale * (thing["x"] + radius * x), scale * (thing["y"] + radius * y)))
 
-    if thing["shape"] == "circle":
-        pen.ellipse(corners, fill=255)
-    else:
-        pen.polygon(corners, fill=255)
+    fill = pen.ellipse if thing["shape"] == "circle" else pen.polygon
+    fill(corners, fill=255)
     return mask
 
 
@@ -123,14 +121,6 @@ def corner_places(rng, count):
     return [place_at(rng, corner, 1) for corner in rng.sample(CORNERS, count)]
 
 
-def pasted_place(rng, setting, radius):
-    """Return (radius, x, y) of an object as small and in such a place as CutMix pastes a large one."""
-    x0, y0, x1, y1 = cutmix.paste_box(setting, SIZE, rng)
-    x = (x0 + x1) / 2 + rng.uniform(-1, 1)
-    y = (y0 + y1) / 2 + rng.uniform(-1, 1)
-    return radius / cutmix.CUTS[setting].scale, x, y
-
-
 def random_scene(rng, shape, kind):
     """Return a random scene of one class and of one of KINDS."""
     if kind == "corners":
@@ -140,10 +130,14 @@ def random_scene(rng, shape, kind):
         places = [place_at(rng, MIDDLE, 2)]
 
     # The small object has the size that the large one would have after CutMix shrank its
-    # picture. The front one is last in a scene, so it is never hidden by the large one.
+    # picture, and stands where CutMix pastes it. The front one is last in a scene, so it is
+    # never hidden by the large one.
     if kind in cutmix.CUTS:
-        radius = places[0][0]
-        places.append(pasted_place(rng, kind, radius))
+        radius, _, _ = places[0]
+        x0, y0, x1, y1 = cutmix.paste_box(kind, SIZE, rng)
+        x = (x0 + x1) / 2 + rng.uniform(-1, 1)
+        y = (y0 + y1) / 2 + rng.uniform(-1, 1)
+        places.append((radius / cutmix.CUTS[kind].scale, x, y))
 
     return make_scene([shape] * len(places), places, rng)
 
@@ -219,9 +213,7 @@ def seen_in_composite(base, paste, box, setting):
     # What is pasted covers the base, so an object is seen only on its own side of the
     # box. CM 1/2 pastes at full size, where it was; all other settings shrink.
     scale = cutmix.CUTS[setting].scale
-    seen = []
-    for thing in base["objects"]:
-        seen.append(look_at(thing, ~inside))
+    seen = [look_at(thing, ~inside) for thing in base["objects"]]
     for thing in paste["objects"]:
         if scale > 1:
             thing = {**thing,
