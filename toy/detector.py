@@ -101,9 +101,7 @@ def bounds(mask):
 def inside(box, margin=0):
     """Return the slices of a mask that lie in a box, or up to `margin` pixels around it."""
     x0, y0, x1, y1 = box
-    rows = slice(max(0, y0 - margin), y1 + margin)
-    columns = slice(max(0, x0 - margin), x1 + margin)
-    return rows, columns
+    return np.s_[max(0, y0 - margin):y1 + margin, max(0, x0 - margin):x1 + margin]
 
 
 @lru_cache

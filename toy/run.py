@@ -37,8 +37,10 @@ def add_options(parser, out, steps, prompts):
     add("--out", default=out, type=Path, metavar="FOLDER", help="where everything goes")
     add("--images", type=PICTURES, default=IMAGES,
         help="pictures to draw; as many composites are made")
-    add("--steps", type=COUNT, default=steps, help="training steps of every model")
-    add("--prompts", type=COUNT, default=prompts, help="prompts for each of the six tasks")
+    add("--steps", type=COUNT, default=steps,
+        help="training steps of every model")
+    add("--prompts", type=COUNT, default=prompts,
+        help="prompts for each of the six tasks")
     add("--seed", type=SEED, default=0,
         help="of the world, the training and the samples; of several models the first one")
 
@@ -50,7 +52,8 @@ def main(argv=None):
     out = args.out
     with only_command(out):
         # What fixes the data. The number of steps does not.
-        bind(out / "toy.json", images=args.images, prompts=args.prompts, seed=args.seed)
+        bind(out / "toy.json",
+             images=args.images, prompts=args.prompts, seed=args.seed)
 
         # Stages 1 to 3: composites, captions, latents and tokens.
         draw_world(out, args.images, args.seed)
@@ -65,7 +68,8 @@ def main(argv=None):
             run(command)
 
         title = "How far can we go with a toy ImageNet? One DiT-I, TA + IA"
-        rows = report(out, title, out / "dit", most=12, more=about_the_data(out))
+        rows = report(out, title, out / "dit", most=12,
+                      more=about_the_data(out))
         print()
         # For those who stay in the terminal.
         for row in rows:

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, in_batches, keep_apart, list_images, open_image,
-                    progress, read_jsonl, write_jsonl)
+from common import (Options, UserError, in_batches, keep_apart, open_image, progress,
+                    read_jsonl, write_jsonl)
 
 import numpy as np
 import torch
@@ -103,8 +103,7 @@ def features(folder):
     The latents' means over each quarter of the picture, and their deviations in it.
     """
     vae = encode.load_vae(VAE)
-    # sample.py adds an overview of its pictures, which is not one of them.
-    files = [file for file in list_images(folder) if file != "sheet.png"]
+    files, _ = evaluate.images_of(folder)
     parts = []
     for batch in in_batches(files, 64):
         images = [open_picture(folder / file) for file in batch]
@@ -114,8 +113,9 @@ def features(folder):
         # Averages over quarters keep roughly where things are, and forget exact
         # positions. Two pictures of like scenes are then close to each other.
         quarters = mean.unfold(2, 4, 4).unfold(3, 4, 4)                     # (B, 8, 2, 2, 4, 4)
-        deviation, average = torch.std_mean(quarters, (4, 5))               # (B, 8, 2, 2)
-        parts.append(torch.stack([average, deviation], 1).flatten(1))       # (B, 64)
+        average = quarters.mean((4, 5)).flatten(1)                          # (B, 32)
+        deviation = quarters.flatten(4).std(4).flatten(1)                   # (B, 32)
+        parts.append(torch.cat([average, deviation], 1))
     return torch.cat(parts).numpy()
 
 
