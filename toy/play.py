@@ -203,7 +203,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET / (the page), GET /about and POST /draw. A refusal is one line of text."""
+    """Answers GET / (the page), GET /about and any POST, as /draw. A refusal is one line of text."""
 
     timeout = 30                # seconds that a silent connection is kept
     error_content_type = "text/plain; charset=utf-8"

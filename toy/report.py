@@ -57,7 +57,7 @@ def img(path, note=""):
     return f'<img alt="{note}" title="{note}" src="{data}">'
 
 
-def card(path, caption, note=""):
+def card(path, caption, note):
     """Return a picture with a caption, which is HTML, below it."""
     return f"<figure>{img(path, note)}<figcaption>{caption}</figcaption></figure>"
 

@@ -223,81 +223,76 @@ numbers.</p>
 
 
 def write_tables(args):
-    """Write OUT/tables.html: the tables of which a model has been made, whoever asked for them."""
+    """Write OUT/tables.html: the tables of which a model has been made, by whatever command."""
     error = 0.5 / math.sqrt(args.prompts)
     parts = [SCORES, INTRODUCTION.format(error=error, **vars(args))]
     for name, lines in TABLES.items():
         files = ["scores-long.jsonl", "scores-short.jsonl"]
         if name == "1":
             files = ["distance.jsonl"]
-        if not any(results_of(args.out, run, files[0]) for run in lines.values()):
+        # Each line's first model, of those that are made.
+        folders = {label: args.out / run.folder(args.seed) for label, run in lines.items()}
+        models = {label: folder for label, folder in folders.items()
+                  if (folder / files[0]).exists()}
+        if not models:
             continue
 
         parts.append(f"<h2>{TITLES[name]}</h2>")
         if name == "fig5":
-            parts += overfitting_charts(args, lines)
+            parts += overfitting_charts(models)
         for file in files:
             parts += [HEADINGS[file], score_table(args.out, lines, file)]
         if name != "1":
             parts += ["<h3>The same long prompts, drawn by all models</h3>",
-                      same_prompts(args, lines)]
+                      same_prompts(models)]
 
     parts.append(about_the_data(args.out))
     write_page(args.out / "tables.html", "The paper's experiments in miniature", parts)
-
-
-def results_of(out, run, file):
-    """Return {seed: path} of a run's models that have a file of scores, whoever made them."""
-    paths = {}
-    # Somebody may keep a copy of a model beside it, under a name such as "...-seed0.bak".
-    for path in sorted(out.glob(f"{run.folder('*[0-9]')}/{file}")):
-        seed = path.parent.name.rpartition("seed")[2]
-        paths[seed] = path
-    return paths
 
 
 def score_table(out, lines, file):
     """Return the scores of a table's lines, with links to the pictures of each seed."""
     rows = [[]]
     for label, run in lines.items():
-        paths = results_of(out, run, file)
-        scores = [columns_of(read_jsonl(path)) for path in paths.values()]
+        scores = []
+        links = []
+        # Whichever command made them. But somebody may keep a copy of a model beside it,
+        # under a name such as "...-seed0.bak".
+        for path in sorted(out.glob(f"{run.folder('*[0-9]')}/{file}")):
+            seed = path.parent.name.rpartition("seed")[2]
+            scores.append(columns_of(read_jsonl(path)))
+            links.append(f'<a href="{run.folder(seed)}/report.html">{seed}</a>')
+
         # All files have the same columns.
         if scores:
             rows[0] = ["", *scores[0], "seeds"]
         columns = zip(*(score.values() for score in scores))
         cells = [mean_and_spread(*values) for values in columns]
-        links = [f'<a href="{run.folder(seed)}/report.html">{seed}</a>' for seed in paths]
         rows.append([label, *cells, " ".join(links) or "not yet"])
     return table(rows)
 
 
-def same_prompts(args, lines):
-    """Return pictures of two prompts of each task, a row for each line's first model."""
+def same_prompts(models):
+    """Return pictures of two prompts of each task, a row for each model: {label: its folder}."""
     rows = []
-    for label, run in lines.items():
-        folder = args.out / run.folder(args.seed)
-        scores = folder / "scores-long.jsonl"
-        if scores.exists():
-            verdicts = read_jsonl(scores)
-            # All models got the same prompts in the same order.
-            step = len(verdicts) // (2 * len(TASKS)) or 1
-            shown = [verdict_card(folder / "samples-long", row) for row in verdicts[::step]]
-            rows.append([label, *shown])
+    for label, folder in models.items():
+        verdicts = read_jsonl(folder / "scores-long.jsonl")
+        # All models got the same prompts in the same order.
+        step = len(verdicts) // (2 * len(TASKS)) or 1
+        shown = [verdict_card(folder / "samples-long", row) for row in verdicts[::step]]
+        rows.append([label, *shown])
     return table(rows)
 
 
-def overfitting_charts(args, lines):
+def overfitting_charts(models):
     """Return Fig. 5: the losses, and the distance to validation pictures, against steps."""
     losses = {}
     distances = {}
-    for label, run in lines.items():
-        folder = args.out / run.folder(args.seed)
+    for label, folder in models.items():
         log = folder / "checkpoint/log.jsonl"
-        if log.exists():
-            # The gap between both losses shows overfitting, so they share one chart.
-            losses[f"{label}, validation"] = points_of(log, "val_loss")
-            losses[f"{label}, training"] = points_of(log, "loss")
+        # The gap between both losses shows overfitting, so they share one chart.
+        losses[f"{label}, validation"] = points_of(log, "val_loss")
+        losses[f"{label}, training"] = points_of(log, "loss")
         distances[label] = []
         for path in sorted(folder.glob("distance-*.jsonl")):
             step = int(path.stem.split("-")[1])
