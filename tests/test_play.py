@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import sample
-from common import UserError, read_json
+from common import read_json
 from encode import to_images
 from model_dit import DiT
 from toy import play
@@ -73,8 +73,9 @@ def test_the_page_shows_what_the_detector_sees(server, monkeypatch):
     circle = {"shape": "circle", "color": "red", "radius": 24, "x": 32, "y": 32}
     picture = draw({"grey": "dark", "background": "plain", "objects": [circle]})
     monkeypatch.setattr(play, "draw_frames", lambda *_: [(0.0, picture, picture)])
-    thing, = json.loads(ask(server, ASKED)[1])[0]["objects"]
-    assert (thing["color"], thing["shape"]) == ("red", "circle")
+    objects = json.loads(ask(server, ASKED)[1])[0]["objects"]
+    (thing,) = objects["circle"]
+    assert (list(objects), thing["color"]) == (["circle"], "red")
     assert np.allclose(thing["box"], [10, 10, 54, 54], atol=1)
 
 
@@ -96,8 +97,8 @@ def test_a_second_request_waits_until_the_first_one_is_drawn(server, monkeypatch
 @pytest.mark.parametrize("status, words, asked", [
     (403, "own page", {"Host": "evil.example"}),
     (403, "own page", {"Origin": "http://evil.example"}),
-    (404, "no such page", {"path": "/../play.py"}),
-    (413, "bytes", {"body": b" " * 100_000}),
+    (404, "no such page", {"method": "GET", "path": "/../play.py"}),
+    (400, "bytes", {"body": b" " * 100_000}),
     (400, "not JSON", {"body": b"[" * 50_000}),
     (400, "surrogates", {"body": {**ASKED, "prompt": "\ud83d"}}),
     (400, "1 to 1000 characters", {"body": {**ASKED, "prompt": " "}}),
@@ -111,7 +112,7 @@ def test_what_the_page_itself_would_not_ask_is_refused_in_one_line(server, statu
 
 def test_the_page_is_for_this_computer_alone_and_loads_nothing_from_elsewhere(server):
     assert server.server_address[0] == "127.0.0.1"
-    with pytest.raises(UserError, match=f"--port {server.server_port}: .*choose another one"):
+    with pytest.raises(OSError, match=f"Address already in use: '--port {server.server_port}'"):
         play.Server(server.server_port, [])
     _, page = ask(server, method="GET", path="/?prompt=a+red+circle")
     assert "<h1>" in page and not re.search(r"https?:|src=|@import|innerHTML", page)

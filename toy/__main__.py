@@ -13,11 +13,10 @@ command = words.pop(0) if words and words[0] in COMMANDS else "run"
 # that beside another busy process two of them make a tenth of the steps of one. The toy's
 # networks lose little by having one; the page may draw with large ones, and there the
 # threads sleep while they wait.
-if "OMP_NUM_THREADS" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
-    if command == "play":
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    else:
-        os.environ["OMP_NUM_THREADS"] = "1"
+if command == "play":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from common import command_line  # noqa: E402
 

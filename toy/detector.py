@@ -56,11 +56,13 @@ DIRECTIONS = CHROMA / np.linalg.norm(CHROMA, axis=1, keepdims=True)
 def unmix(image):
     """Return each pixel's nearest colour (64, 64), a number, and its share of the pixel (64, 64).
 
+    image: RGB, 64 x 64.
+
     At an edge a pixel is a mixture of an object's colour and a grey. Greys have no
     chroma, so the share of the colour is how long the pixel's chroma is compared with
     that of the colour.
     """
-    pixels = without_grey(image.convert("RGB"))                                     # (64, 64, 3)
+    pixels = without_grey(image)                                                    # (64, 64, 3)
     nearest = (pixels @ DIRECTIONS.T).argmax(2)
     chroma = CHROMA[nearest]                                                        # (64, 64, 3)
     share = (pixels * chroma).sum(2) / (chroma ** 2).sum(2)
@@ -99,30 +101,22 @@ def bounds(mask):
 def inside(box, margin=0):
     """Return the slices of a mask that lie in a box, or up to `margin` pixels around it."""
     x0, y0, x1, y1 = box
-    rows = slice(max(0, y0 - margin), y1 + margin)
-    columns = slice(max(0, x0 - margin), x1 + margin)
-    return rows, columns
-
-
-def make_template(shape, radius, x, y):
-    """Return the template of a shape whose centre is drawn at (x, y), in pixels."""
-    thing = {"shape": shape, "color": "red", "radius": radius, "x": x, "y": y}
-    _, share = unmix(draw({"objects": [thing], "grey": "dark"}))
-    mask = share > 0.5
-    return Patch(mask[inside(bounds(mask))])
+    return np.s_[max(0, y0 - margin):y1 + margin, max(0, x0 - margin):x1 + margin]
 
 
 @lru_cache
-def templates():
-    """Return {shape: [four templates for each radius]}: its centre on a pixel or half-way to the next."""
-    table = {}
-    for shape in SHAPES:
-        table[shape] = []
-        for radius in RADII:
-            centres = product((32, 32.5), (32, 32.5))
-            shifted = [make_template(shape, radius, x, y) for y, x in centres]
-            table[shape].append(shifted)
-    return table
+def templates(shape):
+    """Return [four templates for each radius]: the centre on a pixel or half-way to the next."""
+    sizes = []
+    for radius in RADII:
+        shifted = []
+        for y, x in product((32, 32.5), (32, 32.5)):
+            thing = {"shape": shape, "color": "red", "radius": radius, "x": x, "y": y}
+            _, share = unmix(draw({"objects": [thing], "grey": "dark"}))
+            mask = share > 0.5
+            shifted.append(Patch(mask[inside(bounds(mask))]))
+        sizes.append(shifted)
+    return sizes
 
 
 def placed(mask, x, y):
@@ -217,8 +211,8 @@ def hidden_box(bite, patch, template):
 def recognise(patch):
     """Give a patch the place and the score of what it agrees with best, and a shape if it is an object."""
     guesses = []
-    for shape, sizes in templates().items():
-        score, place = best_agreement(sizes, patch)
+    for shape in SHAPES:
+        score, place = best_agreement(templates(shape), patch)
         guesses.append((score, shape, place))
     guesses.sort(key=lambda guess: guess[:2])
     second = guesses[-2][0]

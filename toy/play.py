@@ -9,7 +9,6 @@ same prompt from the same noise. Any checkpoint that sample.py reads will do, th
 too, only slower; of the toy's pictures the page also says what the detector sees in them.
 """
 
-import base64
 import io
 import json
 import math
@@ -20,14 +19,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import Options, UserError, number, one_line, reading
+from common import Options, UserError, naming, number, one_line, reading
 
 import torch
 
 from encode import to_images
 from sample import Pipeline, generate, load_pipeline, starting_noise, times
-from toy.detector import find_objects
+from toy.detector import as_detections, find_objects
 from toy.recipe import GUIDANCE, SAMPLE_STEPS
+from toy.report import data_url
 from toy.world import COLORS, SHAPES, SIZE
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -94,10 +94,7 @@ def draw(checkpoint, prompt, steps, guidance, seed):
 
     if checkpoint.of_toy:
         _, _, picture = frames[-1]
-        answer["objects"] = []
-        for one in find_objects(picture):
-            answer["objects"].append({"shape": one.shape, "color": one.color,
-                                      "box": one.box, "score": one.score})
+        answer["objects"] = as_detections(find_objects(picture))
     return answer
 
 
@@ -144,7 +141,7 @@ def as_url(image):
     """Return a PIL image as a PNG in a data: URL."""
     file = io.BytesIO()
     image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return data_url(file.getvalue())
 
 
 # --------------------------------------------------------------------------------------------
@@ -177,31 +174,28 @@ def checked(body):
     with reading("request", "JSON with prompt, steps, guidance and seed"):
         asked = json.loads(body)
         # Half a character, which JSON can write, fails here, and not in the tokenizer.
-        settings = {"prompt": asked["prompt"].encode().decode().strip()}
-        for name in LIMITS:
-            settings[name] = asked[name]
+        prompt = asked["prompt"].encode().decode().strip()
+        if not 1 <= len(prompt) <= MAX_PROMPT:
+            raise UserError(f"prompt: must have 1 to {MAX_PROMPT} characters")
 
-    if not 1 <= len(settings["prompt"]) <= MAX_PROMPT:
-        raise UserError(f"prompt: must have 1 to {MAX_PROMPT} characters")
-    for name, (kind, low, high) in LIMITS.items():
-        # True is of another type, and NaN is within no bounds.
-        if type(settings[name]) not in (int, kind) or not low <= settings[name] <= high:
-            whole = "whole " if kind is int else ""
-            raise UserError(f"{name}: must be a {whole}number from {low} to {high}")
+        settings = {"prompt": prompt}
+        for name, (kind, low, high) in LIMITS.items():
+            value = asked[name]
+            # True is of another type, and NaN is within no bounds.
+            if type(value) not in (int, kind) or not low <= value <= high:
+                whole = "whole " if kind is int else ""
+                raise UserError(f"{name}: must be a {whole}number from {low} to {high}")
+            settings[name] = value
     return settings
 
 
 class Server(ThreadingHTTPServer):
     """The page's server, on 127.0.0.1 only. It draws one request at a time; others wait."""
 
-    daemon_threads = True
-
     def __init__(self, port, checkpoints):
-        """Take a port, 0 for any free one. Raises UserError if it is taken."""
-        try:
+        """Take a port, 0 for any free one. Raises OSError if it is taken."""
+        with naming(f"--port {port}"):
             super().__init__(("127.0.0.1", port), Handler)
-        except OSError as error:
-            raise UserError(f"--port {port}: {error.strerror}: choose another one") from None
         self.checkpoints = checkpoints
         self.drawing = threading.Lock()
 
@@ -210,7 +204,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET / (the page), GET /about and POST /draw. A refusal is one line of text."""
+    """Answers GET / (the page), GET /about and any POST, as /draw. A refusal is one line of text."""
 
     timeout = 30                # seconds that a silent connection is kept
     error_content_type = "text/plain; charset=utf-8"
@@ -244,23 +238,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         """Answer with what each checkpoint has drawn, all frames at once."""
-        length = self.headers.get("Content-Length", "")
-        if self.path != "/draw":
-            self.send_error(404, explain="no such page")
-            return
-        if not re.fullmatch("[0-9]{1,5}", length):
-            self.send_error(413, explain="a request says how long it is, at most 99999 bytes")
-            return
         try:
+            length = self.headers.get("Content-Length", "")
+            if not re.fullmatch("[0-9]{1,5}", length):
+                raise UserError("a request says how long it is, at most 99999 bytes")
             settings = checked(self.rfile.read(int(length)))
             with self.server.drawing:
                 checkpoints = self.server.checkpoints
                 pictures = [draw(checkpoint, **settings) for checkpoint in checkpoints]
-        except UserError as error:
-            self.send_error(400, explain=one_line(error))
         # Whatever fails, the page must hear of it.
         except Exception as error:  # noqa: BLE001
-            self.send_error(500, explain=one_line(error))
+            status = 400 if isinstance(error, UserError) else 500
+            self.send_error(status, explain=one_line(error))
         else:
             self.reply(json.dumps(pictures))
 
@@ -269,10 +258,7 @@ class Handler(BaseHTTPRequestHandler):
         body = text.encode()
         self.send_response(200)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Security-Policy", POLICY)
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Cache-Control", "no-store")
         self.end_headers()
         self.wfile.write(body)
 

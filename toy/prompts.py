@@ -1,12 +1,13 @@
 """The toy's GenEval: prompts of the benchmark's six tasks, once short and once long."""
 
 import random
+from collections import Counter
 from itertools import product
 
 from common import write_jsonl
-from toy.world import (CORNERS, SHAPES, cell_relations, corner_place, counted,
-                       describe_background, describe_object, join, large_place,
-                       long_caption, make_scene, seen_in_original)
+from toy.world import (MIDDLE, SHAPES, cell_relations, corner_places, counted,
+                       describe_background, describe_object, join, long_caption,
+                       make_scene, place_at, seen_in_original)
 
 TASKS = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 
@@ -50,9 +51,9 @@ def scene_to_ask_for(task, rng):
 
     # One place for each object, in different corners. A large object takes the
     # first place, and being first in the scene it lies behind the small one.
-    places = [corner_place(rng, corner) for corner in rng.sample(CORNERS, len(shapes))]
+    places = corner_places(rng, len(shapes))
     if layout in ("large", "1/4"):
-        places[0] = large_place(rng)
+        places[0] = place_at(rng, MIDDLE, 2)
 
     scene = make_scene(shapes, places, rng)
     # Grounds once had patterns. Without this draw, prompts would be other ones than those
@@ -67,27 +68,26 @@ def make_prompt(task, rng):
     things = seen_in_original(scene)
     detailed = long_caption(things, scene, rng)
 
-    # What the short prompt and GenEval's rules ask for: shapes, in two tasks with colours.
+    # What the short prompt and GenEval's rules ask for: shapes, in two tasks with colours,
+    # where each object is of another class.
+    colors = {thing["shape"]: thing["color"] for thing in things}
     names = []
     include = []
-    for thing in things:
-        name = thing["shape"]
-        clause = {"class": name, "count": 1}
+    for shape, count in Counter(thing["shape"] for thing in things).items():
+        name = shape
+        clause = {"class": shape, "count": count}
         if task in ("colors", "color_attr"):
-            name = f"{thing['color']} {name}"
-            clause["color"] = thing["color"]
-        names.append(f"a {name}")
+            name = f"{colors[shape]} {shape}"
+            clause["color"] = colors[shape]
+        names.append(counted(count, name))
         include.append(clause)
     metadata = {"tag": task, "include": include, "layout": layout}
     brief = join(names)
 
     # As in GenEval, one too many is excluded: without it, three would pass for two.
     if task == "counting":
-        many = len(things)
-        shape = things[0]["shape"]
-        brief = counted(many, shape)
-        metadata["include"] = [{"class": shape, "count": many}]
-        metadata["exclude"] = [{"class": shape, "count": many + 1}]
+        (clause,) = include
+        metadata["exclude"] = [{**clause, "count": clause["count"] + 1}]
 
     # GenEval names the object that the other's place is seen from first.
     if task == "position":

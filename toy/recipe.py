@@ -32,7 +32,6 @@ TRAINING = f"--preset toy --optimizer adamw --lr {LR} --betas 0.9 0.98"
 
 def quoted(path):
     """Return a path as a shell wants it, relative to the working folder if it is in it."""
-    path = Path(path)
     # Short paths make the printed commands readable.
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())

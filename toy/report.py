@@ -43,16 +43,21 @@ def write_page(path, title, parts):
         temporary.write_text(page, encoding="utf-8")
 
 
+def data_url(content):
+    """Return the bytes of a picture's file as a data: URL."""
+    return "data:image;base64," + base64.b64encode(content).decode()
+
+
 def img(path, note=""):
     """Return an <img> with the bytes of a file in it; the note appears when one points at it."""
     # In the page itself, so that it shows its pictures wherever it is moved to.
-    data = base64.b64encode(path.read_bytes()).decode()
+    data = data_url(path.read_bytes())
     # GenEval's reasons have a < in them; the toy's captions and prompts are just words.
     note = html.escape(note)
-    return f'<img alt="{note}" title="{note}" src="data:image;base64,{data}">'
+    return f'<img alt="{note}" title="{note}" src="{data}">'
 
 
-def card(path, caption, note=""):
+def card(path, caption, note):
     """Return a picture with a caption, which is HTML, below it."""
     return f"<figure>{img(path, note)}<figcaption>{caption}</figcaption></figure>"
 

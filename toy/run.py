@@ -24,6 +24,7 @@ from toy.recipe import IMAGES, P, PROMPTS, STEPS, TAU, judge_commands, train_com
 from toy.report import about_the_data, report
 from toy.world import SHAPES
 
+COUNT = number(int, 1)
 # With fewer there is little to be mixed.
 PICTURES = number(int, 2 * len(SHAPES))
 # As large as every library takes it.
@@ -33,12 +34,13 @@ SEED = number(int, 0, 2 ** 31)
 def add_options(parser, out, steps, prompts):
     """Add the options that `python -m toy` and its tables have in common."""
     add = parser.add_argument
-    count = number(int, 1)
     add("--out", default=out, type=Path, metavar="FOLDER", help="where everything goes")
     add("--images", type=PICTURES, default=IMAGES,
         help="pictures to draw; as many composites are made")
-    add("--steps", type=count, default=steps, help="training steps of every model")
-    add("--prompts", type=count, default=prompts, help="prompts for each of the six tasks")
+    add("--steps", type=COUNT, default=steps,
+        help="training steps of every model")
+    add("--prompts", type=COUNT, default=prompts,
+        help="prompts for each of the six tasks")
     add("--seed", type=SEED, default=0,
         help="of the world, the training and the samples; of several models the first one")
 
@@ -47,32 +49,29 @@ def main(argv=None):
     parser = Options(__doc__, prog="python -m toy")
     add_options(parser, "out/toy", STEPS, PROMPTS)
     args = parser.parse_args(argv)
-    with only_command(args.out):
-        make_toy_paper(args)
-
-
-def make_toy_paper(args):
-    """Run all stages, and write the report."""
     out = args.out
-    # What fixes the data. The number of steps does not.
-    bind(out / "toy.json", images=args.images, prompts=args.prompts, seed=args.seed)
+    with only_command(out):
+        # What fixes the data. The number of steps does not.
+        bind(out / "toy.json",
+             images=args.images, prompts=args.prompts, seed=args.seed)
 
-    # Stages 1 to 3: composites, captions, latents and tokens.
-    draw_world(out, args.images, args.seed)
-    make_prompts_and_encoder(out, args.prompts, args.seed)
-    encode_world(out, "", out / "t5")
-    encode_world(out, "-cutmix", out / "t5")
+        # Stages 1 to 3: composites, captions, latents and tokens.
+        draw_world(out, args.images, args.seed)
+        make_prompts_and_encoder(out, args.prompts, args.seed)
+        encode_world(out, "", out / "t5")
+        encode_world(out, "-cutmix", out / "t5")
 
-    # Stage 4: Algorithm 1. Stages 5 and 6: samples and scores.
-    run(train_command("dit", out / "dit", P, TAU, args.steps, args.seed, out / "encoded",
-                      out / "encoded-cutmix"))
-    for command in judge_commands(out / "dit", out, out, args.seed):
-        run(command)
+        # Stage 4: Algorithm 1. Stages 5 and 6: samples and scores.
+        run(train_command("dit", out / "dit", P, TAU, args.steps, args.seed,
+                          out / "encoded", out / "encoded-cutmix"))
+        for command in judge_commands(out / "dit", out, out, args.seed):
+            run(command)
 
-    title = "How far can we go with a toy ImageNet? One DiT-I, TA + IA"
-    rows = report(out, title, out / "dit", most=12, more=about_the_data(out))
-    print()
-    # For those who stay in the terminal.
-    for row in rows:
-        print("".join(f"{word:>15}" for word in row))
-    print(f"\n{out / 'report.html'}")
+        title = "How far can we go with a toy ImageNet? One DiT-I, TA + IA"
+        rows = report(out, title, out / "dit", most=12,
+                      more=about_the_data(out))
+        print()
+        # For those who stay in the terminal.
+        for row in rows:
+            print("".join(f"{word:>15}" for word in row))
+        print(f"\n{out / 'report.html'}")

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, in_batches, keep_apart, list_images, open_image,
-                    progress, read_jsonl, write_jsonl)
+from common import (Options, UserError, in_batches, keep_apart, open_image, progress,
+                    read_jsonl, write_jsonl)
 
 import numpy as np
 import torch
@@ -41,7 +41,8 @@ def score(folder):
         objects = find_objects(image)
 
         # GenEval's own rules judge; only the detector and the colours are the toy's.
-        right, reason = evaluate.geneval_verdict(as_detections(objects), metadata, color_of)
+        right, reason = evaluate.geneval_verdict(as_detections(objects), metadata,
+                                                 lambda thing, shape: thing["color"])
         rows.append({"file": file,
                      "tag": metadata["tag"],
                      "prompt": metadata["prompt"],
@@ -60,11 +61,6 @@ def open_picture(path):
         raise UserError(f"{path}: {image.width} x {image.height} pixels; "
                         f"the toy's pictures have {SIZE} x {SIZE}")
     return image
-
-
-def color_of(thing, shape):
-    """Return the colour of a detected object, which the toy's detector says itself."""
-    return thing["color"]
 
 
 TWO_OBJECTS = ("two_object", "position", "color_attr")
@@ -107,13 +103,10 @@ def features(folder):
     The latents' means over each quarter of the picture, and their deviations in it.
     """
     vae = encode.load_vae(VAE)
-    # sample.py adds an overview of its pictures, which is not one of them.
-    files = [file for file in list_images(folder) if file != "sheet.png"]
+    files, _ = evaluate.images_of(folder)
     parts = []
     for batch in in_batches(files, 64):
-        images = []
-        for file in batch:
-            images.append(open_picture(folder / file))
+        images = [open_picture(folder / file) for file in batch]
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)     # (B, 3, H, W)
         mean, _ = vae.encode(pixels / 127.5 - 1)                            # (B, 8, 8, 8)
 

@@ -21,8 +21,8 @@ from itertools import product
 from typing import NamedTuple
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, ahead, default_workers, line_chart, number,
-                    only_command, progress, read_jsonl)
+from common import (Options, UserError, ahead, default_workers, line_chart, only_command,
+                    progress, read_jsonl)
 
 from cutmix import CUTS
 from toy.data import bind, draw_world, encode_world, kind_of, make_prompts_and_encoder
@@ -30,7 +30,7 @@ from toy.prompts import TASKS
 from toy.recipe import P, TAU, judge_commands, quoted, sample_command, train_command
 from toy.report import (SCORES, about_the_data, mean_and_spread, points_of, report, table,
                         verdict_card, write_page)
-from toy.run import PICTURES, add_options
+from toy.run import COUNT, add_options
 from toy.score import columns_of
 
 # --------------------------------------------------------------------------------------------
@@ -46,9 +46,9 @@ class Variant(NamedTuple):
     tau: float = TAU
     small: bool = False             # trained on a small part of the data
 
-    def name(self, seed):
-        """Return the name of the model's folder for a seed."""
-        name = f"{self.model}{self.captions or '-long'}"
+    def folder(self, seed):
+        """Return the model's folder in OUT for a seed."""
+        name = f"runs/{self.model}{self.captions or '-long'}"
         # Without composites p and tau have no effect, and are left out.
         if self.setting:
             name += f"{kind_of(self.setting)}-p{self.p:g}-tau{self.tau:g}"
@@ -103,8 +103,10 @@ KEPT = 8                            # checkpoints of a run of Fig. 5
 # What they are made from
 
 # All models share the data, which is that of the first seed. Validation pictures and the
-# small set are others.
+# small training set of Fig. 5 are others.
+VALIDATION = 512                    # pictures
 VALIDATION_SEED = 1_000_000
+SMALL = 600
 SMALL_SEED = 2_000_000
 
 
@@ -116,8 +118,8 @@ def make_data(args, runs):
     draw_world(out, args.images, args.seed, sorted(settings))
     make_prompts_and_encoder(out, args.prompts, args.seed)
     # Validation pictures are originals only: composites are for training.
-    draw_world(out / "val", args.val, VALIDATION_SEED + args.seed, [])
-    draw_world(out / "small", args.small, SMALL_SEED + args.seed)
+    draw_world(out / "val", VALIDATION, VALIDATION_SEED + args.seed, [])
+    draw_world(out / "small", SMALL, SMALL_SEED + args.seed)
 
     # These two are for measuring, and for the page.
     folders = {"val/encoded", "encoded-cutmix"}.union(*[run.data() for run in runs])
@@ -132,7 +134,7 @@ def make_data(args, runs):
 def commands_of(args, run, seed):
     """Return the command lines that train, sample and score a model."""
     out = args.out
-    folder = out / "runs" / run.name(seed)
+    folder = out / run.folder(seed)
     checkpoint = folder / "checkpoint"
     data = [out / name for name in run.data()]
     # Fig. 5 is about the course of training: it measures on the way.
@@ -221,84 +223,76 @@ numbers.</p>
 
 
 def write_tables(args):
-    """Write OUT/tables.html: the tables asked for, and those that were begun before."""
+    """Write OUT/tables.html: the tables of which a model has been made, by whatever command."""
     error = 0.5 / math.sqrt(args.prompts)
     parts = [SCORES, INTRODUCTION.format(error=error, **vars(args))]
     for name, lines in TABLES.items():
         files = ["scores-long.jsonl", "scores-short.jsonl"]
         if name == "1":
             files = ["distance.jsonl"]
-        begun = any(results_of(args.out, run, files[0]) for run in lines.values())
-        if not begun and name not in args.tables:
+        # Each line's first model, of those that are made.
+        folders = {label: args.out / run.folder(args.seed) for label, run in lines.items()}
+        models = {label: folder for label, folder in folders.items()
+                  if (folder / files[0]).exists()}
+        if not models:
             continue
 
         parts.append(f"<h2>{TITLES[name]}</h2>")
         if name == "fig5":
-            parts += overfitting_charts(args, lines)
+            parts += overfitting_charts(models)
         for file in files:
             parts += [HEADINGS[file], score_table(args.out, lines, file)]
         if name != "1":
             parts += ["<h3>The same long prompts, drawn by all models</h3>",
-                      same_prompts(args, lines)]
+                      same_prompts(models)]
 
     parts.append(about_the_data(args.out))
     write_page(args.out / "tables.html", "The paper's experiments in miniature", parts)
-
-
-def results_of(out, run, file):
-    """Return {seed: path} of a run's models that have a file of scores, whoever made them."""
-    paths = {}
-    for path in sorted(out.glob(f"runs/{run.name('*')}/{file}")):
-        seed = path.parent.name.rpartition("seed")[2]
-        # Somebody may keep a copy of a model beside it, under a name such as
-        # "...-seed0.bak".
-        if seed.isdecimal():
-            paths[seed] = path
-    return paths
 
 
 def score_table(out, lines, file):
     """Return the scores of a table's lines, with links to the pictures of each seed."""
     rows = [[]]
     for label, run in lines.items():
-        paths = results_of(out, run, file)
-        scores = [columns_of(read_jsonl(path)) for path in paths.values()]
+        scores = []
+        links = []
+        # Whichever command made them. But somebody may keep a copy of a model beside it,
+        # under a name such as "...-seed0.bak".
+        for path in sorted(out.glob(f"{run.folder('*[0-9]')}/{file}")):
+            seed = path.parent.name.rpartition("seed")[2]
+            scores.append(columns_of(read_jsonl(path)))
+            links.append(f'<a href="{run.folder(seed)}/report.html">{seed}</a>')
+
         # All files have the same columns.
         if scores:
             rows[0] = ["", *scores[0], "seeds"]
         columns = zip(*(score.values() for score in scores))
         cells = [mean_and_spread(*values) for values in columns]
-        links = [f'<a href="runs/{run.name(seed)}/report.html">{seed}</a>' for seed in paths]
         rows.append([label, *cells, " ".join(links) or "not yet"])
     return table(rows)
 
 
-def same_prompts(args, lines):
-    """Return pictures of two prompts of each task, a row for each line's first model."""
+def same_prompts(models):
+    """Return pictures of two prompts of each task, a row for each model: {label: its folder}."""
     rows = []
-    for label, run in lines.items():
-        folder = args.out / "runs" / run.name(args.seed)
-        scores = folder / "scores-long.jsonl"
-        if scores.exists():
-            verdicts = read_jsonl(scores)
-            # All models got the same prompts in the same order.
-            step = len(verdicts) // (2 * len(TASKS)) or 1
-            shown = [verdict_card(folder / "samples-long", row) for row in verdicts[::step]]
-            rows.append([label, *shown])
+    for label, folder in models.items():
+        verdicts = read_jsonl(folder / "scores-long.jsonl")
+        # All models got the same prompts in the same order.
+        step = len(verdicts) // (2 * len(TASKS)) or 1
+        shown = [verdict_card(folder / "samples-long", row) for row in verdicts[::step]]
+        rows.append([label, *shown])
     return table(rows)
 
 
-def overfitting_charts(args, lines):
+def overfitting_charts(models):
     """Return Fig. 5: the losses, and the distance to validation pictures, against steps."""
     losses = {}
     distances = {}
-    for label, run in lines.items():
-        folder = args.out / "runs" / run.name(args.seed)
+    for label, folder in models.items():
         log = folder / "checkpoint/log.jsonl"
-        if log.exists():
-            # The gap between both losses shows overfitting, so they share one chart.
-            losses[f"{label}, validation"] = points_of(log, "val_loss")
-            losses[f"{label}, training"] = points_of(log, "loss")
+        # The gap between both losses shows overfitting, so they share one chart.
+        losses[f"{label}, validation"] = points_of(log, "val_loss")
+        losses[f"{label}, training"] = points_of(log, "loss")
         distances[label] = []
         for path in sorted(folder.glob("distance-*.jsonl")):
             step = int(path.stem.split("-")[1])
@@ -315,54 +309,47 @@ def arguments(argv):
     parser = Options(__doc__, prog="python -m toy tables")
     add_options(parser, "out/toy-tables", 4000, 64)
     add = parser.add_argument
-    count = number(int, 1)
     add("--table", action="append", dest="tables", choices=list(TABLES), metavar="T",
         help="1, 2, 4, 5, tau or fig5; may be given again (default: all)")
-    add("--small", type=PICTURES, default=600, help="pictures of Fig. 5's small training set")
-    add("--val", type=PICTURES, default=512, help="pictures of the validation set")
-    add("--seeds", type=count, default=2, help="models of each kind")
-    add("--jobs", type=count, default=default_workers(), help="models at a time")
+    add("--seeds", type=COUNT, default=2, help="models of each kind")
+    add("--jobs", type=COUNT, default=default_workers(), help="models at a time")
     args = parser.parse_args(argv)
     args.tables = args.tables or list(TABLES)
     return args
 
 
 def main(argv=None):
+    """Make what the tables need and is not there yet, and write their page."""
     args = arguments(argv)
     with only_command(args.out):
-        make_tables(args)
+        # Tables, seeds and jobs may change: they only choose what is made, and how many at a
+        # time.
+        bind(args.out / "tables.json", images=args.images, small=SMALL, val=VALIDATION,
+             steps=args.steps, prompts=args.prompts, seed=args.seed)
+        runs = set()
+        for name in args.tables:
+            runs.update(TABLES[name].values())
+        make_data(args, runs)
 
+        # In the order of names CAD-I, which takes longer, comes before DiT-I: at the end it
+        # would run alone.
+        models = list(product(range(args.seed, args.seed + args.seeds), sorted(runs)))
+        running = []
 
-def make_tables(args):
-    """Make what the tables need and is not there yet, and write their page."""
-    # Tables, seeds and jobs may change: they only choose what is made, and how many at a
-    # time.
-    bind(args.out / "tables.json", images=args.images, small=args.small, val=args.val,
-         steps=args.steps, prompts=args.prompts, seed=args.seed)
-    runs = set()
-    for name in args.tables:
-        runs.update(TABLES[name].values())
-    make_data(args, runs)
+        def make(model):
+            seed, run = model
+            folder = args.out / run.folder(seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            for command in commands_of(args, run, seed):
+                run_aside(command, folder / "commands.log", running)
+            return folder
 
-    # In the order of names CAD-I, which takes longer, comes before DiT-I: at the end it would
-    # run alone.
-    models = list(product(range(args.seed, args.seed + args.seeds), sorted(runs)))
-    running = []
-
-    def make(model):
-        seed, run = model
-        folder = args.out / "runs" / run.name(seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        for command in commands_of(args, run, seed):
-            run_aside(command, folder / "commands.log", running)
-        return folder
-
-    try:
-        for folder in progress(ahead(make, models, args.jobs), len(models), "model", "models"):
-            report(folder, folder.name, folder / "checkpoint", most=args.prompts)
-            write_tables(args)
-    finally:
-        # Where one has failed, the others go on next time.
-        for process in running:
-            process.kill()
-    print(f"\n{args.out / 'tables.html'}")
+        try:
+            for folder in progress(ahead(make, models, args.jobs), len(models), "model", "models"):
+                report(folder, folder.name, folder / "checkpoint", most=args.prompts)
+                write_tables(args)
+        finally:
+            # Where one has failed, the others go on next time.
+            for process in running:
+                process.kill()
+        print(f"\n{args.out / 'tables.html'}")

@@ -28,10 +28,8 @@ WARMUP = 50             # steps in which the learning rate rises
 
 def pad(texts):
     """Return captions, (L_i, D) each, as text (B, L, D) and mask (B, L), True where there is a token."""
-    lengths = torch.tensor([len(text) for text in texts])
-    positions = torch.arange(int(lengths.max()))
-    mask = positions < lengths[:, None]
-    return pad_sequence(texts, batch_first=True), mask
+    tokens = [torch.ones(len(text), dtype=torch.bool) for text in texts]
+    return pad_sequence(texts, batch_first=True), pad_sequence(tokens, batch_first=True)
 
 
 def draw_batch(photos, composites):
@@ -87,7 +85,7 @@ def train(model, photos, composites, steps):
 
 
 @torch.no_grad()
-def ddim(model, x, cond, null, steps=SAMPLE_STEPS, w=GUIDANCE, clamp=1.2):
+def ddim(model, x, cond, null, steps=SAMPLE_STEPS, w=GUIDANCE):
     """Return x_0 (B, C, h, w) for noise x. cond, null: (text, mask) of captions and of empty prompts."""
     cond = model.condition(*cond)
     null = model.condition(*null)
@@ -104,7 +102,7 @@ def ddim(model, x, cond, null, steps=SAMPLE_STEPS, w=GUIDANCE, clamp=1.2):
             eps = eps + w * (eps - eps_null)
 
         x_0 = (x - (1 - g).sqrt() * eps) / g.sqrt()
-        x_0 = x_0.clamp(-clamp, clamp)
+        x_0 = x_0.clamp(-1.2, 1.2)
         eps = (x - g.sqrt() * x_0) / (1 - g).sqrt()
         x = g_next.sqrt() * x_0 + (1 - g_next).sqrt() * eps
     return x_0.float()

@@ -64,16 +64,16 @@ OUTLINES = {
 }
 
 
-def draw(scene, scale=4):
+def draw(scene):
     """Return the picture of a scene: a 64 x 64 RGB PIL image.
 
-    It is drawn `scale` times as large and shrunk, so that edges are smooth.
+    It is drawn four times as large and shrunk, so that edges are smooth.
     """
     grey = GREYS[scene["grey"]]
-    image = Image.new("RGB", (SIZE * scale, SIZE * scale), (grey, grey, grey))
+    image = Image.new("RGB", (4 * SIZE, 4 * SIZE), (grey, grey, grey))
     # The last object covers the others.
     for thing in scene["objects"]:
-        image.paste(COLORS[thing["color"]], (0, 0), mask_of(thing, scale))
+        image.paste(COLORS[thing["color"]], mask=mask_of(thing, 4))
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
@@ -86,10 +86,8 @@ def mask_of(thing, scale=1):
     for x, y in OUTLINES[thing["shape"]]:
         corners.append((scale * (thing["x"] + radius * x), scale * (thing["y"] + radius * y)))
 
-    if thing["shape"] == "circle":
-        pen.ellipse(corners, fill=255)
-    else:
-        pen.polygon(corners, fill=255)
+    fill = pen.ellipse if thing["shape"] == "circle" else pen.polygon
+    fill(corners, fill=255)
     return mask
 
 
@@ -107,44 +105,40 @@ KINDS = {
     "1/9": 0.06,
     "1/16": 0.04,
 }
+MIDDLE = (32, 32)
 CORNERS = [(16, 16), (48, 16), (16, 48), (48, 48)]      # the centres of the quarters
 
 
-def large_place(rng):
-    """Return (radius, x, y) of an object that fills the frame."""
-    return rng.uniform(22, 28), 32 + rng.uniform(-2, 2), 32 + rng.uniform(-2, 2)
+def place_at(rng, centre, size):
+    """Return (radius, x, y) of an object that fills a quarter of the picture, or the frame: size 2."""
+    x, y = centre
+    radius = size * rng.uniform(11, 14)
+    return radius, x + size * rng.uniform(-1, 1), y + size * rng.uniform(-1, 1)
 
 
-def corner_place(rng, corner):
-    """Return (radius, x, y) of an object in a quarter of the picture."""
-    x, y = corner
-    return rng.uniform(11, 14), x + rng.uniform(-1, 1), y + rng.uniform(-1, 1)
+def corner_places(rng, count):
+    """Return the places of objects in different corners."""
+    return [place_at(rng, corner, 1) for corner in rng.sample(CORNERS, count)]
 
 
-def pasted_place(rng, setting, radius):
-    """Return (radius, x, y) of an object as small and in such a place as CutMix pastes a large one."""
-    x0, y0, x1, y1 = cutmix.paste_box(setting, SIZE, rng)
-    x = (x0 + x1) / 2 + rng.uniform(-1, 1)
-    y = (y0 + y1) / 2 + rng.uniform(-1, 1)
-    return radius / cutmix.CUTS[setting].scale, x, y
-
-
-def random_scene(rng, shape=None, kind=None):
+def random_scene(rng, shape, kind):
     """Return a random scene of one class and of one of KINDS."""
-    kind = kind or rng.choices(list(KINDS), KINDS.values())[0]
     if kind == "corners":
         many = rng.choices([1, 2, 3], [0.4, 0.4, 0.2])[0]
-        places = [corner_place(rng, corner) for corner in rng.sample(CORNERS, many)]
+        places = corner_places(rng, many)
     else:
-        places = [large_place(rng)]
+        places = [place_at(rng, MIDDLE, 2)]
 
     # The small object has the size that the large one would have after CutMix shrank its
-    # picture. The front one is last in a scene, so it is never hidden by the large one.
+    # picture, and stands where CutMix pastes it. The front one is last in a scene, so it is
+    # never hidden by the large one.
     if kind in cutmix.CUTS:
-        radius = places[0][0]
-        places.append(pasted_place(rng, kind, radius))
+        radius, _, _ = places[0]
+        x0, y0, x1, y1 = cutmix.paste_box(kind, SIZE, rng)
+        x = (x0 + x1) / 2 + rng.uniform(-1, 1)
+        y = (y0 + y1) / 2 + rng.uniform(-1, 1)
+        places.append((radius / cutmix.CUTS[kind].scale, x, y))
 
-    shape = shape or rng.choice(SHAPES)
     return make_scene([shape] * len(places), places, rng)
 
 
@@ -173,7 +167,9 @@ def make_world(out, count, seed):
         # Classes take turns, so all have the same number of pictures, up to one.
         shape = SHAPES[i % len(SHAPES)]
         file = f"{shape}/{shape}_{i:05d}.png"
-        scene = random_scene(random.Random(f"{seed} {i}"), shape)
+        rng = random.Random(f"{seed} {i}")
+        kind = rng.choices(list(KINDS), KINDS.values())[0]
+        scene = random_scene(rng, shape, kind)
         (out / "images" / shape).mkdir(parents=True, exist_ok=True)
         draw(scene).save(out / "images" / file)
         scenes.append({"file": file, **scene})
@@ -203,14 +199,9 @@ def what_a_world_is_made_by():
 HALF = 0.55             # up to this share the caption says "half a star"
 
 
-def cell_of(thing):
-    """Return the cell of an object's centre; of one that fills the frame, the middle."""
-    return (int(3 * thing["x"] / SIZE), int(3 * thing["y"] / SIZE))
-
-
 def seen_in_original(scene):
     """Return the objects of an original as the captioner sees them."""
-    return [{**thing, "visible": 1.0, "cell": cell_of(thing)} for thing in scene["objects"]]
+    return [look_at(thing) for thing in scene["objects"]]
 
 
 def seen_in_composite(base, paste, box, setting):
@@ -222,9 +213,7 @@ def seen_in_composite(base, paste, box, setting):
     # What is pasted covers the base, so an object is seen only on its own side of the
     # box. CM 1/2 pastes at full size, where it was; all other settings shrink.
     scale = cutmix.CUTS[setting].scale
-    seen = []
-    for thing in base["objects"]:
-        seen.append(look_at(thing, ~inside))
+    seen = [look_at(thing, ~inside) for thing in base["objects"]]
     for thing in paste["objects"]:
         if scale > 1:
             thing = {**thing,
@@ -240,13 +229,14 @@ def seen_in_composite(base, paste, box, setting):
     return seen[:3]
 
 
-def look_at(thing, region):
+def look_at(thing, region=True):
     """Return an object with `visible` and `cell`, of which only `region` (64, 64) bool can be seen."""
     mask = np.asarray(mask_of(thing)) > 0
     rows, columns = (mask & region).nonzero()
     visible = len(rows) / mask.sum()
 
-    cell = cell_of(thing)
+    # Of one that fills the frame, the middle.
+    cell = (int(3 * thing["x"] / SIZE), int(3 * thing["y"] / SIZE))
     if thing["radius"] > LARGE and 0 < visible <= HALF:
         # A half of a large object is where its middle is, seen from the middle of the
         # picture.
