@@ -226,7 +226,8 @@ def test_seams_of_two_greys_are_seen_also_after_the_autoencoder(setting):
 
 def test_a_bite_is_seen_in_composites_of_one_grey_and_originals_have_neither_seams_nor_bites():
     rng = random.Random("bites")
-    originals = [world.draw(world.random_scene(rng, shape, "1/4")) for shape in rng.choices(world.SHAPES, k=MANY)]
+    shapes = rng.choices(world.SHAPES, k=MANY)
+    originals = [world.draw(world.random_scene(rng, shape, "1/4")) for shape in shapes]
     composites = [composite(one, {**two, "grey": one["grey"]}, "1/4", number)
                   for number, (one, two) in enumerate(large_pairs("bites"))]
     for images, expected in ((originals, False), (composites, True)):
