@@ -31,13 +31,13 @@ PICTURES = number(int, 2 * len(SHAPES))
 SEED = number(int, 0, 2 ** 31)
 
 
-def add_options(parser, out, steps, prompts):
+def add_options(parser, out, prompts):
     """Add the options that `python -m toy` and its tables have in common."""
     add = parser.add_argument
     add("--out", default=out, type=Path, metavar="FOLDER", help="where everything goes")
     add("--images", type=PICTURES, default=IMAGES,
         help="pictures to draw; as many composites are made")
-    add("--steps", type=COUNT, default=steps,
+    add("--steps", type=COUNT, default=STEPS,
         help="training steps of every model")
     add("--prompts", type=COUNT, default=prompts,
         help="prompts for each of the six tasks")
@@ -47,7 +47,7 @@ def add_options(parser, out, steps, prompts):
 
 def main(argv=None):
     parser = Options(__doc__, prog="python -m toy")
-    add_options(parser, "out/toy", STEPS, PROMPTS)
+    add_options(parser, "out/toy", PROMPTS)
     args = parser.parse_args(argv)
     out = args.out
     with only_command(out):

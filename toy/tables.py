@@ -307,7 +307,7 @@ def overfitting_charts(models):
 def arguments(argv):
     """Return the settings."""
     parser = Options(__doc__, prog="python -m toy tables")
-    add_options(parser, "out/toy-tables", 4000, 64)
+    add_options(parser, "out/toy-tables", 64)
     add = parser.add_argument
     add("--table", action="append", dest="tables", choices=list(TABLES), metavar="T",
         help="1, 2, 4, 5, tau or fig5; may be given again (default: all)")
