@@ -443,9 +443,7 @@ def changed_encoders(checkpoint, found):
 def autocast(device, precision):
     """Return the context for `--precision` auto, fp32 or bf16; auto is bf16 on CUDA."""
     use_bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    if use_bf16:
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
 
 
 def compile_blocks(model, dynamic=None):
