@@ -479,7 +479,7 @@ def measure(kind, out, jobs, size, about, look, load=open_full):
     Only the rank that ends last returns; the others exit. Raises UserError.
     """
     units = {}              # {name: what it is made of}
-    names = []              # those of each job's units
+    jobs_units = []         # each job's own
     for folder, asked in jobs:
         items = []
         for file, question in asked.items():
@@ -487,17 +487,17 @@ def measure(kind, out, jobs, size, about, look, load=open_full):
             status = os.stat(path) if path.exists() else None
             stamp = status and (status.st_size, status.st_mtime_ns)
             items.append((str(folder), file, question, stamp))
-        names.append([])
+        of_job = {}
         for part in in_batches(items, size):
             # The folder may be another one, or be called otherwise.
-            name = f"{fingerprint([about, [item[1:] for item in part]])}.jsonl"
-            names[-1].append(name)
-            units[name] = part
+            of_job[f"{fingerprint([about, [item[1:] for item in part]])}.jsonl"] = part
+        jobs_units.append(of_job)
+        units |= of_job
     place = Path(out, "measured", kind)
     rows_of = functools.partial(rows_of_units, look, load)
     if not make_rows(place, {"kind": kind}, units, rows_of):
         sys.exit()
-    return [read_units(folder, place, of_job) for (folder, _), of_job in zip(jobs, names)]
+    return [read_units(folder, place, names) for (folder, _), names in zip(jobs, jobs_units)]
 
 
 def rows_of_units(look, load, parts):

@@ -519,8 +519,8 @@ def starting_noise(model, seeds):
     """Return noise (B, C, h, w) of the model's size, each image's from its own seed."""
     shape = (model.config["channels"], model.config["size"], model.config["size"])
     # On the CPU: the numbers are the same whatever device they go to.
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(noise)
 
 
 def random_letters(seed):
@@ -719,16 +719,6 @@ def arguments(argv):
 CHANGES_NO_IMAGE = ("checkpoint", "out", "prompt", "prompts", "limit", "batch_size", "no_compile")
 
 
-def settings_of(args, rows, encoders):
-    """Return all that a folder's images depend on, `encoders` being `fingerprints`."""
-    options = vars(args)
-    settings = {name: options[name] for name in options if name not in CHANGES_NO_IMAGE}
-    settings["encoders"] = encoders
-    settings["weights"] = sha256(fetch(args.checkpoint, "model.safetensors"))
-    settings["prompts"] = fingerprint([row["prompt"], row.get("name")] for row in rows)
-    return settings
-
-
 def main(argv=None):
     """Make the images that are not there yet, then the files that list them."""
     args = arguments(argv)
@@ -754,7 +744,12 @@ def main(argv=None):
         pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
         encoders = fingerprints(pipeline)
 
-    settings = settings_of(args, rows, encoders)
+    # All that the images depend on.
+    options = vars(args).items()
+    settings = {name: value for name, value in options if name not in CHANGES_NO_IMAGE}
+    settings["encoders"] = encoders
+    settings["weights"] = sha256(fetch(args.checkpoint, "model.safetensors"))
+    settings["prompts"] = fingerprint([row["prompt"], row.get("name")] for row in rows)
     make = partial(make_images, args, pipeline)
     lists = ("samples.jsonl", "skipped.jsonl", "checkpoint.json", "sheet.png")
     products = [out / name for name in lists]

@@ -765,10 +765,9 @@ def save_grid(run):
 
     tokens = [data.text(i) for data, i in picks]
     tokens.append(run.sets[0].null)
-    lengths = torch.tensor([len(text) for text in tokens])
-    text, mask = pad_text(torch.cat(tokens), lengths, padded_length(lengths))
-    text = text.to(device)                                           # (B + 1, L, D_text)
-    mask = mask.to(device)                                           # (B + 1, L)
+    lengths = torch.tensor([len(text) for text in tokens], device=device)
+    # (B + 1, L, D_text), (B + 1, L)
+    text, mask = pad_text(torch.cat(tokens).to(device), lengths, padded_length(lengths))
     cond = (text[:-1], mask[:-1])
     null = (text[-1:], mask[-1:])
     generator = torch.Generator().manual_seed(args.seed)
