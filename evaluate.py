@@ -397,8 +397,9 @@ def read_answers(path, asked):
     for file, images in read_given(path, asked, "answers").items():
         answers = []
         with reading(f"{path}: {file}", "answers to all questions on each of 4 images, or of 1"):
-            for image in images:
-                answers.append({key: YES_OR_NO[str(image[str(key)]).lower()] for key in asked[file]})
+            for said in images:
+                answers.append(
+                    {key: YES_OR_NO[str(said[str(key)]).lower()] for key in asked[file]})
             if len(answers) not in (1, 4):
                 raise ValueError(f"of {len(answers)} images")
         rows.append({"file": file, "answers": answers})
@@ -479,29 +480,29 @@ def measure(kind, out, jobs, size, about, look, load=open_full):
     Only the rank that ends last returns; the others exit. Raises UserError.
     """
     units = {}              # {name: what it is made of}
-    jobs_units = []         # each job's own
+    of_jobs = []            # each job's own
     for folder, asked in jobs:
         items = []
         for file, question in asked.items():
             path = Path(folder, file)
             status = os.stat(path) if path.exists() else None
             stamp = status and (status.st_size, status.st_mtime_ns)
-            items.append((str(folder), file, question, stamp))
+            items.append((path, file, question, stamp))
         of_job = {}
         for part in in_batches(items, size):
             # The folder may be another one, or be called otherwise.
             of_job[f"{fingerprint([about, [item[1:] for item in part]])}.jsonl"] = part
-        jobs_units.append(of_job)
+        of_jobs.append(of_job)
         units |= of_job
     place = Path(out, "measured", kind)
     rows_of = functools.partial(rows_of_units, look, load)
     if not make_rows(place, {"kind": kind}, units, rows_of):
         sys.exit()
-    return [read_units(folder, place, names) for (folder, _), names in zip(jobs, jobs_units)]
+    return [read_units(folder, place, each) for (folder, _), each in zip(jobs, of_jobs)]
 
 
 def rows_of_units(look, load, parts):
-    """Yield a row for each (folder, file, what is asked, stamp) of the parts, which are lists.
+    """Yield a row for each (path, file, what is asked, stamp) of the parts, which are lists.
 
     It is {"file", ...what `look` says}, or {"file", "reason"} for what cannot be read.
     """
@@ -512,7 +513,7 @@ def rows_of_units(look, load, parts):
             return {"reason": error.strerror}
 
     # Threads read the images that come next.
-    paths = [Path(folder, file) for folder, file, *_ in itertools.chain(*parts)]
+    paths = [path for path, *_ in itertools.chain(*parts)]
     loaded = ahead(attempt, paths, default_workers())
     for part in parts:
         readable = []       # (file, what is asked of it, image)

@@ -519,7 +519,8 @@ def starting_noise(model, seeds):
     """Return noise (B, C, h, w) of the model's size, each image's from its own seed."""
     shape = (model.config["channels"], model.config["size"], model.config["size"])
     # On the CPU: the numbers are the same whatever device they go to.
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    rng = torch.Generator()
+    noise = [torch.randn(shape, generator=rng.manual_seed(seed)) for seed in seeds]
     return torch.stack(noise)
 
 
@@ -745,8 +746,8 @@ def main(argv=None):
         encoders = fingerprints(pipeline)
 
     # All that the images depend on.
-    options = vars(args).items()
-    settings = {name: value for name, value in options if name not in CHANGES_NO_IMAGE}
+    options = vars(args)
+    settings = {name: options[name] for name in options if name not in CHANGES_NO_IMAGE}
     settings["encoders"] = encoders
     settings["weights"] = sha256(fetch(args.checkpoint, "model.safetensors"))
     settings["prompts"] = fingerprint([row["prompt"], row.get("name")] for row in rows)
