@@ -77,13 +77,12 @@ def load_pixels(path, size):
 
 @torch.no_grad()
 def features_of(args, files, asked, images):
-    """Return a row {network: features} for each image that `load_pixels` has prepared.
+    """Yield a row {network: features} for each image that `load_pixels` has prepared.
 
     Features are float32, as base64 because rows are JSON. Nothing else is asked of an image.
     """
     inception, dino = load_networks(args.inception, args.dino)
     device = local_device()
-    rows = []
     for batch in in_batches(images, 64):
         pixels, small = zip(*batch)
         x = torch.stack(pixels).to(device)                             # (B, 3, size, size)
@@ -92,9 +91,8 @@ def features_of(args, files, asked, images):
         tokens = dino(y).last_hidden_state                             # (B, 1 + 16 * 16, D)
         b = tokens[:, 0].float().cpu().numpy()                         # (B, D)
         for of_inception, of_dino in zip(a, b):
-            rows.append({"inception": base64.b64encode(of_inception).decode(),
-                         "dino": base64.b64encode(of_dino).decode()})
-    return rows
+            yield {"inception": base64.b64encode(of_inception).decode(),
+                   "dino": base64.b64encode(of_dino).decode()}
 
 
 def tables_of(rows):
@@ -359,9 +357,9 @@ def geneval(args):
 # `dpg`, Table 3: yes-or-no questions, some meaningful only where others are answered yes
 
 def read_questions(path):
-    """Return {prompt id: {question id: (text, [ids of parents], category)}}.
+    """Return {prompt id: (texts, parents, categories)}, each {question id: what it is}.
 
-    The category is that of level 1: "attribute" of "attribute - color (car, red)". The
+    A category is that of level 1: "attribute" of "attribute - color (car, red)". The
     official script passes over the file's first question, and then fails on a prompt in
     which others depend on it: it scores 1,064 of 1,065. Raises UserError.
     """
@@ -370,11 +368,11 @@ def read_questions(path):
         reader = csv.DictReader(file)
         for row in reader:
             with reading(f"{path} line {reader.line_num}", "a question of DPG-Bench"):
-                parents = [int(parent) for parent in row["dependency"].split(",")]
-                category = re.split("[(-]", row["tuple"])[0].strip()
-                text = row["question_natural_language"]
-                questions = prompts.setdefault(row["item_id"], {})
-                questions[int(row["proposition_id"])] = (text, parents, category)
+                texts, parents, categories = prompts.setdefault(row["item_id"], ({}, {}, {}))
+                key = int(row["proposition_id"])
+                texts[key] = row["question_natural_language"]
+                parents[key] = [int(parent) for parent in row["dependency"].split(",")]
+                categories[key] = re.split("[(-]", row["tuple"])[0].strip()
         if not prompts:
             raise ValueError("no questions in it")
     return prompts
@@ -399,9 +397,9 @@ def read_answers(path, asked):
     for file, images in read_given(path, asked, "answers").items():
         answers = []
         with reading(f"{path}: {file}", "answers to all questions on each of 4 images, or of 1"):
-            for image in images:
-                said = {key: str(image[str(key)]).lower() for key in asked[file]}
-                answers.append({key: YES_OR_NO[word] for key, word in said.items()})
+            for said in images:
+                answers.append(
+                    {key: YES_OR_NO[str(said[str(key)]).lower()] for key in asked[file]})
             if len(answers) not in (1, 4):
                 raise ValueError(f"of {len(answers)} images")
         rows.append({"file": file, "answers": answers})
@@ -420,7 +418,7 @@ def dpg(args):
         # One prompt must not count twice.
         if file_of.setdefault(prompt, file) != file:
             raise UserError(f"{file_of[prompt]} and {file} are both named after prompt {prompt}")
-        asked[file] = {key: text for key, (text, _, _) in prompts[prompt].items()}
+        asked[file], _, _ = prompts[prompt]
     if not asked:
         raise UserError(f"{args.images}: no image is named after a prompt of {args.questions}")
     # A square picture need not be a grid: sample.py or the user says what is one.
@@ -435,8 +433,8 @@ def dpg(args):
             if picture.size != (2 * half, 2 * half):
                 raise UserError(f"{file}: {picture.width} x {picture.height} pixels are not a "
                                 f"2 x 2 grid of square images")
-            corners = [(0, 0), (half, 0), (0, half), (half, half)]
-            images = [picture.crop((x, y, x + half, y + half)) for x, y in corners]
+            corners = itertools.product((0, half), repeat=2)
+            images = [picture.crop((x, y, x + half, y + half)) for y, x in corners]
         answers = [ask(args.vqa, image, list(texts.values())) for image in images]
         return {"answers": [dict(zip(texts, yes)) for yes in answers]}
 
@@ -452,14 +450,13 @@ def dpg(args):
                                     functools.partial(map, look))
     values = {"overall": []}            # and of each category
     for row in rows:
-        questions = prompts[Path(row["file"]).stem]
-        parents = {key: parents for key, (_, parents, _) in questions.items()}
+        _, parents, categories = prompts[Path(row["file"]).stem]
         of_images = []
         for answers in row["answers"]:
             yes = {int(key): answer for key, answer in answers.items()}    # JSON's keys are text
             of_images.append(dpg_score(yes, parents))
             # Categories count answers as they are, whatever their parents'.
-            for key, (_, _, category) in questions.items():
+            for key, category in categories.items():
                 values.setdefault(category, []).append(yes[key])
         values["overall"].append(np.mean(of_images))
     notes = ["The paper's judge is mPLUG-large; only numbers of one judge compare",
@@ -483,29 +480,29 @@ def measure(kind, out, jobs, size, about, look, load=open_full):
     Only the rank that ends last returns; the others exit. Raises UserError.
     """
     units = {}              # {name: what it is made of}
-    names = []              # those of each job's units
+    of_jobs = []            # each job's own
     for folder, asked in jobs:
         items = []
         for file, question in asked.items():
             path = Path(folder, file)
             status = os.stat(path) if path.exists() else None
             stamp = status and (status.st_size, status.st_mtime_ns)
-            items.append((str(folder), file, question, stamp))
-        names.append([])
+            items.append((path, file, question, stamp))
+        of_job = {}
         for part in in_batches(items, size):
             # The folder may be another one, or be called otherwise.
-            name = f"{fingerprint([about, [item[1:] for item in part]])}.jsonl"
-            names[-1].append(name)
-            units[name] = part
+            of_job[f"{fingerprint([about, [item[1:] for item in part]])}.jsonl"] = part
+        of_jobs.append(of_job)
+        units |= of_job
     place = Path(out, "measured", kind)
     rows_of = functools.partial(rows_of_units, look, load)
     if not make_rows(place, {"kind": kind}, units, rows_of):
         sys.exit()
-    return [read_units(folder, place, of_job) for (folder, _), of_job in zip(jobs, names)]
+    return [read_units(folder, place, each) for (folder, _), each in zip(jobs, of_jobs)]
 
 
 def rows_of_units(look, load, parts):
-    """Yield a row for each (folder, file, what is asked, stamp) of the parts, which are lists.
+    """Yield a row for each (path, file, what is asked, stamp) of the parts, which are lists.
 
     It is {"file", ...what `look` says}, or {"file", "reason"} for what cannot be read.
     """
@@ -516,7 +513,7 @@ def rows_of_units(look, load, parts):
             return {"reason": error.strerror}
 
     # Threads read the images that come next.
-    paths = [Path(folder, file) for folder, file, *_ in itertools.chain(*parts)]
+    paths = [path for path, *_ in itertools.chain(*parts)]
     loaded = ahead(attempt, paths, default_workers())
     for part in parts:
         readable = []       # (file, what is asked of it, image)

@@ -443,9 +443,7 @@ def changed_encoders(checkpoint, found):
 def autocast(device, precision):
     """Return the context for `--precision` auto, fp32 or bf16; auto is bf16 on CUDA."""
     use_bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    if use_bf16:
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
 
 
 def compile_blocks(model, dynamic=None):
@@ -521,8 +519,9 @@ def starting_noise(model, seeds):
     """Return noise (B, C, h, w) of the model's size, each image's from its own seed."""
     shape = (model.config["channels"], model.config["size"], model.config["size"])
     # On the CPU: the numbers are the same whatever device they go to.
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    rng = torch.Generator()
+    noise = [torch.randn(shape, generator=rng.manual_seed(seed)) for seed in seeds]
+    return torch.stack(noise)
 
 
 def random_letters(seed):
@@ -721,16 +720,6 @@ def arguments(argv):
 CHANGES_NO_IMAGE = ("checkpoint", "out", "prompt", "prompts", "limit", "batch_size", "no_compile")
 
 
-def settings_of(args, rows, encoders):
-    """Return all that a folder's images depend on, `encoders` being `fingerprints`."""
-    options = vars(args)
-    settings = {name: options[name] for name in options if name not in CHANGES_NO_IMAGE}
-    settings["encoders"] = encoders
-    settings["weights"] = sha256(fetch(args.checkpoint, "model.safetensors"))
-    settings["prompts"] = fingerprint([row["prompt"], row.get("name")] for row in rows)
-    return settings
-
-
 def main(argv=None):
     """Make the images that are not there yet, then the files that list them."""
     args = arguments(argv)
@@ -756,7 +745,12 @@ def main(argv=None):
         pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
         encoders = fingerprints(pipeline)
 
-    settings = settings_of(args, rows, encoders)
+    # All that the images depend on.
+    options = vars(args)
+    settings = {name: options[name] for name in options if name not in CHANGES_NO_IMAGE}
+    settings["encoders"] = encoders
+    settings["weights"] = sha256(fetch(args.checkpoint, "model.safetensors"))
+    settings["prompts"] = fingerprint([row["prompt"], row.get("name")] for row in rows)
     make = partial(make_images, args, pipeline)
     lists = ("samples.jsonl", "skipped.jsonl", "checkpoint.json", "sheet.png")
     products = [out / name for name in lists]

@@ -39,8 +39,8 @@ from tqdm import tqdm
 import model_cad
 from encode import (SAME_ENCODERS, Encoded, load_vae, pad_text, padded_length,
                     refuse_other_encoders, to_images)
-from sample import (MODELS, autocast, changed_encoders, compile_blocks, ddim, encoders_of, gamma,
-                    load_model, save_checkpoint)
+from sample import (MODELS, PRECISIONS, autocast, changed_encoders, compile_blocks, ddim,
+                    encoders_of, gamma, load_model, save_checkpoint)
 
 # --------------------------------------------------------------------------------------
 # Algorithm 1: what a step is trained on
@@ -400,7 +400,7 @@ def arguments(argv):
         f"Where a default comes from: {PAPER} the paper; {RELEASE} its released configuration "
         f"(nothing else is known of how these models were optimised); {OURS} this implementation."))
 
-    def add(name, kind, default, meaning, **more):
+    def add(name, meaning, default=None, kind=str, **more):
         parser.add_argument(name, type=kind, default=default, help=meaning, metavar="X", **more)
 
     count = number(int, 1)
@@ -410,57 +410,58 @@ def arguments(argv):
     positive = number(float, 0)
 
     # What is trained, on what.
-    add("--data", str, None, "encoded originals with their captions (encode.py)", required=True)
-    add("--augmented", str, None, "encoded CutMix composites; without, text augmentation alone")
-    add("--val", str, None, "encoded pictures on which the loss is only measured")
-    add("--out", Path, None, "folder of checkpoint, state, log and grids", required=True)
-    add("--model", str, "dit", f"dit or cad {OURS}", choices=list(MODELS))
+    add("--data", "encoded originals with their captions (encode.py)", required=True)
+    add("--augmented", "encoded CutMix composites; without, text augmentation alone")
+    add("--val", "encoded pictures on which the loss is only measured")
+    add("--out", "folder of checkpoint, state, log and grids", kind=Path, required=True)
+    add("--model", f"dit or cad {OURS}", "dit", choices=MODELS)
     sizes = "; ".join(f"{name}: {', '.join(MODELS[name].presets)}" for name in MODELS)
-    add("--preset", str, None, f"size ({sizes}; default: L/2 and L, {PAPER})")
-    add("--init", str, None, "checkpoint whose weights to start from; all else is new")
-    add("--seed", number(int, 0, 2 ** 63 - 1), 0, f"of weights, data, times and noise {OURS}")
+    add("--preset", f"size ({sizes}; default: L/2 and L, {PAPER})")
+    add("--init", "checkpoint whose weights to start from; all else is new")
+    add("--seed", f"of weights, data, times and noise {OURS}", 0, number(int, 0, 2 ** 63 - 1))
 
     # The method.
-    add("--p", share, 0.5, f"chance of a composite where t > tau {PAPER}")
-    add("--tau", share, 0.4, f"composites only where t > tau {PAPER}")
-    add("--drop", share, 0.1, f"share of null prompts {RELEASE}")
+    add("--p", f"chance of a composite where t > tau {PAPER}", 0.5, share)
+    add("--tau", f"composites only where t > tau {PAPER}", 0.4, share)
+    add("--drop", f"share of null prompts {RELEASE}", 0.1, share)
 
     # Optimisation. Only for CAD-I a configuration was released; DiT-I uses the same one.
-    add("--batch-size", samples, 1024, f"samples a step, all ranks {PAPER}")
-    add("--steps", count, 250_000, f"training steps {PAPER}")
-    add("--schedule-steps", count, None, "of the learning rate (default: 2 x --steps "
-        f"{RELEASE}, or what the run was begun with)")
-    add("--optimizer", str, "lamb", f"lamb or adamw {RELEASE}", choices=["lamb", "adamw"])
-    add("--lr", positive, 1e-3, f"peak learning rate {RELEASE}")
+    add("--batch-size", f"samples a step, all ranks {PAPER}", 1024, samples)
+    add("--steps", f"training steps {PAPER}", 250_000, count)
+    add("--schedule-steps", f"of the learning rate (default: 2 x --steps {RELEASE}, or what the "
+        "run was begun with)", kind=count)
+    add("--optimizer", f"lamb or adamw {RELEASE}", "lamb", choices=["lamb", "adamw"])
+    add("--lr", f"peak learning rate {RELEASE}", 1e-3, positive)
     below_1 = number(float, 0, math.nextafter(1, 0))
-    add("--betas", below_1, [0.9, 0.999], f"of both optimisers {RELEASE}", nargs=2)
-    add("--weight-decay", positive, 0.01, f"none on biases, norms; 0: Adam {RELEASE}")
-    add("--warmup", or_none, 5000, f"steps of linear warm-up {RELEASE}")
-    add("--rate", share, 0.7, f"part of a half cosine that is used {RELEASE}")
-    add("--clip", number(float, 1e-9), 2.0, f"bound of the gradient's norm {RELEASE}")
-    add("--ema", share, 0.9999, f"decay of the averaged weights {RELEASE}")
+    add("--betas", f"of both optimisers {RELEASE}", [0.9, 0.999], below_1, nargs=2)
+    add("--weight-decay", f"none on biases, norms; 0: Adam {RELEASE}", 0.01, positive)
+    add("--warmup", f"steps of linear warm-up {RELEASE}", 5000, or_none)
+    add("--rate", f"part of a half cosine that is used {RELEASE}", 0.7, share)
+    add("--clip", f"bound of the gradient's norm {RELEASE}", 2.0, number(float, 1e-9))
+    add("--ema", f"decay of the averaged weights {RELEASE}", 0.9999, share)
 
     # The machine.
     cuda = torch.cuda.is_available()
-    add("--micro-batch", samples, 64 if cuda else None,
-        f"samples on a device at once; more are added up (default: 64 on CUDA, or all {OURS})")
-    add("--precision", str, "auto", "auto: bf16 on CUDA, else fp32 (on CUDA TF32); weights "
-        f"are always float32 {OURS}", choices=["auto", "fp32", "bf16"])
-    add("--workers", number(int, 0, 1024), 4 if cuda else 0, f"threads of a rank that read data {OURS}")
+    add("--micro-batch", "samples on a device at once; more are added up (default: 64 on CUDA, or "
+        f"all {OURS})", 64 if cuda else None, samples)
+    add("--precision", "auto: bf16 on CUDA, else fp32 (on CUDA TF32); weights are always float32 "
+        f"{OURS}", "auto", choices=PRECISIONS)
+    add("--workers", f"threads of a rank that read data {OURS}", 4 if cuda else 0,
+        number(int, 0, 1024))
     parser.add_argument("--no-compile", action="store_true", help="CUDA: no torch.compile")
     parser.add_argument("--checkpoint-activations", action="store_true",
                         help="compute them again in the backward pass: slower, less memory")
 
     # What is looked at and kept.
-    add("--log-every", count, 100, f"steps between rows of the log {OURS}")
-    add("--save-every", count, 5000, f"steps between saved states {OURS}")
-    add("--keep-every", count, 50_000, f"steps between lasting checkpoints {OURS}")
-    add("--val-every", count, 5000, f"steps between measurements on --val {OURS}")
-    add("--val-images", number(int, 10), 5000, f"pictures of --val that are used {OURS}")
-    add("--sample-every", or_none, 5000, f"steps between grids; 0: none {OURS}")
-    add("--sample-steps", count, 50, f"DDIM steps of those grids {OURS}")
-    add("--guidance", positive, 8.0, f"of those grids {RELEASE}")
-    add("--clamp", positive, 1.2, f"bound of |x_0| in them; 0: none {RELEASE}")
+    add("--log-every", f"steps between rows of the log {OURS}", 100, count)
+    add("--save-every", f"steps between saved states {OURS}", 5000, count)
+    add("--keep-every", f"steps between lasting checkpoints {OURS}", 50_000, count)
+    add("--val-every", f"steps between measurements on --val {OURS}", 5000, count)
+    add("--val-images", f"pictures of --val that are used {OURS}", 5000, number(int, 10))
+    add("--sample-every", f"steps between grids; 0: none {OURS}", 5000, or_none)
+    add("--sample-steps", f"DDIM steps of those grids {OURS}", 50, count)
+    add("--guidance", f"of those grids {RELEASE}", 8.0, positive)
+    add("--clamp", f"bound of |x_0| in them; 0: none {RELEASE}", 1.2, positive)
 
     args = parser.parse_args(argv)
     family = MODELS[args.model]
@@ -660,7 +661,7 @@ def what_is_due(run, bar, inputs, stopping):
     done = run.done
 
     def due(every):
-        return every > 0 and (done % every == 0 or done == args.steps)
+        return done % every == 0 or done == args.steps
 
     rows = []
     if due(args.log_every):
@@ -682,6 +683,7 @@ def what_is_due(run, bar, inputs, stopping):
     saving = stopping or due(args.save_every)
     if keeping or saving:
         refuse_spoilt_weights(run, inputs)
+    # Without --sample-every there is no autoencoder either.
     if run.vae and due(args.sample_every):
         save_grid(run)
     if keeping:
@@ -763,10 +765,9 @@ def save_grid(run):
 
     tokens = [data.text(i) for data, i in picks]
     tokens.append(run.sets[0].null)
-    lengths = torch.tensor([len(text) for text in tokens])
-    text, mask = pad_text(torch.cat(tokens), lengths, padded_length(lengths))
-    text = text.to(device)                                           # (B + 1, L, D_text)
-    mask = mask.to(device)                                           # (B + 1, L)
+    lengths = torch.tensor([len(text) for text in tokens], device=device)
+    # (B + 1, L, D_text), (B + 1, L)
+    text, mask = pad_text(torch.cat(tokens).to(device), lengths, padded_length(lengths))
     cond = (text[:-1], mask[:-1])
     null = (text[-1:], mask[-1:])
     generator = torch.Generator().manual_seed(args.seed)

@@ -80,11 +80,10 @@ def detect(model, image):
         mask = logits > 0                                              # (H, W)
         score = probability * float(logits.sigmoid()[mask].sum() / (mask.sum() + 1e-6))
         if score > THRESHOLD:
-            ys = mask.any(1).nonzero().flatten().tolist()
-            xs = mask.any(0).nonzero().flatten().tolist()
-            found.setdefault(CLASSES[label], []).append({
-                "box": [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], "score": score,
-                "mask": mask.cpu().numpy()})
+            mask = mask.cpu().numpy()
+            box = Image.fromarray(mask).getbbox()
+            found.setdefault(CLASSES[label], []).append(
+                {"box": list(box), "score": score, "mask": mask})
     return found
 
 
