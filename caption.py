@@ -31,7 +31,7 @@ from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (IMAGE_SUFFIXES, Options, UserError, ahead, command_line,
-                    fingerprint, has_content, in_batches, is_lfs_pointer, join_rows, keep_apart,
+                    fingerprint, has_content, in_batches, lfs_pointer, join_rows, keep_apart,
                     list_images, load_image, local_device, make_rows, number, pretrained,
                     read_json, read_jsonl, reading, refuse_other_settings, shorten, write_json)
 
@@ -320,9 +320,7 @@ def pictures_to_caption(args):
     else:
         pictures = [(file, None, None) for file in list_images(folder)]
     # Captioning is the slow stage: what others have captioned need not be done again.
-    captions = {}
-    for path in args.captioned:
-        captions.update(read_captions(path)[0])
+    captions = read_captions(*args.captioned)
     captioned, _ = match([file for file, _, _ in pictures], captions)
     pictures = [picture for picture in pictures if picture[0] not in captioned]
     if args.captioned:
@@ -514,8 +512,8 @@ def whole_sentences(text):
     text = " ".join(text.split())
     # An answer that reached --max-new-tokens stops in the middle of a sentence. A full
     # stop counts only at the end of a word, so "2.5" ends no sentence.
-    ends = [match.end() for match in re.finditer(r"[.!?][\"'”’)\]]*(?=\s|$)", text)]
-    return text[:ends[-1]] if ends else text
+    sentences = re.match(r".*[.!?][\"'”’)\]]*(?=\s|$)", text)
+    return sentences[0] if sentences else text
 
 
 # --------------------------------------------------------------------------------------
@@ -527,27 +525,28 @@ CAPTION_COLUMNS = ("caption", "text")
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 
 
-def read_captions(path):
-    """Return ({file: caption}, skipped rows); every file is a path below the folder of images.
+def read_captions(*paths):
+    """Return {file: caption}; every file is a path below the folder of images.
 
-    The captions that the paper's authors have published leave out an image's folder. A
-    caption without a word is a skipped row, {"file", "reason"}. Formats: see read_rows.
-    Raises UserError: a row that lacks one of the two, a file with two captions.
+    What a later one of `paths` says of an image replaces what an earlier one says. The captions
+    that the paper's authors have published leave out an image's folder. A caption without a word
+    is none. Formats: see read_rows. Raises UserError: a row that lacks one of the two, an image
+    with two captions in a file, a file without any.
     """
     captions = {}
-    skipped = []
-    for k, row in enumerate(read_rows(path), 1):
-        where = f"{path} row {k}"
-        file = text_of(row, FILE_COLUMNS, where)
-        caption = text_of(row, CAPTION_COLUMNS, where)
-        if not has_word(caption, where):
-            skipped.append({"file": file, "reason": "no word in its caption"})
-        elif captions.setdefault(file, caption) != caption:
-            raise UserError(f"{where}: {file} had another caption before (a name in two folders? "
-                            f"then the captions must name the folder too)")
-    if not captions:
-        raise UserError(f"{path}: no captions in it")
-    return captions, skipped
+    for path in paths:
+        found = {}
+        for k, row in enumerate(read_rows(path), 1):
+            where = f"{path} row {k}"
+            file = text_of(row, FILE_COLUMNS, where)
+            caption = text_of(row, CAPTION_COLUMNS, where)
+            if has_word(caption, where) and found.setdefault(file, caption) != caption:
+                raise UserError(f"{where}: {file} had another caption before (a name in two "
+                                f"folders? then the captions must name the folder too)")
+        if not found:
+            raise UserError(f"{path}: no captions in it")
+        captions |= found
+    return captions
 
 
 def match(files, captions):
@@ -665,7 +664,7 @@ def read_utf8(path):
     with reading(path, "text in UTF-8 (JSONL, CSV, TSV or a prompt a line)"):
         text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
         # `reading` says that it is one.
-        if is_lfs_pointer(path):
+        if lfs_pointer(path):
             raise ValueError
         # UTF-16 without its mark, or another program's numbers.
         if "\0" in text:

@@ -494,14 +494,6 @@ def refuse_other_encoders(original, augmented):
 # --------------------------------------------------------------------------------------
 # Making one
 
-def composites_in(images):
-    """Return {file: CutMix setting}, empty for images without cutmix.jsonl. Raises UserError."""
-    manifest = Path(images) / "cutmix.jsonl"
-    if not manifest.is_file():
-        return {}
-    return {file: setting for file, setting, _ in read_composites(manifest)}
-
-
 def encode_captions(tokenizer, t5, captions, args):
     """Return the tensors that keep the tokens of a shard's captions, by name, and a list of
     the captions that hold tokens which T5 does not know.
@@ -589,7 +581,11 @@ def make_data_set(args, pairs, skipped):
 
     skipped: rows of skipped.jsonl. Raises UserError.
     """
-    composites = composites_in(args.images)
+    # Read first: a list that is none is refused before the work.
+    manifest = Path(args.images, "cutmix.jsonl")
+    rows = read_composites(manifest) if manifest.is_file() else []
+    composites = {file: setting for file, setting, _ in rows}
+
     # On CUDA T5 runs in bfloat16. The autoencoder does not, because its means would be 1.0 to
     # 1.2% off (in TF32, CUDA's way to multiply float32, 0.2 to 0.5%).
     device = local_device()
@@ -754,9 +750,7 @@ def main(argv=None):
         raise UserError("needs --images, --captions and --out (or --check FOLDER)")
     keep_apart(args.out, args.images, *args.captions, args.vae, args.text_encoder)
 
-    captions = {}
-    for path in args.captions:
-        captions |= read_captions(path)[0]
+    captions = read_captions(*args.captions)
     matched, skipped = match(list_images(args.images), captions)
     if not matched:
         raise UserError(f"no image of {args.images} has a caption: they are called like "
