@@ -248,21 +248,6 @@ def load_views(batch, folder, processor, side, prune):
     return shown, skipped
 
 
-def caption_pictures(shown, model, tokenizer, prompt, max_new_tokens):
-    """Yield the rows of pictures, which are given as load_views returns them."""
-    # All pictures of a batch may be broken.
-    if not shown:
-        return
-    files, views, kept = zip(*shown)
-    embeddings, mask = embed_question(model, views, kept, prompt)
-    answers = greedy_answers(model, tokenizer, mask, max_new_tokens,
-                             inputs_embeds=embeddings)
-    for file, answer in zip(files, answers):
-        caption = whole_sentences(answer)
-        row = {"caption": caption} if caption else {"reason": "the model said nothing"}
-        yield {"file": file, **row}
-
-
 def llava(args):
     """Caption photos or composites with LLaVA-NeXT. Raises UserError."""
     keep_apart(args.out, args.images, args.cutmix, *args.captioned)
@@ -282,8 +267,18 @@ def llava(args):
         batches = in_batches(pictures, args.batch_size)
         for shown, skipped in ahead(load, batches, args.workers):
             yield from skipped
-            yield from caption_pictures(shown, model, processor.tokenizer, prompt,
-                                        args.max_new_tokens)
+            # All pictures of a batch may be broken.
+            if not shown:
+                continue
+            files, views, kept = zip(*shown)
+            embeddings, mask = embed_question(model, views, kept, prompt)
+            answers = greedy_answers(model, processor.tokenizer, mask, args.max_new_tokens,
+                                     inputs_embeds=embeddings)
+
+            for file, answer in zip(files, answers):
+                caption = whole_sentences(answer)
+                row = {"caption": caption} if caption else {"reason": "the model said nothing"}
+                yield {"file": file, **row}
 
     # A caption can depend, in its last bits, on its batch: units are whole batches.
     write_together(args.out, settings, pictures, 8 * args.batch_size, ask_llava)

@@ -605,14 +605,11 @@ def resize_and_crop(image, size, part=None, resample=Image.Resampling.LANCZOS):
     # The crop begins at a whole pixel: no blur where nothing is scaled.
     left = (image.width - side) // 2
     top = (image.height - side) // 2
-    x0, y0, x1, y1 = part or (0, 0, size, size)
-    box = (left + x0 * side / size,
-           top + y0 * side / size,
-           left + x1 * side / size,
-           top + y1 * side / size)
+    part = np.array(part or (0, 0, size, size))
+    box = part * side / size + (left, top, left, top)
     if side < size:
         resample = Image.Resampling.BICUBIC
-    return image.resize((x1 - x0, y1 - y0), resample, box=box)
+    return image.resize(part[2:] - part[:2], resample, box=tuple(box))
 
 
 def load_image(path, size):
@@ -671,8 +668,8 @@ def line_chart(curves, x_label, y_label, log=False):
     left, right, top, bottom = 72, width - 16, 12, height - 42
 
     def place(x, y):
-        across = left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left)
-        up = bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)
+        across = np.interp(x, [xs[0], xs[-1]], [left, right])
+        up = np.interp(y, [ys[0], ys[-1]], [bottom, top])
         return f"{across:.1f},{up:.1f}"
 
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" '
