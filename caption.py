@@ -31,7 +31,7 @@ from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (IMAGE_SUFFIXES, Options, UserError, ahead, command_line,
-                    fingerprint, has_content, in_batches, lfs_pointer, join_rows, keep_apart,
+                    fingerprint, has_content, in_batches, join_rows, keep_apart, lfs_pointer,
                     list_images, load_image, local_device, make_rows, number, pretrained,
                     read_json, read_jsonl, reading, refuse_other_settings, shorten, write_json)
 
@@ -523,10 +523,10 @@ PROMPT_COLUMNS = ("prompt", "caption", "text")
 def read_captions(*paths):
     """Return {file: caption}; every file is a path below the folder of images.
 
-    What a later one of `paths` says of an image replaces what an earlier one says. The captions
-    that the paper's authors have published leave out an image's folder. A caption without a word
-    is none. Formats: see read_rows. Raises UserError: a row that lacks one of the two, an image
-    with two captions in a file, a file without any.
+    A later one of `paths` wins. The captions that the paper's authors have published
+    leave out an image's folder. A caption without a word is none. Formats: see
+    read_rows. Raises UserError: a row that lacks one of the two, a file with two
+    captions for an image, or with none at all.
     """
     captions = {}
     for path in paths:
@@ -536,8 +536,8 @@ def read_captions(*paths):
             file = text_of(row, FILE_COLUMNS, where)
             caption = text_of(row, CAPTION_COLUMNS, where)
             if has_word(caption, where) and found.setdefault(file, caption) != caption:
-                raise UserError(f"{where}: {file} had another caption before (a name in two "
-                                f"folders? then the captions must name the folder too)")
+                raise UserError(f"{where}: {file} had another caption before (a name in "
+                                f"two folders? then the captions must name the folder too)")
         if not found:
             raise UserError(f"{path}: no captions in it")
         captions |= found
@@ -672,7 +672,7 @@ def read_tsv(path, text):
     """Return the rows of a TSV: with named columns, or as the authors' captioner writes it."""
     # Theirs has no line of names: file, tab, caption.
     first_cell = re.match(r"[^\t\n]*", text)[0]
-    if Path(first_cell).suffix.lower() in IMAGE_SUFFIXES:
+    if first_cell.lower().endswith(IMAGE_SUFFIXES):
         pairs = [line.partition("\t") for line in text.split("\n") if line]
         return [{"file": file, "caption": caption.strip()} for file, _, caption in pairs]
     try:

@@ -723,7 +723,7 @@ def axis(values):
 def fetch(path_or_repo, *names):
     """Return the path of the first of `names` in a local folder or in a hub repository.
 
-    The hub is asked only where there is no such folder. Raises UserError.
+    The hub is asked only where there is no such folder, and then for a copy. Raises UserError.
     """
     folder = Path(path_or_repo)
     for name in names:
@@ -738,16 +738,14 @@ def fetch(path_or_repo, *names):
     mistyped = folder.parent != Path(".") and folder.parent.exists()
     if folder.exists() or mistyped:
         raise UserError(f"{folder}: no such folder, or no {' or '.join(names)} in it")
-    return download(str(path_or_repo), names)
 
-
-def download(repo, names):
-    """Return a local copy of the first of `names` that a hub repository has. Raises UserError."""
     import huggingface_hub as hub
+    repo = str(path_or_repo)
     # What was downloaded before needs no network.
     for name in names:
         with contextlib.suppress(Exception):
             return Path(hub.hf_hub_download(repo, name, local_files_only=True))
+
     # No such repository, a licence to accept, no network, ...
     try:
         # Asked once: without a network, a download would try again and again.
