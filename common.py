@@ -605,11 +605,14 @@ def resize_and_crop(image, size, part=None, resample=Image.Resampling.LANCZOS):
     # The crop begins at a whole pixel: no blur where nothing is scaled.
     left = (image.width - side) // 2
     top = (image.height - side) // 2
-    part = np.array(part or (0, 0, size, size))
-    box = part * side / size + (left, top, left, top)
+    x0, y0, x1, y1 = part or (0, 0, size, size)
+    box = (left + x0 * side / size,
+           top + y0 * side / size,
+           left + x1 * side / size,
+           top + y1 * side / size)
     if side < size:
         resample = Image.Resampling.BICUBIC
-    return image.resize(part[2:] - part[:2], resample, box=tuple(box))
+    return image.resize((x1 - x0, y1 - y0), resample, box=box)
 
 
 def load_image(path, size):

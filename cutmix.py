@@ -14,6 +14,7 @@ on when it is started again; under torchrun, or with RANK and WORLD_SIZE set, ra
 the folders of a thousand composites.
 """
 
+import functools
 import io
 import itertools
 from collections.abc import Callable
@@ -176,8 +177,7 @@ class Composites(NamedTuple):
         if self.setting != "all":
             return self.setting
         group, position = divmod(index, len(CUTS))
-        order = np.random.default_rng((self.seed, group, 1)).permutation(len(CUTS))
-        return list(CUTS)[order[position]]
+        return list(CUTS)[permutation(len(CUTS), self.seed, group)[position]]
 
     def partner(self, base, rng):
         """Return the file of a photo of another class, each as likely as the others."""
@@ -231,6 +231,13 @@ class Composites(NamedTuple):
             with naming(path):
                 path.write_bytes(jpeg.getbuffer())
         return row
+
+
+# Remembered, because the composites of a group are made one after the other.
+@functools.lru_cache
+def permutation(count, seed, group):
+    """Return the numbers below `count` in an order that depends on `seed` and `group` only."""
+    return np.random.default_rng((seed, group, 1)).permutation(count)
 
 
 def class_of(file):
