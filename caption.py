@@ -31,7 +31,7 @@ from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (IMAGE_SUFFIXES, Options, UserError, ahead, command_line,
-                    fingerprint, has_content, in_batches, is_lfs_pointer, join_rows, keep_apart,
+                    fingerprint, has_content, in_batches, join_rows, keep_apart, lfs_pointer,
                     list_images, load_image, local_device, make_rows, number, pretrained,
                     read_json, read_jsonl, reading, refuse_other_settings, shorten, write_json)
 
@@ -248,21 +248,6 @@ def load_views(batch, folder, processor, side, prune):
     return shown, skipped
 
 
-def caption_pictures(shown, model, tokenizer, prompt, max_new_tokens):
-    """Yield the rows of pictures, which are given as load_views returns them."""
-    # All pictures of a batch may be broken.
-    if not shown:
-        return
-    files, views, kept = zip(*shown)
-    embeddings, mask = embed_question(model, views, kept, prompt)
-    answers = greedy_answers(model, tokenizer, mask, max_new_tokens,
-                             inputs_embeds=embeddings)
-    for file, answer in zip(files, answers):
-        caption = whole_sentences(answer)
-        row = {"caption": caption} if caption else {"reason": "the model said nothing"}
-        yield {"file": file, **row}
-
-
 def llava(args):
     """Caption photos or composites with LLaVA-NeXT. Raises UserError."""
     keep_apart(args.out, args.images, args.cutmix, *args.captioned)
@@ -282,8 +267,18 @@ def llava(args):
         batches = in_batches(pictures, args.batch_size)
         for shown, skipped in ahead(load, batches, args.workers):
             yield from skipped
-            yield from caption_pictures(shown, model, processor.tokenizer, prompt,
-                                        args.max_new_tokens)
+            # All pictures of a batch may be broken.
+            if not shown:
+                continue
+            files, views, kept = zip(*shown)
+            embeddings, mask = embed_question(model, views, kept, prompt)
+            answers = greedy_answers(model, processor.tokenizer, mask, args.max_new_tokens,
+                                     inputs_embeds=embeddings)
+
+            for file, answer in zip(files, answers):
+                caption = whole_sentences(answer)
+                row = {"caption": caption} if caption else {"reason": "the model said nothing"}
+                yield {"file": file, **row}
 
     # A caption can depend, in its last bits, on its batch: units are whole batches.
     write_together(args.out, settings, pictures, 8 * args.batch_size, ask_llava)
@@ -320,9 +315,7 @@ def pictures_to_caption(args):
     else:
         pictures = [(file, None, None) for file in list_images(folder)]
     # Captioning is the slow stage: what others have captioned need not be done again.
-    captions = {}
-    for path in args.captioned:
-        captions.update(read_captions(path)[0])
+    captions = read_captions(*args.captioned)
     captioned, _ = match([file for file, _, _ in pictures], captions)
     pictures = [picture for picture in pictures if picture[0] not in captioned]
     if args.captioned:
@@ -514,8 +507,8 @@ def whole_sentences(text):
     text = " ".join(text.split())
     # An answer that reached --max-new-tokens stops in the middle of a sentence. A full
     # stop counts only at the end of a word, so "2.5" ends no sentence.
-    ends = [match.end() for match in re.finditer(r"[.!?][\"'”’)\]]*(?=\s|$)", text)]
-    return text[:ends[-1]] if ends else text
+    sentences = re.match(r".*[.!?][\"'”’)\]]*(?=\s|$)", text)
+    return sentences[0] if sentences else text
 
 
 # --------------------------------------------------------------------------------------
@@ -527,27 +520,28 @@ CAPTION_COLUMNS = ("caption", "text")
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 
 
-def read_captions(path):
-    """Return ({file: caption}, skipped rows); every file is a path below the folder of images.
+def read_captions(*paths):
+    """Return {file: caption}; every file is a path below the folder of images.
 
-    The captions that the paper's authors have published leave out an image's folder. A
-    caption without a word is a skipped row, {"file", "reason"}. Formats: see read_rows.
-    Raises UserError: a row that lacks one of the two, a file with two captions.
+    A later one of `paths` wins. The captions that the paper's authors have published
+    leave out an image's folder. A caption without a word is none. Formats: see
+    read_rows. Raises UserError: a row that lacks one of the two, a file with two
+    captions for an image, or with none at all.
     """
     captions = {}
-    skipped = []
-    for k, row in enumerate(read_rows(path), 1):
-        where = f"{path} row {k}"
-        file = text_of(row, FILE_COLUMNS, where)
-        caption = text_of(row, CAPTION_COLUMNS, where)
-        if not has_word(caption, where):
-            skipped.append({"file": file, "reason": "no word in its caption"})
-        elif captions.setdefault(file, caption) != caption:
-            raise UserError(f"{where}: {file} had another caption before (a name in two folders? "
-                            f"then the captions must name the folder too)")
-    if not captions:
-        raise UserError(f"{path}: no captions in it")
-    return captions, skipped
+    for path in paths:
+        found = {}
+        for k, row in enumerate(read_rows(path), 1):
+            where = f"{path} row {k}"
+            file = text_of(row, FILE_COLUMNS, where)
+            caption = text_of(row, CAPTION_COLUMNS, where)
+            if has_word(caption, where) and found.setdefault(file, caption) != caption:
+                raise UserError(f"{where}: {file} had another caption before (a name in "
+                                f"two folders? then the captions must name the folder too)")
+        if not found:
+            raise UserError(f"{path}: no captions in it")
+        captions |= found
+    return captions
 
 
 def match(files, captions):
@@ -665,7 +659,7 @@ def read_utf8(path):
     with reading(path, "text in UTF-8 (JSONL, CSV, TSV or a prompt a line)"):
         text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
         # `reading` says that it is one.
-        if is_lfs_pointer(path):
+        if lfs_pointer(path):
             raise ValueError
         # UTF-16 without its mark, or another program's numbers.
         if "\0" in text:
@@ -678,7 +672,7 @@ def read_tsv(path, text):
     """Return the rows of a TSV: with named columns, or as the authors' captioner writes it."""
     # Theirs has no line of names: file, tab, caption.
     first_cell = re.match(r"[^\t\n]*", text)[0]
-    if Path(first_cell).suffix.lower() in IMAGE_SUFFIXES:
+    if first_cell.lower().endswith(IMAGE_SUFFIXES):
         pairs = [line.partition("\t") for line in text.split("\n") if line]
         return [{"file": file, "caption": caption.strip()} for file, _, caption in pairs]
     try:

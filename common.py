@@ -105,21 +105,18 @@ def reading(path, what):
     except Exception as error:  # noqa: BLE001
         kind = type(error).__name__
         why = f"no {error}" if kind == "KeyError" else f"{kind}: {one_line(error)}"
-        if is_lfs_pointer(path):
-            why = LFS_POINTER
-        raise UserError(f"{path}: not {what} ({why})") from None
+        raise UserError(f"{path}: not {what} ({lfs_pointer(path) or why})") from None
 
 
-LFS_POINTER = "a git-lfs pointer, not the file itself: git lfs pull fetches it"
-
-
-def is_lfs_pointer(path):
-    """Tell whether a file holds only git-lfs's note of where its content is."""
+def lfs_pointer(path):
+    """Return what to say of a file that is git-lfs's note of where its content is, else ""."""
     # A named pipe would be waited for for ever.
     if not os.path.isfile(path):
-        return False
+        return ""
     with open(path, "rb") as file:
-        return file.read(40).startswith(b"version https://git-lfs")
+        if not file.read(40).startswith(b"version https://git-lfs"):
+            return ""
+    return "a git-lfs pointer, not the file itself: git lfs pull fetches it"
 
 
 # --------------------------------------------------------------------------------------
@@ -314,7 +311,7 @@ def read_jsonl(path):
                 if not line.endswith(b"\n"):
                     print(f"{path}: its last line is torn, and left out", file=sys.stderr)
                     break
-                why = LFS_POINTER if is_lfs_pointer(path) else getattr(error, "msg", error)
+                why = lfs_pointer(path) or getattr(error, "msg", error)
                 raise UserError(f"{path} line {number}: not JSON ({why})") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path} line {number}: not a JSON object")
@@ -525,7 +522,7 @@ def list_images(folder):
             # Of a link that leads to itself, is_dir() fails.
             if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 walk(entry.path, f"{prefix}{entry.name}/", {*above, this})
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
                 files.append(prefix + entry.name)
 
     walk(str(folder), "", set())
@@ -565,7 +562,7 @@ def open_image(path, size):
                 if 0 < levels.max() < 4096:
                     raise ValueError("16 bits a pixel, none above 4095: which number is white "
                                      "is not known")
-                image = Image.fromarray((levels // 256).clip(0, 255).astype(np.uint8))
+                image = Image.fromarray((levels // 256).astype(np.uint8))
             # Is 1 white, or 255, or the largest number in it?
             if image.mode in ("I", "F"):
                 raise ValueError("32 bits a pixel: which number is white is not known")
@@ -577,11 +574,9 @@ def open_image(path, size):
             return rgb(image)
     # Pillow raises almost any exception on broken bytes.
     except Exception as error:  # noqa: BLE001
-        reason = getattr(error, "strerror", None)
-        if is_lfs_pointer(path):
-            reason = LFS_POINTER
         # Pillow's messages often name the path.
-        reason = reason or one_line(error).replace(repr(str(path)), "").strip()
+        words = one_line(error).replace(repr(str(path)), "").strip()
+        reason = lfs_pointer(path) or getattr(error, "strerror", None) or words
         raise OSError(errno.EIO, f"not a readable image ({reason})", str(path)) from None
     finally:
         being_opened.path = None
@@ -671,14 +666,13 @@ def line_chart(curves, x_label, y_label, log=False):
         drawn[name] = [(x, height_of(y)) for x, y in points
                        if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log)]
     corners = list(itertools.chain(*drawn.values())) or [(0, 1)]
-    xs = axis([x for x, _ in corners])
-    ys = axis([y for _, y in corners])
+    xs, ys = map(axis, zip(*corners))
     width, height = 720, 300
     left, right, top, bottom = 72, width - 16, 12, height - 42
 
     def place(x, y):
-        across = left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left)
-        up = bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)
+        across = np.interp(x, [xs[0], xs[-1]], [left, right])
+        up = np.interp(y, [ys[0], ys[-1]], [bottom, top])
         return f"{across:.1f},{up:.1f}"
 
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" '
@@ -732,31 +726,29 @@ def axis(values):
 def fetch(path_or_repo, *names):
     """Return the path of the first of `names` in a local folder or in a hub repository.
 
-    The hub is asked only where there is no such folder. Raises UserError.
+    The hub is asked only where there is no such folder, and then for a copy. Raises UserError.
     """
     folder = Path(path_or_repo)
     for name in names:
         if (folder / name).is_file():
             # A tokenizer that is one would be passed over in silence.
             for path in sorted(folder.iterdir()):
-                if is_lfs_pointer(path):
-                    raise UserError(f"{path}: {LFS_POINTER}")
+                if lfs_pointer(path):
+                    raise UserError(f"{path}: {lfs_pointer(path)}")
             return folder / name
 
     # "out/dit" beside an existing "out" is a mistyped path, not a repository.
     mistyped = folder.parent != Path(".") and folder.parent.exists()
     if folder.exists() or mistyped:
         raise UserError(f"{folder}: no such folder, or no {' or '.join(names)} in it")
-    return download(str(path_or_repo), names)
 
-
-def download(repo, names):
-    """Return a local copy of the first of `names` that a hub repository has. Raises UserError."""
     import huggingface_hub as hub
+    repo = str(path_or_repo)
     # What was downloaded before needs no network.
     for name in names:
         with contextlib.suppress(Exception):
             return Path(hub.hf_hub_download(repo, name, local_files_only=True))
+
     # No such repository, a licence to accept, no network, ...
     try:
         # Asked once: without a network, a download would try again and again.

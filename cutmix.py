@@ -18,7 +18,6 @@ import functools
 import io
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,8 +156,7 @@ def mix(base, paste, setting, size, rng):
 A_FOLDER = 1000
 
 
-@dataclass(frozen=True)
-class Composites:
+class Composites(NamedTuple):
     """A data set of composites.
 
     Number i is a function of the photos, `seed` and i, whoever makes it and whenever.
@@ -179,7 +177,7 @@ class Composites:
         if self.setting != "all":
             return self.setting
         group, position = divmod(index, len(CUTS))
-        return shuffled(tuple(CUTS), self.seed, group)[position]
+        return list(CUTS)[permutation(len(CUTS), self.seed, group)[position]]
 
     def partner(self, base, rng):
         """Return the file of a photo of another class, each as likely as the others."""
@@ -213,8 +211,8 @@ class Composites:
                 continue
             picture, box = mix(base_image, paste_image, setting, self.size, rng)
             return picture, {
-                "file": composite_file(index), "setting": setting, "box": box,
-                "base": base, "paste": paste,
+                "file": f"{index // A_FOLDER:05d}/{index:09d}.jpg",
+                "setting": setting, "box": box, "base": base, "paste": paste,
                 "base_class": class_of(base), "paste_class": class_of(paste)}
         reason = "no photo of another class could be read (100 tried)"
         return None, {"file": base, "reason": reason}
@@ -236,11 +234,10 @@ class Composites:
 
 
 # Remembered, because the composites of a group are made one after the other.
-@functools.lru_cache(maxsize=100)
-def shuffled(settings, seed, group):
-    """Return the settings in an order that depends on `seed` and `group` only."""
-    order = np.random.default_rng((seed, group, 1)).permutation(len(settings))
-    return [settings[k] for k in order]
+@functools.lru_cache
+def permutation(count, seed, group):
+    """Return the numbers below `count` in an order that depends on `seed` and `group` only."""
+    return np.random.default_rng((seed, group, 1)).permutation(count)
 
 
 def class_of(file):
@@ -253,17 +250,11 @@ def class_of(file):
 
 
 def may_be_mixed(a, b):
-    """Tell whether two files are different photos, of different classes.
+    """Tell whether two photos are of different classes.
 
     A photo in no class folder is a class of its own.
     """
-    without_class = class_of(a) == class_of(b) == ""
-    return a != b and (without_class or class_of(a) != class_of(b))
-
-
-def composite_file(index):
-    """Return the path of a composite below --out: "00001/000001234.jpg"."""
-    return f"{index // A_FOLDER:05d}/{index:09d}.jpg"
+    return (class_of(a) or a) != (class_of(b) or b)
 
 
 def make_all(composites, workers):

@@ -397,7 +397,8 @@ class Encoded:
         self.folder = Path(folder)
         path = self.folder / "meta.json"
         if not path.is_file():
-            raise UserError(f"{folder}: not an encoded data set, or not a whole one (no meta.json)")
+            raise UserError(f"{folder}: not an encoded data set, or not a whole one "
+                            f"(no meta.json)")
         with reading(path, "the description of an encoded data set"):
             self.meta = json.loads(path.read_text())
             if self.meta["version"] != VERSION or not NEEDED <= self.meta.keys():
@@ -494,14 +495,6 @@ def refuse_other_encoders(original, augmented):
 # --------------------------------------------------------------------------------------
 # Making one
 
-def composites_in(images):
-    """Return {file: CutMix setting}, empty for images without cutmix.jsonl. Raises UserError."""
-    manifest = Path(images) / "cutmix.jsonl"
-    if not manifest.is_file():
-        return {}
-    return {file: setting for file, setting, _ in read_composites(manifest)}
-
-
 def encode_captions(tokenizer, t5, captions, args):
     """Return the tensors that keep the tokens of a shard's captions, by name, and a list of
     the captions that hold tokens which T5 does not know.
@@ -558,8 +551,8 @@ def make_shards(args, settings, vae, tokenizer, t5, parts):
     loaded = progress(ahead(load, batches, args.workers), len(batches), "batch", "encode")
 
     for name, pairs in parts:
-        mean = torch.empty(len(pairs), *settings["latent_shape"], dtype=torch.float16)
-        std = torch.empty_like(mean)
+        # Those of no image come first: null has none, and all of a shard's may be broken.
+        moments = [torch.empty(2, 0, *settings["latent_shape"], dtype=torch.float16)]
         kept = []
         skipped = []
         for _ in in_batches(pairs, args.batch_size):
@@ -567,14 +560,15 @@ def make_shards(args, settings, vae, tokenizer, t5, parts):
             if readable:
                 x = torch.from_numpy(pixels).to(device)              # (n, size, size, 3)
                 x = x.permute(0, 3, 1, 2) / 127.5 - 1                # (n, 3, size, size)
-                place = slice(len(kept), len(kept) + len(x))
-                mean[place], std[place] = vae.encode(x)              # (n, C, h, w) each
+                mean_and_std = torch.stack(vae.encode(x))            # (2, n, C, h, w)
+                moments.append(mean_and_std.half().cpu())
             kept += readable
             skipped += broken
 
         captions = [""] if name == NULL else [caption for _, caption in kept]
         text, unknown = encode_captions(tokenizer, t5, captions, args)
-        tensors = {"mean": mean[:len(kept)], "std": std[:len(kept)], **text}
+        mean, std = torch.cat(moments, dim=1)                        # (N, C, h, w) each
+        tensors = {"mean": mean, "std": std, **text}
         files = [file for file, _ in kept]
         samples = {"shard": name, "settings": settings, "files": files,
                    "captions": captions, "unknown": unknown, "skipped": skipped}
@@ -589,7 +583,11 @@ def make_data_set(args, pairs, skipped):
 
     skipped: rows of skipped.jsonl. Raises UserError.
     """
-    composites = composites_in(args.images)
+    # A list of composites that is none is refused before the work.
+    manifest = Path(args.images, "cutmix.jsonl")
+    rows = read_composites(manifest) if manifest.is_file() else []
+    composites = {file: setting for file, setting, _ in rows}
+
     # On CUDA T5 runs in bfloat16. The autoencoder does not, because its means would be 1.0 to
     # 1.2% off (in TF32, CUDA's way to multiply float32, 0.2 to 0.5%).
     device = local_device()
@@ -597,7 +595,8 @@ def make_data_set(args, pairs, skipped):
     vae = load_vae(args.vae, device)
     tokenizer, t5 = load_text_encoder(args.text_encoder, device, precision)
     if args.size % vae.downscale:
-        raise UserError(f"--size {args.size}: this autoencoder takes multiples of {vae.downscale}")
+        raise UserError(f"--size {args.size}: this autoencoder takes multiples of "
+                        f"{vae.downscale}")
     side = args.size // vae.downscale
 
     # The paper's short captions are "An image of <class-name>".
@@ -686,7 +685,8 @@ def check(folder):
         numbers = [*data.moments(i), data.text(i)]
         if not all(tensor.isfinite().all() for tensor in numbers):
             path = data.paths[data.locate(i)[0]]
-            raise UserError(f"{path}: {data.sample(i)[0]} holds numbers that are not finite: {REMEDY}")
+            raise UserError(f"{path}: {data.sample(i)[0]} holds numbers that are not finite: "
+                            f"{REMEDY}")
 
     vae = load_vae(data.meta["vae"])
     four = np.linspace(0, len(data) - 1, min(len(data), 4)).astype(int).tolist()
@@ -754,9 +754,7 @@ def main(argv=None):
         raise UserError("needs --images, --captions and --out (or --check FOLDER)")
     keep_apart(args.out, args.images, *args.captions, args.vae, args.text_encoder)
 
-    captions = {}
-    for path in args.captions:
-        captions |= read_captions(path)[0]
+    captions = read_captions(*args.captions)
     matched, skipped = match(list_images(args.images), captions)
     if not matched:
         raise UserError(f"no image of {args.images} has a caption: they are called like "
