@@ -5,7 +5,7 @@ import html
 import math
 import statistics
 
-from common import complete, line_chart, read_jsonl, save_png
+from common import line_chart, read_jsonl, save_png, write_file
 from encode import Encoded, draw_noise, load_vae
 from toy.detector import has_one_background
 from toy.prompts import TASKS
@@ -39,8 +39,7 @@ def write_page(path, title, parts):
             f"<style>{STYLE}</style>\n<h1>{title}</h1>\n{body}\n")
 
     # Somebody may reload the page just now: it is replaced as a whole.
-    with complete(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_file(path, page.encode())
 
 
 def data_url(content):
