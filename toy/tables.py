@@ -256,10 +256,12 @@ def score_table(out, lines, file):
     for label, run in lines.items():
         scores = []
         links = []
-        # Whichever command made them. But somebody may keep a copy of a model beside it,
-        # under a name such as "...-seed0.bak".
-        for path in sorted(out.glob(f"{run.folder('*[0-9]')}/{file}")):
+        # Whichever command made them.
+        for path in sorted(out.glob(f"{run.folder('*')}/{file}")):
             seed = path.parent.name.rpartition("seed")[2]
+            # Somebody may keep a copy of a model beside it, "...-seed0.bak".
+            if not seed.isdecimal():
+                continue
             scores.append(columns_of(read_jsonl(path)))
             links.append(f'<a href="{run.folder(seed)}/report.html">{seed}</a>')
 
@@ -290,9 +292,11 @@ def overfitting_charts(models):
     distances = {}
     for label, folder in models.items():
         log = folder / "checkpoint/log.jsonl"
-        # The gap between both losses shows overfitting, so they share one chart.
-        losses[f"{label}, validation"] = points_of(log, "val_loss")
-        losses[f"{label}, training"] = points_of(log, "loss")
+        # The gap between both losses shows overfitting, so they share one chart. Somebody may
+        # have removed the checkpoint, for its size.
+        if log.exists():
+            losses[f"{label}, validation"] = points_of(log, "val_loss")
+            losses[f"{label}, training"] = points_of(log, "loss")
         distances[label] = []
         for path in sorted(folder.glob("distance-*.jsonl")):
             step = int(path.stem.split("-")[1])
