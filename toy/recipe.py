@@ -13,7 +13,7 @@ P = 0.5                 # the paper's
 
 # Originals, seen 15 times each, and as many composites, seen 6 times.
 IMAGES = 6000
-# 8 minutes at 9 steps a second, 13 at 5. Of 768 long prompts that are not the reported ones
+# 7 minutes at 9 steps a second, 13 at 5. Of 768 long prompts that are not the reported ones
 # .875 are right, and .828 after a run of 3,500.
 STEPS = 4000
 BATCH = 32
