@@ -30,7 +30,7 @@ from collections import Counter
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (IMAGE_SUFFIXES, Options, UserError, ahead, command_line,
+from common import (COUNT, IMAGE_SUFFIXES, SEED, Options, UserError, ahead, command_line,
                     fingerprint, has_content, in_batches, join_rows, keep_apart, lfs_pointer,
                     list_images, load_image, local_device, make_rows, number, pretrained,
                     read_json, read_jsonl, reading, refuse_other_settings, shorten, write_json)
@@ -772,36 +772,34 @@ def main(argv=None):
     parser = Options(__doc__)
     commands = parser.add_subparsers(required=True, metavar="{aio,llava,extend}")
 
-    # `add = sub_command(...)` begins a sub-command, and `add(...)` gives it an option.
     def sub_command(name, function, model=None):
         sub = commands.add_parser(name, description=__doc__)
         sub.set_defaults(function=function)
-        add = sub.add_argument
-        add("--out", type=Path, required=True, metavar="FILE", help="captions.jsonl")
+        sub.add("--out", "captions.jsonl", kind=Path, required=True)
         if model:
-            add("--model", default=model, help="hub id or folder")
-            add("--batch-size", type=number(int, 1, 10_000), default=32, help="asked at once")
-            add("--max-new-tokens", type=number(int, 1), default=200, help="longest answer")
-        return add
+            sub.add("--model", "hub id or folder", model)
+            sub.add("--batch-size", "asked at once", 32, number(int, 1, 10_000))
+            sub.add("--max-new-tokens", "longest answer", 200, COUNT)
+        return sub
 
-    add = sub_command("aio", aio)
-    add("--images", required=True, metavar="FOLDER", help="<class>/<file>")
-    add("--class-names", metavar="FILE",
-        help="LOC_synset_mapping.txt or imagenet_class_index.json, if folders are WordNet ids")
+    sub = sub_command("aio", aio)
+    sub.add("--images", "folder of photos: <class>/<file>", required=True)
+    sub.add("--class-names", "LOC_synset_mapping.txt or imagenet_class_index.json, if folders "
+            "are WordNet ids")
 
-    add = sub_command("llava", llava, "llava-hf/llama3-llava-next-8b-hf")
-    add("--images", metavar="FOLDER", help="photos (or composites: the folder of --cutmix)")
-    add("--cutmix", metavar="FILE", help="cutmix.jsonl: caption its composites")
-    add("--captioned", nargs="+", default=[], metavar="FILE", help="captions that exist already")
-    add("--workers", type=number(int, 0, 1024), default=8, help="threads that decode pictures; 0: none")
-    add("--no-prune", action="store_true", help="show all five views: transformers' own path")
+    sub = sub_command("llava", llava, "llava-hf/llama3-llava-next-8b-hf")
+    sub.add("--images", "folder of photos (or of composites: --cutmix's own)")
+    sub.add("--cutmix", "cutmix.jsonl: caption its composites")
+    sub.add("--captioned", "files of captions that exist already", [], nargs="+")
+    sub.add("--workers", "threads that decode pictures; 0: none", 8, number(int, 0, 1024))
+    sub.flag("--no-prune", "show all five views: transformers' own path")
 
-    add = sub_command("extend", extend, "meta-llama/Llama-3.1-8B-Instruct")
-    add("--prompts", required=True, metavar="FILE",
-        help="text, JSONL, CSV, TSV; a folder of .txt; COCO's captions_val2014.json")
-    add("--limit", type=number(int, 1), metavar="N", help="only so many of them")
-    add("--seed", type=number(int, 0, 2 ** 62), default=0, help="chooses the prompts of --limit")
-    add("--attempts", type=number(int, 1), default=3, help="times to ask before it stays short")
+    sub = sub_command("extend", extend, "meta-llama/Llama-3.1-8B-Instruct")
+    sub.add("--prompts", "text, JSONL, CSV, TSV; a folder of .txt; COCO's captions_val2014.json",
+            required=True)
+    sub.add("--limit", "only so many of them", kind=COUNT)
+    sub.add("--seed", "chooses the prompts of --limit", 0, SEED)
+    sub.add("--attempts", "times to ask before it stays short", 3, COUNT)
     args = parser.parse_args(argv)
     args.function(args)
 

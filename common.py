@@ -137,6 +137,14 @@ class Options(argparse.ArgumentParser):
     def __init__(self, description=None, **more):
         super().__init__(description=description, formatter_class=HelpFormatter, **more)
 
+    def add(self, name, meaning, default=None, kind=str, **more):
+        """Add an option; `kind` makes a value of its text."""
+        self.add_argument(name, help=meaning, default=default, type=kind, metavar="X", **more)
+
+    def flag(self, name, meaning):
+        """Add an option without a value."""
+        self.add_argument(name, help=meaning, action="store_true")
+
     def error(self, message):
         raise UserError(message)
 
@@ -144,7 +152,8 @@ class Options(argparse.ArgumentParser):
 def number(kind, low, high=10 ** 9):
     """Return what turns an option's text into an int or float from `low` to `high`.
 
-    It goes beside the option: `type=number(int, 1)`. Not a number is refused.
+    It goes beside the option: `add("--steps", "of training", 100, number(int, 1))`. Not a
+    number is refused.
     """
     def convert(text):
         value = kind(text)
@@ -155,6 +164,11 @@ def number(kind, low, high=10 ** 9):
     # argparse names it where the text is no number at all.
     convert.__name__ = "whole number" if kind is int else "number"
     return convert
+
+
+# Of options that several commands have.
+COUNT = number(int, 1)
+SEED = number(int, 0, 2 ** 62)
 
 
 def keep_apart(out, *inputs):

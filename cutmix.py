@@ -24,10 +24,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from common import (Options, UserError, ahead, command_line, contact_sheet,
+from common import (SEED, Options, UserError, ahead, command_line, contact_sheet,
                     default_workers, fingerprint, in_batches, join_rows, keep_apart, list_images,
-                    make_rows, naming, number, open_image, resize_and_crop, rgb,
-                    save_png)
+                    make_rows, naming, number, open_image, resize_and_crop, rgb, save_png)
 
 # --------------------------------------------------------------------------------------
 # The composite (paper 3.2, "Image augmentation")
@@ -307,20 +306,17 @@ def draw_examples(composites, count=6):
 
 def main(argv=None):
     parser = Options(__doc__)
-    add = parser.add_argument
-    add("--images", required=True, metavar="FOLDER",
-        help="photos: <class>/<file>, or all in one flat folder")
-    add("--out", required=True, metavar="FOLDER", type=Path,
-        help="where the composites go")
-    add("--setting", default="all", choices=[*CUTS, "all"],
-        help="the share of the second photo")
-    add("--size", type=number(int, 16, 8192), default=256, help="side of a composite, in pixels")
-    add("--seed", type=number(int, 0, 2 ** 62), default=0,
-        help="another seed, other partners and places")
-    add("--workers", type=number(int, 0, 1024), default=default_workers(),
-        help="threads; 0: one composite after the other")
-    add("--preview", action="store_true",
-        help="only draw OUT/preview.png, examples of each setting")
+    add = parser.add
+    add("--images", "folder of photos: <class>/<file>, or all in one flat folder", required=True)
+    add("--out", "folder where the composites go", kind=Path, required=True)
+    settings = [*CUTS, "all"]
+    add("--setting", f"the share of the second photo: {', '.join(settings)}", "all",
+        choices=settings)
+    add("--size", "side of a composite, in pixels", 256, number(int, 16, 8192))
+    add("--seed", "another seed, other partners and places", 0, SEED)
+    add("--workers", "threads; 0: one composite after the other", default_workers(),
+        number(int, 0, 1024))
+    parser.flag("--preview", "only draw OUT/preview.png, examples of each setting")
     args = parser.parse_args(argv)
 
     # A composite inside would be taken for a photo at the next start.

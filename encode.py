@@ -25,9 +25,9 @@ from bisect import bisect_right
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, ahead, command_line, contact_sheet, default_workers,
-                    fetch, fingerprint, in_batches, keep_apart, list_images, load_image,
-                    local_device, make_together, number, pretrained, progress,
+from common import (COUNT, Options, UserError, ahead, command_line, contact_sheet,
+                    default_workers, fetch, fingerprint, in_batches, keep_apart, list_images,
+                    load_image, local_device, make_together, number, pretrained, progress,
                     reading, refuse_not_finite, save_png, shorten, write_json, write_jsonl)
 
 import numpy as np
@@ -444,10 +444,6 @@ class Encoded:
         _, samples = open_shard(self.paths[k], self.meta)
         return samples["files"][j], samples["captions"][j]
 
-    def caption(self, i):
-        """Return the caption."""
-        return self.sample(i)[1]
-
 
 def open_shard(path, settings):
     """Return the tensors of a shard, views into its memory map, and what it says of them.
@@ -733,20 +729,20 @@ def draw_noise(data, vae, examples):
 
 def main(argv=None):
     parser = Options(__doc__)
-    add = parser.add_argument
-    add("--images", metavar="FOLDER", help="<class>/<file>, or all in one flat folder")
-    add("--captions", nargs="+", metavar="FILE", help="JSONL, CSV, TSV; a later file wins")
-    add("--out", metavar="FOLDER", type=Path, help="where the shards go")
-    add("--vae", default="stabilityai/sd-vae-ft-ema", help="folder or hub id, diffusers' format")
-    add("--text-encoder", default="google/flan-t5-xl", help="folder or hub id of a T5")
-    add("--size", type=number(int, 8, 2048), default=256, help="side of images, in pixels")
-    add("--max-tokens", type=number(int, 1, 4096), default=256, help="longer captions are cut")
-    add("--text-dtype", default="bfloat16", choices=list(TEXT_DTYPES), help="on the disk")
-    add("--shard-images", type=number(int, 1), default=1600, help="1600 are about 1 GiB")
-    add("--batch-size", type=number(int, 1, 10_000), default=64, help="images or captions at once")
-    add("--workers", type=number(int, 0, 1024), default=default_workers(),
-        help="threads that decode images; 0: none")
-    add("--check", metavar="FOLDER", help="only check this data set, draw check.png, fig7.png")
+    add = parser.add
+    add("--images", "folder of <class>/<file>, or all in one flat folder")
+    add("--captions", "files of JSONL, CSV, TSV; a later one wins", nargs="+")
+    add("--out", "folder where the shards go", kind=Path)
+    add("--vae", "folder or hub id, diffusers' format", "stabilityai/sd-vae-ft-ema")
+    add("--text-encoder", "folder or hub id of a T5", "google/flan-t5-xl")
+    add("--size", "side of images, in pixels", 256, number(int, 8, 2048))
+    add("--max-tokens", "longer captions are cut", 256, number(int, 1, 4096))
+    add("--text-dtype", f"on the disk: {', '.join(TEXT_DTYPES)}", "bfloat16", choices=TEXT_DTYPES)
+    add("--shard-images", "1600 are about 1 GiB", 1600, COUNT)
+    add("--batch-size", "images or captions at once", 64, number(int, 1, 10_000))
+    add("--workers", "threads that decode images; 0: none", default_workers(),
+        number(int, 0, 1024))
+    add("--check", "only check this data set, draw check.png and fig7.png")
     args = parser.parse_args(argv)
     if args.check:
         return check(args.check)

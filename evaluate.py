@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, ahead, command_line, complete, default_workers,
-                    fingerprint, in_batches, line_chart, list_images, local_device, make_rows,
-                    number, open_image, pretrained, read_json, read_jsonl, reading,
-                    resize_and_crop, sha256, weights_hash, write_file, write_json, write_jsonl)
+from common import (COUNT, SEED, Options, UserError, ahead, command_line, complete,
+                    default_workers, fingerprint, in_batches, line_chart, list_images,
+                    local_device, make_rows, number, open_image, pretrained, read_json,
+                    read_jsonl, reading, resize_and_crop, sha256, weights_hash, write_file,
+                    write_json, write_jsonl)
 
 import numpy as np
 import torch
@@ -795,49 +796,47 @@ def main(argv=None):
     def command(run):
         sub = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         sub.set_defaults(run=run)
-        return sub.add_argument
+        return sub
 
-    add = command(quality)
-    add("--real", required=True, help="real images, or a file of --save-stats")
-    add("--fake", help="generated images")
-    add("--size", type=number(int, 1, 4096), default=256, help="side of the centre crop")
-    add("--k", type=number(int, 1), default=3, help="reach of a ball; 3 is our choice")
-    add("--chunk", type=number(int, 0, 2 ** 62), default=10_000,
-        help="P, R, D, C: mean over chunks of so many; 0: all")
-    add("--seed", type=number(int, 0, 2 ** 62), default=0, help="how chunks are drawn")
-    add("--save-stats", help="file.safetensors, which keeps the features of --real")
-    add("--inception", help="FID's weights (pytorch-fid, torch-fidelity)")
-    add("--dino", default="facebook/dinov2-large", help="DINOv2: folder or hub id")
-    add = command(clip)
-    add("--samples", required=True, help="a samples.jsonl")
-    add("--clip", default=CLIP, help="CLIP: folder or hub id")
-    add("--jina", default="jinaai/jina-clip-v2", help="Jina CLIP: folder or hub id")
-    add("--trust-remote-code", action="store_true", help="run --jina's own code, for its score")
-    add = command(geneval)
-    add("--images", required=True, help="from sample.py --format geneval")
-    add("--extended", help="the same from extended prompts")
-    add("--detections", nargs="+",
-        help="instead of a detector, JSONL (for --images, for --extended): "
-        '{"file": "00000/samples/0000.png", "objects": {class: [{"box": [x0, y0, x1, y1], '
-        '"score": 0.9}]}}, with "color" where CLIP is not to tell it')
-    add("--detector", help=f"folder or hub id ({DETECTOR}), or who made --detections")
-    add("--clip", default=CLIP, help="CLIP, which tells colours: folder or hub id")
-    add = command(dpg)
-    add("--images", required=True, help="from sample.py --format dpg")
-    add("--grid", action="store_true", help="images are 2 x 2 grids (sample.py's are known)")
-    add("--questions", required=True, help="dpg_bench.csv")
-    add("--vqa", default="Salesforce/blip-vqa-capfilt-large", help="BLIP: folder or hub id")
-    add("--answers",
-        help='instead of a judge, lines {"file": "12.png", "answers": '
-        '[{"1": true, "2": false}, ...]}, one list entry for each image of the grid')
-    add("--judge", help="who gave --answers")
-    add = command(compare)
-    add("results", nargs="+", help="results.json, or a folder with some in or below it")
-    add("--paper", action="store_true", help="all five tables, with the paper's own rows")
-    add = command(curve)
-    add("results", nargs="+", help="as of compare")
-    add("--score", default="fid", help="a column of compare, such as 'original overall'")
-    add("--out", default="curve.svg", help="the picture; beside it its points as .jsonl")
+    sub = command(quality)
+    sub.add("--real", "real images, or a file of --save-stats", required=True)
+    sub.add("--fake", "generated images")
+    sub.add("--size", "side of the centre crop", 256, number(int, 1, 4096))
+    sub.add("--k", "reach of a ball; 3 is our choice", 3, COUNT)
+    sub.add("--chunk", "P, R, D, C: mean over chunks of so many; 0: all", 10_000,
+            number(int, 0, 2 ** 62))
+    sub.add("--seed", "how chunks are drawn", 0, SEED)
+    sub.add("--save-stats", "file.safetensors, which keeps the features of --real")
+    sub.add("--inception", "FID's weights (pytorch-fid, torch-fidelity)")
+    sub.add("--dino", "DINOv2: folder or hub id", "facebook/dinov2-large")
+    sub = command(clip)
+    sub.add("--samples", "a samples.jsonl", required=True)
+    sub.add("--clip", "CLIP: folder or hub id", CLIP)
+    sub.add("--jina", "Jina CLIP: folder or hub id", "jinaai/jina-clip-v2")
+    sub.flag("--trust-remote-code", "run --jina's own code, for its score")
+    sub = command(geneval)
+    sub.add("--images", "from sample.py --format geneval", required=True)
+    sub.add("--extended", "the same from extended prompts")
+    sub.add("--detections", "instead of a detector, JSONL (for --images, for --extended): "
+            '{"file": "00000/samples/0000.png", "objects": {class: [{"box": [x0, y0, x1, y1], '
+            '"score": 0.9}]}}, with "color" where CLIP is not to tell it', nargs="+")
+    sub.add("--detector", f"folder or hub id ({DETECTOR}), or who made --detections")
+    sub.add("--clip", "CLIP, which tells colours: folder or hub id", CLIP)
+    sub = command(dpg)
+    sub.add("--images", "from sample.py --format dpg", required=True)
+    sub.flag("--grid", "images are 2 x 2 grids (sample.py's are known)")
+    sub.add("--questions", "dpg_bench.csv", required=True)
+    sub.add("--vqa", "BLIP: folder or hub id", "Salesforce/blip-vqa-capfilt-large")
+    sub.add("--answers", 'instead of a judge, lines {"file": "12.png", "answers": '
+            '[{"1": true, "2": false}, ...]}, one list entry for each image of the grid')
+    sub.add("--judge", "who gave --answers")
+    sub = command(compare)
+    sub.add("results", "results.json, or a folder with some in or below it", nargs="+")
+    sub.flag("--paper", "all five tables, with the paper's own rows")
+    sub = command(curve)
+    sub.add("results", "as of compare", nargs="+")
+    sub.add("--score", "a column of compare, such as 'original overall'", "fid")
+    sub.add("--out", "the picture; beside it its points as .jsonl", "curve.svg")
     args = parser.parse_args(argv)
     args.run(args)
 

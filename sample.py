@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, command_line, contact_sheet, fetch,
+from common import (COUNT, SEED, Options, UserError, command_line, contact_sheet, fetch,
                     fingerprint, in_batches, local_device, make_together, number, open_image,
                     rank_and_world, read_json, reading, refuse_not_finite, save_png, sha256,
                     write_file, write_json, write_jsonl)
@@ -662,44 +662,39 @@ def utf8(text):
 def arguments(argv):
     """Return the checked options. Raises UserError."""
     parser = Options(__doc__)
-    add = partial(parser.add_argument, metavar="X")
-    flag = partial(parser.add_argument, action="store_true")
-    add("--checkpoint", required=True,
-        help="folder or hub repository with config.json and model.safetensors")
-    add("--out", required=True, help="folder for the images, samples.jsonl and sheet.png")
-    add("--prompt", type=utf8, action="append", help="a prompt (may be given again)")
-    add("--prompts", help="text, JSONL, CSV, TSV, COCO's captions, or a folder of .txt files")
-    add("--limit", type=number(int, 1), help="at most so many of --prompts, chosen by --seed")
-    add("--images-per-prompt", type=number(int, 1, 10_000), default=1,
-        help="GenEval and DPG use 4")
-    add("--format", choices=FORMATS, default="flat",
-        help="flat, geneval (its tools' folders) or dpg (one 2 x 2 grid a prompt)")
+    add = parser.add
+    add("--checkpoint", "folder or hub repository with config.json and model.safetensors",
+        required=True)
+    add("--out", "folder for the images, samples.jsonl and sheet.png", required=True)
+    add("--prompt", "a prompt (may be given again)", kind=utf8, action="append")
+    add("--prompts", "text, JSONL, CSV, TSV, COCO's captions, or a folder of .txt files")
+    add("--limit", "at most so many of --prompts, chosen by --seed", kind=COUNT)
+    add("--images-per-prompt", "GenEval and DPG use 4", 1, number(int, 1, 10_000))
+    add("--format", "flat, geneval (its tools' folders) or dpg (one 2 x 2 grid a prompt)", "flat",
+        choices=FORMATS)
 
     # The sampler: DDIM with 250 steps is the paper's, guidance and clamp the release's.
-    add("--solver", choices=SOLVERS, default="ddim",
-        help="ddim, or dpm++: of second order without guidance")
-    add("--steps", type=number(int, 1, 100_000), default=250, help="steps of the solver")
-    add("--spacing", choices=SPACINGS,
-        help="linear in t, or cosine: short steps at both ends (default: linear for ddim, "
-             "cosine for dpm++)")
-    add("--guidance", type=number(float, 0), default=8.0, help="w; 0 is none")
-    add("--negative-prompt", type=utf8, default="",
-        help="what guidance leads away from; without, the null prompt of training")
-    flag("--random-negative-prompt",
-         help="random letters, others for each image, as in the release's pipeline")
-    add("--clamp", type=number(float, 0), default=1.2,
-        help="bound of |x_0| at every step, 0 is none; 1.2 cuts a fifth of the values of "
-             "ImageNet's latents (calculated), 3 cuts under 1%%")
-    add("--max-tokens", type=number(int, 1, 100_000), default=256,
-        help="tokens of a prompt that are read (paper: 256, released CAD-I: 128)")
-    add("--seed", type=number(int, 0, 2 ** 62), default=0, help="image i has seed + i")
-    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA, else fp32")
+    add("--solver", "ddim, or dpm++: of second order without guidance", "ddim", choices=SOLVERS)
+    add("--steps", "steps of the solver", 250, number(int, 1, 100_000))
+    add("--spacing", "linear in t, or cosine: short steps at both ends (default: linear for ddim, "
+        "cosine for dpm++)", choices=SPACINGS)
+    add("--guidance", "w; 0 is none", 8.0, number(float, 0))
+    add("--negative-prompt", "what guidance leads away from; without, the null prompt of training",
+        "", utf8)
+    parser.flag("--random-negative-prompt",
+                "random letters, others for each image, as in the release's pipeline")
+    add("--clamp", "bound of |x_0| at every step, 0 is none; 1.2 cuts a fifth of the values of "
+        "ImageNet's latents (calculated), 3 cuts under 1%%", 1.2, number(float, 0))
+    add("--max-tokens", "tokens of a prompt that are read (paper: 256, released CAD-I: 128)", 256,
+        number(int, 1, 100_000))
+    add("--seed", "image i has seed + i", 0, SEED)
+    add("--precision", "auto (bf16 on CUDA, else fp32), fp32 or bf16", "auto", choices=PRECISIONS)
 
     # The rest changes no image, unless --vae or --text-encoder names other weights.
-    add("--vae", help=f"folder or hub repository (default: the checkpoint's own, or {VAE})")
-    add("--text-encoder", help=f"folder or hub repository (default: likewise, {TEXT_ENCODER})")
-    add("--batch-size", type=number(int, 1, 10_000), default=16, help="images at once")
-    flag("--no-compile", help="CUDA: do not torch.compile the network")
+    add("--vae", f"folder or hub repository (default: the checkpoint's own, or {VAE})")
+    add("--text-encoder", f"folder or hub repository (default: likewise, {TEXT_ENCODER})")
+    add("--batch-size", "images at once", 16, number(int, 1, 10_000))
+    parser.flag("--no-compile", "CUDA: do not torch.compile the network")
     args = parser.parse_args(argv)
 
     if not args.prompt and not args.prompts:
@@ -737,18 +732,11 @@ def main(argv=None):
         rows += read
     samples = list_samples(args, rows)
 
-    pipeline = None
-    # Where all images are there, nothing is loaded: the encoders are those of the images.
-    if all(png_is_whole(out / file) for file in samples):
-        encoders = read_json(out / "settings.json", "these images' settings").get("encoders")
-    else:
-        pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
-        encoders = fingerprints(pipeline)
-
     # All that the images depend on.
+    pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
     options = vars(args)
     settings = {name: options[name] for name in options if name not in CHANGES_NO_IMAGE}
-    settings["encoders"] = encoders
+    settings["encoders"] = fingerprints(pipeline)
     settings["weights"] = sha256(fetch(args.checkpoint, "model.safetensors"))
     settings["prompts"] = fingerprint([row["prompt"], row.get("name")] for row in rows)
     make = partial(make_images, args, pipeline)

@@ -23,10 +23,10 @@ import sys
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, ahead, command_line, complete, contact_sheet,
-                    in_batches, jsonl, keep_apart, line_chart, local_device, number, one_line,
-                    only_command, rank_and_world, read_jsonl, reading, refuse_other_settings,
-                    save_png, write_file, write_jsonl)
+from common import (COUNT, SEED, Options, UserError, ahead, command_line, complete,
+                    contact_sheet, in_batches, jsonl, keep_apart, line_chart, local_device,
+                    number, one_line, only_command, rank_and_world, read_jsonl, reading,
+                    refuse_other_settings, save_png, write_file, write_jsonl)
 
 import numpy as np
 import torch
@@ -400,10 +400,7 @@ def arguments(argv):
         f"Where a default comes from: {PAPER} the paper; {RELEASE} its released configuration "
         f"(nothing else is known of how these models were optimised); {OURS} this implementation."))
 
-    def add(name, meaning, default=None, kind=str, **more):
-        parser.add_argument(name, type=kind, default=default, help=meaning, metavar="X", **more)
-
-    count = number(int, 1)
+    add = parser.add
     or_none = number(int, 0)
     samples = number(int, 1, 10 ** 6)
     share = number(float, 0, 1)
@@ -418,7 +415,7 @@ def arguments(argv):
     sizes = "; ".join(f"{name}: {', '.join(MODELS[name].presets)}" for name in MODELS)
     add("--preset", f"size ({sizes}; default: L/2 and L, {PAPER})")
     add("--init", "checkpoint whose weights to start from; all else is new")
-    add("--seed", f"of weights, data, times and noise {OURS}", 0, number(int, 0, 2 ** 63 - 1))
+    add("--seed", f"of weights, data, times and noise {OURS}", 0, SEED)
 
     # The method.
     add("--p", f"chance of a composite where t > tau {PAPER}", 0.5, share)
@@ -427,9 +424,9 @@ def arguments(argv):
 
     # Optimisation. Only for CAD-I a configuration was released; DiT-I uses the same one.
     add("--batch-size", f"samples a step, all ranks {PAPER}", 1024, samples)
-    add("--steps", f"training steps {PAPER}", 250_000, count)
+    add("--steps", f"training steps {PAPER}", 250_000, COUNT)
     add("--schedule-steps", f"of the learning rate (default: 2 x --steps {RELEASE}, or what the "
-        "run was begun with)", kind=count)
+        "run was begun with)", kind=COUNT)
     add("--optimizer", f"lamb or adamw {RELEASE}", "lamb", choices=["lamb", "adamw"])
     add("--lr", f"peak learning rate {RELEASE}", 1e-3, positive)
     below_1 = number(float, 0, math.nextafter(1, 0))
@@ -448,18 +445,18 @@ def arguments(argv):
         f"{OURS}", "auto", choices=PRECISIONS)
     add("--workers", f"threads of a rank that read data {OURS}", 4 if cuda else 0,
         number(int, 0, 1024))
-    parser.add_argument("--no-compile", action="store_true", help="CUDA: no torch.compile")
-    parser.add_argument("--checkpoint-activations", action="store_true",
-                        help="compute them again in the backward pass: slower, less memory")
+    parser.flag("--no-compile", "CUDA: no torch.compile")
+    parser.flag("--checkpoint-activations",
+                "compute them again in the backward pass: slower, less memory")
 
     # What is looked at and kept.
-    add("--log-every", f"steps between rows of the log {OURS}", 100, count)
-    add("--save-every", f"steps between saved states {OURS}", 5000, count)
-    add("--keep-every", f"steps between lasting checkpoints {OURS}", 50_000, count)
-    add("--val-every", f"steps between measurements on --val {OURS}", 5000, count)
+    add("--log-every", f"steps between rows of the log {OURS}", 100, COUNT)
+    add("--save-every", f"steps between saved states {OURS}", 5000, COUNT)
+    add("--keep-every", f"steps between lasting checkpoints {OURS}", 50_000, COUNT)
+    add("--val-every", f"steps between measurements on --val {OURS}", 5000, COUNT)
     add("--val-images", f"pictures of --val that are used {OURS}", 5000, number(int, 10))
     add("--sample-every", f"steps between grids; 0: none {OURS}", 5000, or_none)
-    add("--sample-steps", f"DDIM steps of those grids {OURS}", 50, count)
+    add("--sample-steps", f"DDIM steps of those grids {OURS}", 50, COUNT)
     add("--guidance", f"of those grids {RELEASE}", 8.0, positive)
     add("--clamp", f"bound of |x_0| in them; 0: none {RELEASE}", 1.2, positive)
 
@@ -776,7 +773,7 @@ def save_grid(run):
         x_0 = ddim(run.ema, noise.to(device), cond, null, args.sample_steps, args.guidance,
                    args.clamp)
     images = to_images(run.vae.decode(x_0 / run.vae.scaling_factor))
-    captions = [data.caption(i) for data, i in picks]
+    captions = [data.sample(i)[1] for data, i in picks]
     save_png(contact_sheet(images, captions), args.out / f"samples/{run.done:07d}.png")
 
 

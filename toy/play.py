@@ -271,12 +271,11 @@ class Handler(BaseHTTPRequestHandler):
 def main(argv=None):
     """Load the checkpoints, print the page's address, and serve it until Ctrl-C."""
     parser = Options(__doc__, prog="python -m toy play")
-    add = parser.add_argument
-    add("--checkpoint", action="append", metavar="FOLDER",
-        help="FOLDER or NAME=FOLDER; a second one draws beside it (default: OUT/dit)")
-    add("--out", default="out/toy", metavar="FOLDER", help="the toy's folder")
-    add("--port", type=number(int, 0, 65535), default=8000,
-        help="of http://127.0.0.1:PORT; 0: any free one")
+    add = parser.add
+    add("--checkpoint", "FOLDER or NAME=FOLDER; a second one draws beside it (default: OUT/dit)",
+        action="append")
+    add("--out", "the toy's folder", "out/toy")
+    add("--port", "of http://127.0.0.1:PORT; 0: any free one", 8000, number(int, 0, 65535))
     args = parser.parse_args(argv)
 
     default = Path(args.out) / "dit"

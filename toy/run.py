@@ -17,14 +17,13 @@ prompts; `--help` behind them says more. `python -m toy.tiny` is the method on o
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import Options, number, only_command
+from common import COUNT, Options, number, only_command
 
 from toy.data import bind, draw_world, encode_world, make_prompts_and_encoder, run
 from toy.recipe import IMAGES, P, PROMPTS, STEPS, TAU, judge_commands, train_command
 from toy.report import about_the_data, report
 from toy.world import SHAPES
 
-COUNT = number(int, 1)
 # With fewer there is little to be mixed.
 PICTURES = number(int, 2 * len(SHAPES))
 # As large as every library takes it.
@@ -33,16 +32,13 @@ SEED = number(int, 0, 2 ** 31)
 
 def add_options(parser, out, prompts):
     """Add the options that `python -m toy` and its tables have in common."""
-    add = parser.add_argument
-    add("--out", default=out, type=Path, metavar="FOLDER", help="where everything goes")
-    add("--images", type=PICTURES, default=IMAGES,
-        help="pictures to draw; as many composites are made")
-    add("--steps", type=COUNT, default=STEPS,
-        help="training steps of every model")
-    add("--prompts", type=COUNT, default=prompts,
-        help="prompts for each of the six tasks")
-    add("--seed", type=SEED, default=0,
-        help="of the world, the training and the samples; of several models the first one")
+    add = parser.add
+    add("--out", "folder where everything goes", out, Path)
+    add("--images", "pictures to draw; as many composites are made", IMAGES, PICTURES)
+    add("--steps", "training steps of every model", STEPS, COUNT)
+    add("--prompts", "prompts for each of the six tasks", prompts, COUNT)
+    add("--seed", "of the world, the training and the samples; of several models the first one",
+        0, SEED)
 
 
 def main(argv=None):

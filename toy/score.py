@@ -130,10 +130,10 @@ def distances(samples, real):
 
 def main(argv=None):
     parser = Options(__doc__, prog="python -m toy score")
-    add = parser.add_argument
-    add("--samples", required=True, metavar="FOLDER", type=Path, help="pictures of sample.py")
-    add("--real", metavar="FOLDER", type=Path, help="measure the distance to these instead")
-    add("--out", required=True, metavar="FILE", type=Path, help="where the scores go")
+    add = parser.add
+    add("--samples", "folder of sample.py's pictures", kind=Path, required=True)
+    add("--real", "folder of pictures: measure the distance to these instead", kind=Path)
+    add("--out", "file where the scores go", kind=Path, required=True)
     args = parser.parse_args(argv)
     keep_apart(args.out, args.samples, args.real)
     scores = distances(args.samples, args.real) if args.real else score(args.samples)

@@ -21,8 +21,8 @@ from itertools import product
 from typing import NamedTuple
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, ahead, default_workers, line_chart, only_command,
-                    progress, read_jsonl)
+from common import (COUNT, Options, UserError, ahead, default_workers, line_chart,
+                    only_command, progress, read_jsonl)
 
 from cutmix import CUTS
 from toy.data import bind, draw_world, encode_world, kind_of, make_prompts_and_encoder
@@ -30,7 +30,7 @@ from toy.prompts import TASKS
 from toy.recipe import P, TAU, judge_commands, quoted, sample_command, train_command
 from toy.report import (SCORES, about_the_data, mean_and_spread, points_of, report, table,
                         verdict_card, write_page)
-from toy.run import COUNT, add_options
+from toy.run import add_options
 from toy.score import columns_of
 
 # --------------------------------------------------------------------------------------------
@@ -312,11 +312,11 @@ def arguments(argv):
     """Return the settings."""
     parser = Options(__doc__, prog="python -m toy tables")
     add_options(parser, "out/toy-tables", 64)
-    add = parser.add_argument
-    add("--table", action="append", dest="tables", choices=list(TABLES), metavar="T",
-        help="1, 2, 4, 5, tau or fig5; may be given again (default: all)")
-    add("--seeds", type=COUNT, default=2, help="models of each kind")
-    add("--jobs", type=COUNT, default=default_workers(), help="models at a time")
+    add = parser.add
+    add("--table", "1, 2, 4, 5, tau or fig5; may be given again (default: all)",
+        action="append", dest="tables", choices=TABLES)
+    add("--seeds", "models of each kind", 2, COUNT)
+    add("--jobs", "models at a time", default_workers(), COUNT)
     args = parser.parse_args(argv)
     args.tables = args.tables or list(TABLES)
     return args

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, command_line, contact_sheet, number, progress,
+from common import (COUNT, Options, UserError, command_line, contact_sheet, progress,
                     save_png)
 
 import torch
@@ -110,10 +110,10 @@ def ddim(model, x, cond, null, steps=SAMPLE_STEPS, w=GUIDANCE):
 
 def main(argv=None):
     parser = Options(__doc__, prog="python -m toy.tiny")
-    add = parser.add_argument
-    add("--data", default="out/toy", type=Path, help="folder of python -m toy")
-    add("--steps", default=STEPS, type=number(int, 1), help="training steps")
-    add("--out", default="out/tiny.png", type=Path, help="the picture")
+    add = parser.add
+    add("--data", "folder of python -m toy", "out/toy", Path)
+    add("--steps", "training steps", STEPS, COUNT)
+    add("--out", "the picture", "out/tiny.png", Path)
     args = parser.parse_args(argv)
     if not (args.data / "encoded-cutmix").exists():
         raise UserError(f"{args.data}: no encoded-cutmix in it: python -m toy makes it")
@@ -135,7 +135,7 @@ def main(argv=None):
 
     vae = load_vae(composites.meta["vae"])
     images = to_images(vae.decode(x_0 / vae.scaling_factor))
-    captions = [composites.caption(i) for i in picks]
+    captions = [composites.sample(i)[1] for i in picks]
     sheet = contact_sheet(images, captions)
     save_png(sheet, args.out)
     print(args.out)
