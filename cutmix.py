@@ -15,7 +15,6 @@ the folders of a thousand composites.
 """
 
 import functools
-import io
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -220,15 +219,14 @@ class Composites(NamedTuple):
         """Save composite number `index` and return its row."""
         picture, row = self.compose(index, self.setting_of(index))
         if picture:
-            # Not straight into a file: Pillow takes no notice of a disk that fills up in the
-            # middle of one.
-            jpeg = io.BytesIO()
-            # 4:4:4: pixels that share a colour would carry it over the seam.
-            picture.save(jpeg, "JPEG", quality=95, subsampling=0)
             path = self.out / row["file"]
             path.parent.mkdir(exist_ok=True)
             with naming(path):
-                path.write_bytes(jpeg.getbuffer())
+                # 4:4:4: pixels that share a colour would carry it over the seam.
+                picture.save(path, "JPEG", quality=95, subsampling=0)
+                # Pillow takes no notice of a disk that fills up in the middle of a file.
+                if not path.read_bytes().endswith(b"\xff\xd9"):
+                    raise OSError("cut short: is the disk full?")
         return row
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import resource
 import signal
 from collections import Counter
 
@@ -187,3 +188,17 @@ def test_a_run_that_ctrl_c_or_a_kill_ends_resumes_with_other_ranks_to_the_same_b
     assert contents(out) == contents(tmp_path / "whole")
     # What was whole is not made again.
     assert all(path.stat().st_mtime_ns == before for path, before in whole.items())
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_composite_ends_the_command(tmp_path):
+    options = ["--images", photos(tmp_path / "photos", each=1), "--size", 64, "--out", tmp_path / "out"]
+    # Of the first composite, which is larger, the system takes the beginning and says nothing.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.raises(OSError, match="is the disk full.*000000000.jpg"):
+            make(*options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    make(*options)
+    assert len(common.read_jsonl(tmp_path / "out/cutmix.jsonl")) == 4
