@@ -142,7 +142,6 @@ class Options(argparse.ArgumentParser):
         self.add_argument(name, help=meaning, default=default, type=kind, metavar="X", **more)
 
     def flag(self, name, meaning):
-        """Add an option without a value."""
         self.add_argument(name, help=meaning, action="store_true")
 
     def error(self, message):
@@ -150,11 +149,7 @@ class Options(argparse.ArgumentParser):
 
 
 def number(kind, low, high=10 ** 9):
-    """Return what turns an option's text into an int or float from `low` to `high`.
-
-    It goes beside the option: `add("--steps", "of training", 100, number(int, 1))`. Not a
-    number is refused.
-    """
+    """Return what turns an option's text into an int or float from `low` to `high`, not NaN."""
     def convert(text):
         value = kind(text)
         if not low <= value <= high:
