@@ -788,8 +788,7 @@ def pretrained(name, kind, companion=None, device=None, **options):
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
 
-    # Refuses a model that is not there, of which transformers' own words are unclear, and
-    # another kind of it, whose weights may have the same names and some more.
+    # Another kind of model may have weights of the same names, and some more.
     found = read_json(fetch(name, "config.json"), "a configuration").get("model_type")
     wanted = getattr(getattr(transformers, kind), "config_class", None)
     # An Auto class takes any. mT5's encoder is T5's.
