@@ -110,9 +110,9 @@ def test_patches_of_dit_come_back_to_their_places():
 
 
 def test_dit_attention_is_softmax_of_normalised_queries_and_keys():
-    layer = model_dit.Attention(16, 2).double()
+    layer = model_dit.Attention(16, 2)
     layer.q_norm.weight.data.uniform_(0.5, 2)
-    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    x = torch.randn(2, 5, 16)
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
 
     def normalised(z):
