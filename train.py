@@ -758,13 +758,12 @@ def save_grid(run):
         distance = math.ceil(len(data) * len(run.sets) / 16)
         picks += [(data, i) for i in range(0, len(data), distance)]
 
-    tokens = [data.text(i) for data, i in picks]
-    tokens.append(run.sets[0].null)
-    lengths = torch.tensor([len(text) for text in tokens], device=device)
-    # (B + 1, L, D_text), (B + 1, L)
-    text, mask = pad_text(torch.cat(tokens).to(device), lengths, padded_length(lengths))
-    cond = (text[:-1], mask[:-1])
-    null = (text[-1:], mask[-1:])
+    # Of a batch of these samples, the captions alone are used.
+    zeros = [0] * len(picks)
+    inputs = draw_inputs(as_batch(picks, zeros, zeros, zeros, zeros), 1, device)
+    cond = (inputs["text"], inputs["mask"])                          # (B, L, D_text), (B, L)
+    text = run.sets[0].null[None].to(device)                         # (1, 1, D_text)
+    null = (text, torch.ones_like(text[:, :, 0], dtype=torch.bool))
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(len(picks), *run.meta["latent_shape"], generator=generator)
     with autocast(device, args.precision):
