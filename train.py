@@ -814,12 +814,12 @@ def main(argv=None):
         # below takes the others with it: they notice that its connection has closed.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     with contextlib.ExitStack() as at_the_end:
-        # One rank writes.
-        if rank == 0:
-            at_the_end.enter_context(only_command(args.out))
         # For whoever calls this from Python.
         for one in SIGNALS:
             at_the_end.callback(signal.signal, one, signal.getsignal(one))
+        # One rank writes.
+        if rank == 0:
+            at_the_end.enter_context(only_command(args.out))
         train(args)
 
 
