@@ -76,11 +76,16 @@ def load_pixels(path, size):
     return pixels_of(image), pixels_of(image.resize((224, 224), Image.Resampling.BICUBIC))
 
 
+def as_texts(features):
+    """Return features (B, D) as B texts: float32, as base64 because rows are JSON."""
+    return [base64.b64encode(vector).decode() for vector in features.float().cpu().numpy()]
+
+
 @torch.no_grad()
 def features_of(args, files, asked, images):
     """Yield a row {network: features} for each image that `load_pixels` has prepared.
 
-    Features are float32, as base64 because rows are JSON. Nothing else is asked of an image.
+    Nothing else is asked of an image.
     """
     inception, dino = load_networks(args.inception, args.dino)
     device = local_device()
@@ -88,12 +93,9 @@ def features_of(args, files, asked, images):
         pixels, small = zip(*batch)
         x = torch.stack(pixels).to(device)                             # (B, 3, size, size)
         y = normalised(torch.stack(small).to(device), *IMAGENET_PIXELS)
-        a = inception(x).float().cpu().numpy()                         # (B, 2048)
         tokens = dino(y).last_hidden_state                             # (B, 1 + 16 * 16, D)
-        b = tokens[:, 0].float().cpu().numpy()                         # (B, D)
-        for of_inception, of_dino in zip(a, b):
-            yield {"inception": base64.b64encode(of_inception).decode(),
-                   "dino": base64.b64encode(of_dino).decode()}
+        for a, b in zip(as_texts(inception(x)), as_texts(tokens[:, 0])):
+            yield {"inception": a, "dino": b}
 
 
 def tables_of(rows):
@@ -165,8 +167,9 @@ def quality(args):
         raise UserError("--real alone has nothing to be compared with: --fake or --save-stats")
     # Wrong paths are reported before anything is downloaded.
     generated, names = images_of(args.fake) if args.fake else ([], set())
-    real_is_file = os.path.isfile(args.real)
-    photos = [] if real_is_file else asked_for(args.real, images_of(args.real)[0], names)
+    photos = []             # none if the real ones are given as a file of --save-stats
+    if not os.path.isfile(args.real):
+        photos = asked_for(args.real, images_of(args.real)[0], names)
     args.inception = inception_file(args.inception)
     weights = {args.inception: sha256(args.inception), args.dino: weights_hash(args.dino)}
 
@@ -178,26 +181,25 @@ def quality(args):
             read_stats(path, made_with)
 
     jobs = [(args.real, dict.fromkeys(photos)), (args.fake, dict.fromkeys(generated))]
-    (of_real, unread_real), (of_fake, unread_fake) = measure(
+    (of_real, of_fake), skipped = measure(
         "quality", args.fake or f"{args.save_stats}.parts", jobs, 256, made_with,
         functools.partial(features_of, args), functools.partial(load_pixels, size=args.size))
-    real, files = read_stats(args.real, made_with) if real_is_file else tables_of(of_real)
+    real, files = tables_of(of_real) if photos else read_stats(args.real, made_with)
     if args.save_stats:
         about = {"made_with": json.dumps(made_with), "files": json.dumps(files)}
         with complete(args.save_stats) as path:
             save_file(real, path, about)
-        print(f"{args.save_stats}: {len(files)} images, {len(unread_real)} skipped")
+        print(f"{args.save_stats}: {len(files)} images, {len(photos) - len(of_real)} skipped")
     if not args.fake:
         shutil.rmtree(f"{args.save_stats}.parts", ignore_errors=True)
         return
 
     # Statistics may be those of more images.
-    chosen = set(asked_for(args.real, files, names))
-    is_chosen = torch.tensor([file in chosen for file in files])       # (N,)
+    chosen = np.isin(files, asked_for(args.real, files, names))        # (N,)
     fake, _ = tables_of(of_fake)
     scores = {}
     for name, network in (("fid", "inception"), ("fid_dino", "dino")):
-        real[network] = real[network][is_chosen].to(local_device())    # (N, D)
+        real[network] = real[network][chosen].to(local_device())       # (N, D)
         fake[network] = fake[network].to(local_device())               # (M, D)
         scores[name] = frechet_distance(real[network], fake[network])
     scores |= mean_prdc(real["dino"], fake["dino"], args.k, args.chunk, args.seed)
@@ -205,7 +207,7 @@ def quality(args):
     counts = {"real": len(real["dino"]), "fake": len(of_fake)}
     notes = ["P, R, D, C are means over chunks; all scores depend on the numbers of images"]
     data = "COCO" if names else "ImageNet"
-    finish(args.fake, args, scores, weights, counts, notes, [*unread_real, *unread_fake], data)
+    finish(args.fake, args, scores, weights, counts, notes, skipped, data)
 
 
 # --------------------------------------------------------------------------------------
@@ -235,12 +237,12 @@ def clip(args):
 
     folder = Path(args.samples).parent
     about = list(weights.values())
-    [(rows, skipped)] = measure("clip", folder, [(folder, prompts)], 32, about, cosines)
+    [rows], skipped = measure("clip", folder, [(folder, prompts)], 32, about, cosines)
     # The mean of the cosines, of which negative ones count as 0, and its standard error.
     scores = {}
     for name in encoders:
-        values = [row[name] for row in rows]
-        score = 100 * torch.tensor(values, dtype=torch.float64).clamp(min=0)
+        cosine = torch.tensor([row[name] for row in rows], dtype=torch.float64)
+        score = 100 * cosine.clamp(min=0)
         scores[name] = float(score.mean())
         deviation = float(score.std(correction=int(len(score) > 1)))
         scores[f"{name}_error"] = deviation / len(score) ** 0.5
@@ -290,11 +292,12 @@ def geneval(args):
     folders = {"original": args.images}                # the paper's two columns
     if args.extended:
         folders["extended"] = args.extended
-    if args.detections and len(args.detections) != len(folders):
+    given = args.detections or [None] * len(folders)
+    if len(given) != len(folders):
         raise UserError("--detections: one file for --images, a second one for --extended")
     # What is asked of an image: its prompt's metadata, and the objects if they are given.
     jobs = []
-    for folder, detections in itertools.zip_longest(folders.values(), args.detections or []):
+    for folder, detections in zip(folders.values(), given):
         images = read_geneval(folder)
         objects = read_detections(detections, images) if detections else {}
         asked = {file: (metadata, objects.get(file)) for file, metadata in images.items()}
@@ -333,10 +336,11 @@ def geneval(args):
                 "objects": objects}
 
     about = [*weights.values(), args.clip]
-    measured = measure("geneval", args.images, jobs, 64, about, functools.partial(map, look))
+    measured, skipped = measure("geneval", args.images, jobs, 64, about,
+                                functools.partial(map, look))
 
-    scores, counts, unread = {}, {}, []
-    for prompts, (folder, asked), (rows, skipped) in zip(folders, jobs, measured):
+    scores, counts = {}, {}
+    for prompts, (folder, asked), rows in zip(folders, jobs, measured):
         numbers = {file.split("/")[0] for file in asked}
         right = {}          # {task: [whether an image is right]}
         verdicts = []
@@ -350,8 +354,7 @@ def geneval(args):
         scores[prompts] = {"overall": float(np.mean(list(tasks.values()))), **tasks}
         # A task without prompts is missing in the overall score.
         counts[prompts] = {"prompts": len(numbers), "tasks": len(tasks), "images": len(rows)}
-        unread += skipped
-    finish(args.images, args, scores, weights, counts, notes, unread)
+    finish(args.images, args, scores, weights, counts, notes, skipped)
 
 
 # --------------------------------------------------------------------------------------
@@ -392,21 +395,6 @@ def ask(vqa_name, image, questions):
 YES_OR_NO = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def read_answers(path, asked):
-    """Return the rows of `dpg` for {file: {question id: text}}, of --answers. Raises UserError."""
-    rows = []
-    for file, images in read_given(path, asked, "answers").items():
-        answers = []
-        with reading(f"{path}: {file}", "answers to all questions on each of 4 images, or of 1"):
-            for said in images:
-                answers.append(
-                    {key: YES_OR_NO[str(said[str(key)]).lower()] for key in asked[file]})
-            if len(answers) not in (1, 4):
-                raise ValueError(f"of {len(answers)} images")
-        rows.append({"file": file, "answers": answers})
-    return rows
-
-
 def dpg(args):
     """Table 3: DPG-Bench, on 2 x 2 grids (or images) that are named after their prompts' ids"""
     prompts = read_questions(args.questions)
@@ -414,12 +402,12 @@ def dpg(args):
     file_of = {}            # {prompt: its file}
     for file in list_images(args.images):
         prompt = Path(file).stem
-        if prompt not in prompts:
-            continue
         # One prompt must not count twice.
-        if file_of.setdefault(prompt, file) != file:
+        if prompt in file_of:
             raise UserError(f"{file_of[prompt]} and {file} are both named after prompt {prompt}")
-        asked[file], _, _ = prompts[prompt]
+        if prompt in prompts:
+            file_of[prompt] = file
+            asked[file], _, _ = prompts[prompt]
     if not asked:
         raise UserError(f"{args.images}: no image is named after a prompt of {args.questions}")
     # A square picture need not be a grid: sample.py or the user says what is one.
@@ -442,27 +430,35 @@ def dpg(args):
     weights = {args.questions: sha256(args.questions)}
     if args.answers:
         args.judge = args.judge or args.answers
-        rows, skipped = read_answers(args.answers, asked), []
+        answers, skipped = read_given(args.answers, asked, "answers"), []
     else:
         args.judge = args.vqa
         weights[args.vqa] = weights_hash(args.vqa)
         about = [weights[args.vqa], args.grid]
-        [(rows, skipped)] = measure("dpg", args.images, [(args.images, asked)], 64, about,
-                                    functools.partial(map, look))
+        [rows], skipped = measure("dpg", args.images, [(args.images, asked)], 64, about,
+                                  functools.partial(map, look))
+        answers = {row["file"]: row["answers"] for row in rows}
+
+    # Answers have one form, whoever gave them.
     values = {"overall": []}            # and of each category
-    for row in rows:
-        _, parents, categories = prompts[Path(row["file"]).stem]
+    for file, images in answers.items():
+        texts, parents, categories = prompts[Path(file).stem]
         of_images = []
-        for answers in row["answers"]:
-            yes = {int(key): answer for key, answer in answers.items()}    # JSON's keys are text
-            of_images.append(dpg_score(yes, parents))
-            # Categories count answers as they are, whatever their parents'.
-            for key, category in categories.items():
-                values.setdefault(category, []).append(yes[key])
+        with reading(f"{args.answers}: {file}",
+                     "answers to all questions on each of 4 images, or of 1"):
+            if len(images) not in (1, 4):
+                raise ValueError(f"of {len(images)} images")
+            for said in images:
+                # JSON's keys are text.
+                yes = {key: YES_OR_NO[str(said[str(key)]).lower()] for key in texts}
+                of_images.append(dpg_score(yes, parents))
+                # Categories count answers as they are, whatever their parents'.
+                for key, category in categories.items():
+                    values.setdefault(category, []).append(yes[key])
         values["overall"].append(np.mean(of_images))
     notes = ["The paper's judge is mPLUG-large; only numbers of one judge compare",
              "Categories count all images of a grid; the official script counts the last one"]
-    counts = {"prompts": len(rows), "of": len(prompts)}
+    counts = {"prompts": len(answers), "of": len(prompts)}
     scores = {name: 100 * float(np.mean(each)) for name, each in values.items()}
     finish(args.images, args, scores, weights, counts, notes, skipped)
 
@@ -471,7 +467,7 @@ def dpg(args):
 # What networks say of images, kept and shared
 
 def measure(kind, out, jobs, size, about, look, load=open_full):
-    """Return, for each job, (rows of what networks say of images, rows of unreadable ones).
+    """Return ([rows of what networks say of a job's images, ...], rows of unreadable ones).
 
     jobs: [(folder, {file: what is asked of it}), ...]. look([file, ...], [what is asked, ...],
     [load(path), ...]) yields a row, for JSON, for each image. `size` images at a time make a
@@ -481,7 +477,7 @@ def measure(kind, out, jobs, size, about, look, load=open_full):
     Only the rank that ends last returns; the others exit. Raises UserError.
     """
     units = {}              # {name: what it is made of}
-    of_jobs = []            # each job's own
+    of_jobs = []            # (folder, its units)
     for folder, asked in jobs:
         items = []
         for file, question in asked.items():
@@ -493,13 +489,13 @@ def measure(kind, out, jobs, size, about, look, load=open_full):
         for part in in_batches(items, size):
             # The folder may be another one, or be called otherwise.
             of_job[f"{fingerprint([about, [item[1:] for item in part]])}.jsonl"] = part
-        of_jobs.append(of_job)
+        of_jobs.append((folder, of_job))
         units |= of_job
     place = Path(out, "measured", kind)
     rows_of = functools.partial(rows_of_units, look, load)
     if not make_rows(place, {"kind": kind}, units, rows_of):
         sys.exit()
-    return [read_units(folder, place, each) for (folder, _), each in zip(jobs, of_jobs)]
+    return read_units(place, of_jobs)
 
 
 def rows_of_units(look, load, parts):
@@ -530,22 +526,26 @@ def rows_of_units(look, load, parts):
                 yield {"file": file, **row}
 
 
-def read_units(folder, place, names):
-    """Return (rows, rows of what cannot be read, with their path) of the units of a folder.
+def read_units(place, of_jobs):
+    """Return what `measure` returns, from [(folder, names of its units in `place`), ...].
 
-    Raises UserError if none of its images can be read.
+    Raises UserError if none of a folder's images can be read.
     """
-    rows, skipped = [], []
-    for name in names:
-        for row in read_jsonl(place / name):
-            if row.keys() == {"file", "reason"}:
-                skipped.append({**row, "file": f"{folder}/{row['file']}"})
-            else:
-                rows.append(row)
-    if skipped and not rows:
-        raise UserError(f"{folder}: none of its {len(skipped)} images is readable; the first: "
-                        f"{skipped[0]['file']}: {skipped[0]['reason']}")
-    return rows, skipped
+    measured, skipped = [], []
+    for folder, names in of_jobs:
+        rows, unread = [], []
+        for name in names:
+            for row in read_jsonl(place / name):
+                if row.keys() == {"file", "reason"}:
+                    unread.append({**row, "file": f"{folder}/{row['file']}"})
+                else:
+                    rows.append(row)
+        if unread and not rows:
+            raise UserError(f"{folder}: none of its {len(unread)} images is readable; the first: "
+                            f"{unread[0]['file']}: {unread[0]['reason']}")
+        measured.append(rows)
+        skipped += unread
+    return measured, skipped
 
 
 def read_given(path, files, key):
@@ -676,8 +676,8 @@ def read_row(place):
                                         f"on its own")
                     scores[name] = score
                 # A section that does not know the checkpoint erases nothing.
-                training.update((section.get("checkpoint") or {}).get("training") or {})
-                checkpoints.add((section.get("sampling") or {}).get("weights"))
+                training.update(section.get("checkpoint", {}).get("training", {}))
+                checkpoints.add(section.get("sampling", {}).get("weights"))
     if len(checkpoints - {None}) > 1:
         raise UserError(f"{place}: results of several checkpoints, give each on its own")
     if not scores:
@@ -715,13 +715,13 @@ def print_tables(ours, paper=False):
     # {table: {row: {column: text}}}, with as many digits as were published.
     published = {table: {} for table in TABLES}
     with open(Path(__file__).parent / "metrics/published.csv", encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            cells = published[line["table"]].setdefault(line["row"], {})
-            cells[line["column"]] = line["value"]
+        _, *lines = csv.reader(file)
+    for table, row, column, value in lines:
+        published[table].setdefault(row, {})[column] = value
 
     for table, title in TABLES.items():
         columns = dict.fromkeys(itertools.chain(*published[table].values()))
-        lines = list(published[table].items()) if paper else []
+        lines = dict(published[table]) if paper else {}
         notes = {}          # {note: the names that it is about}
         for name, (scores, training) in ours.items():
             name_here, cells = place_in_table(table, name, training)
@@ -731,14 +731,14 @@ def print_tables(ours, paper=False):
                     cells[column] = score.text
                     # Not a set, because it keeps no order.
                     notes.setdefault(score.note, {})[name] = None
-                lines.append((name_here.replace("|", "\\|"), cells))
+                lines[name_here.replace("|", "\\|")] = cells
         if not lines:
             continue
-        filled = set().union(*[cells for _, cells in lines])
+        filled = set().union(*lines.values())
         shown = [column for column in columns if column in filled]
         print(f"\nTable {table}: {title}\n\n| | {' | '.join(shown)} |")
         print(f"|---|{'--:|' * len(shown)}")
-        for name, cells in lines:
+        for name, cells in lines.items():
             texts = [name, *[cells.get(column, "") for column in shown]]
             print(f"| {' | '.join(texts)} |")
         for note, names in notes.items():
@@ -764,7 +764,8 @@ def curve(args):
     ways = set()            # in which the score was measured
     for place in args.results:
         scores, training = read_row(place)
-        if args.score not in scores:
+        score = scores.get(args.score)
+        if not score:
             raise UserError(f"{place}: no score {args.score!r}, but {', '.join(scores)}")
         # Checkpoints of one run lie in one folder, and are called step-0050000.
         folder = os.path.abspath(place).removesuffix("/results.json")
@@ -773,8 +774,8 @@ def curve(args):
         if steps is None:
             raise UserError(f"{place}: its checkpoint does not say after how many steps")
         run = os.path.relpath(named[1] if named else folder)
-        rows.append({"run": run, "steps": steps, args.score: scores[args.score].value})
-        ways.add(scores[args.score].note)
+        rows.append({"run": run, "steps": steps, args.score: score.value})
+        ways.add(score.note)
     if len(ways) > 1:
         raise UserError(f"measured in several ways: {' / '.join(sorted(ways))}")
 

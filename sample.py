@@ -429,7 +429,7 @@ def check_encoders(path_or_repo, pipeline, vae=None, text_encoder=None):
 
 def encoders_of(meta):
     """Return the fingerprints in an encoded set's meta.json, named as in a config.json."""
-    return {"vae_fingerprint": meta.get("autoencoder"), "T5": meta.get("T5")}
+    return {"vae_fingerprint": meta["autoencoder"], "T5": meta["T5"]}
 
 
 def changed_encoders(checkpoint, found):
@@ -530,10 +530,9 @@ def random_letters(seed):
     The release's pipeline takes a new one as the negative prompt of each image.
     """
     rng = random.Random(seed)
-    words = []
-    for _ in range(rng.randint(3, 6)):
-        words.append("".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7))))
-    return " ".join(words)
+    words = [rng.choices(string.ascii_lowercase, k=rng.randint(3, 7))
+             for _ in range(rng.randint(3, 6))]
+    return " ".join(map("".join, words))
 
 
 # --------------------------------------------------------------------------------------
@@ -734,14 +733,14 @@ def main(argv=None):
 
     # All that the images depend on.
     pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
-    options = vars(args)
-    settings = {name: options[name] for name in options if name not in CHANGES_NO_IMAGE}
+    settings = {name: value for name, value in vars(args).items()
+                if name not in CHANGES_NO_IMAGE}
     settings["encoders"] = fingerprints(pipeline)
     settings["weights"] = sha256(fetch(args.checkpoint, "model.safetensors"))
     settings["prompts"] = fingerprint([row["prompt"], row.get("name")] for row in rows)
     make = partial(make_images, args, pipeline)
-    lists = ("samples.jsonl", "skipped.jsonl", "checkpoint.json", "sheet.png")
-    products = [out / name for name in lists]
+    products = [out / name for name in
+                ("samples.jsonl", "skipped.jsonl", "checkpoint.json", "sheet.png")]
     if make_together(out, settings, samples, make, png_is_whole, products):
         if skipped:
             write_jsonl(out / "skipped.jsonl", skipped)

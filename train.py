@@ -103,11 +103,9 @@ def as_batch(picks, t, dropped, coin, noise_seed):
     null prompt. coin (B,), uniform in [0, 1): decides on CAD's self-conditioning. "tokens"
     (sum of L_i, D_text) holds one caption after the other, "lengths" (B,) tells them apart.
     """
-    means, stds, texts = [], [], []
+    means, stds = zip(*[data.moments(i) for data, i in picks])           # (C, h, w) each
+    texts = []
     for (data, i), drop in zip(picks, dropped):
-        mean, std = data.moments(i)                                     # each (C, h, w)
-        means.append(mean)
-        stds.append(std)
         texts.append(data.null if drop else data.text(i))                # (L_i, D_text)
     batch = {"t": torch.tensor(t).float(),
              "mean": torch.stack(means),
@@ -760,13 +758,12 @@ def save_grid(run):
         distance = math.ceil(len(data) * len(run.sets) / 16)
         picks += [(data, i) for i in range(0, len(data), distance)]
 
-    tokens = [data.text(i) for data, i in picks]
-    tokens.append(run.sets[0].null)
-    lengths = torch.tensor([len(text) for text in tokens], device=device)
-    # (B + 1, L, D_text), (B + 1, L)
-    text, mask = pad_text(torch.cat(tokens).to(device), lengths, padded_length(lengths))
-    cond = (text[:-1], mask[:-1])
-    null = (text[-1:], mask[-1:])
+    # Of a batch of these samples, the captions alone are used.
+    zeros = [0] * len(picks)
+    inputs = draw_inputs(as_batch(picks, zeros, zeros, zeros, zeros), 1, device)
+    cond = (inputs["text"], inputs["mask"])                          # (B, L, D_text), (B, L)
+    text = run.sets[0].null[None].to(device)                         # (1, 1, D_text)
+    null = (text, torch.ones_like(text[:, :, 0], dtype=torch.bool))
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(len(picks), *run.meta["latent_shape"], generator=generator)
     with autocast(device, args.precision):
@@ -787,8 +784,7 @@ def draw_progress(out):
     for k in range(10):
         name = f"t from {k / 10} to {(k + 1) / 10:.1f}"
         bins[name] = [(step, values[k]) for step, values in columns["val_bins"]]
-    losses = {"training": columns["loss"], "validation": columns["val_loss"]}
-    charts = {"Loss": losses,
+    charts = {"Loss": {"training": columns["loss"], "validation": columns["val_loss"]},
               "Learning rate": {"learning rate": columns["lr"]},
               "Validation loss by time": bins}
     parts = ["<!doctype html><meta charset='utf-8'><body style='font-family: sans-serif'>"]
@@ -817,15 +813,14 @@ def main(argv=None):
         # NCCL between GPUs, gloo between CPUs. It comes first, so that a rank that is refused
         # below takes the others with it: they notice that its connection has closed.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    # For whoever calls this from Python.
-    before = {one: signal.getsignal(one) for one in SIGNALS}
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        # For whoever calls this from Python.
+        for one in SIGNALS:
+            at_the_end.callback(signal.signal, one, signal.getsignal(one))
         # One rank writes.
-        with only_command(args.out) if rank == 0 else contextlib.nullcontext():
-            train(args)
-    finally:
-        for one, receive in before.items():
-            signal.signal(one, receive)
+        if rank == 0:
+            at_the_end.enter_context(only_command(args.out))
+        train(args)
 
 
 if __name__ == "__main__":
