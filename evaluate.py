@@ -721,7 +721,7 @@ def print_tables(ours, paper=False):
 
     for table, title in TABLES.items():
         columns = dict.fromkeys(itertools.chain(*published[table].values()))
-        lines = dict(published[table]) if paper else {}
+        lines = list(published[table].items()) if paper else []
         notes = {}          # {note: the names that it is about}
         for name, (scores, training) in ours.items():
             name_here, cells = place_in_table(table, name, training)
@@ -731,14 +731,14 @@ def print_tables(ours, paper=False):
                     cells[column] = score.text
                     # Not a set, because it keeps no order.
                     notes.setdefault(score.note, {})[name] = None
-                lines[name_here.replace("|", "\\|")] = cells
+                lines.append((name_here.replace("|", "\\|"), cells))
         if not lines:
             continue
-        filled = set().union(*lines.values())
+        filled = set().union(*[cells for _, cells in lines])
         shown = [column for column in columns if column in filled]
         print(f"\nTable {table}: {title}\n\n| | {' | '.join(shown)} |")
         print(f"|---|{'--:|' * len(shown)}")
-        for name, cells in lines.items():
+        for name, cells in lines:
             texts = [name, *[cells.get(column, "") for column in shown]]
             print(f"| {' | '.join(texts)} |")
         for note, names in notes.items():

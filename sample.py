@@ -530,9 +530,10 @@ def random_letters(seed):
     The release's pipeline takes a new one as the negative prompt of each image.
     """
     rng = random.Random(seed)
-    words = [rng.choices(string.ascii_lowercase, k=rng.randint(3, 7))
-             for _ in range(rng.randint(3, 6))]
-    return " ".join(map("".join, words))
+    words = []
+    for _ in range(rng.randint(3, 6)):
+        words.append("".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7))))
+    return " ".join(words)
 
 
 # --------------------------------------------------------------------------------------
