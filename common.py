@@ -122,23 +122,18 @@ def lfs_pointer(path):
 # --------------------------------------------------------------------------------------
 # Command lines
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter,
-                    argparse.ArgumentDefaultsHelpFormatter):
-    """Format --help: the docstring as it is written, and the options' defaults."""
-
-    def _get_help_string(self, action):
-        has_default = action.default is not None and not isinstance(action.default, bool)
-        return super()._get_help_string(action) if has_default else action.help
-
-
 class Options(argparse.ArgumentParser):
     """A command's options: its docstring and the defaults in --help, a mistake in one line."""
 
     def __init__(self, description=None, **more):
-        super().__init__(description=description, formatter_class=HelpFormatter, **more)
+        # The docstring as it is written.
+        super().__init__(description=description,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def add(self, name, meaning, default=None, kind=str, **more):
         """Add an option; `kind` makes a value of its text."""
+        if default is not None:
+            meaning += " (default: %(default)s)"
         self.add_argument(name, help=meaning, default=default, type=kind, metavar="X", **more)
 
     def flag(self, name, meaning):
