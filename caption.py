@@ -734,33 +734,31 @@ def write_together(out, settings, items, unit, rows_of):
     """
     parts = Path(f"{out}.parts")
     record = Path(f"{out}.settings")
+    skipped = Path(str(out).removesuffix(".jsonl") + ".skipped.jsonl")
     units = {f"{k:05d}.jsonl": some for k, some in enumerate(in_batches(items, unit))}
 
     def rows_of_all(missing):
         return rows_of(list(itertools.chain(*missing)))
 
+    def is_complete():
+        return record.exists() and has_content(out)
+
     try:
-        if not out.exists():
-            skipped = Path(str(out).removesuffix(".jsonl") + ".skipped.jsonl")
+        if not is_complete():
             # Beside our record, they are of an OUT that was deleted.
-            products = () if record.exists() else (skipped,)
+            products = () if record.exists() else (out, skipped)
             if not make_rows(parts, settings, units, rows_of_all, products):
                 return False
             # Before OUT, which is the sign that all is done.
             write_json(record, settings)
-            good, bad = join_rows(parts, units, out, skipped)
-            print(f"{good} rows in {out}, {bad} skipped (named in {skipped})")
+            join_rows(parts, units, out, skipped)
     except (UserError, FileNotFoundError):
         # Two ranks that end together both join the units. What one of them then misses, the
         # other has joined and removed: OUT is there.
-        if not out.exists():
+        if not is_complete():
             raise
 
-    if not record.exists():
-        raise UserError(f"{out}: not from this command (no {record.name}): choose another --out")
     refuse_other_settings(out, read_json(record, "the settings of captions"), settings)
-    if not has_content(out):
-        raise UserError(f"{out}: is empty: delete it, and the same command makes it again")
     shutil.rmtree(parts, ignore_errors=True)
     print(f"{out}: complete")
     return True

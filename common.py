@@ -415,11 +415,10 @@ def has_content(path):
 def make_together(out, settings, units, make, is_whole=has_content, products=()):
     """Make this rank's share of the files of an output that are not there yet.
 
-    out: its folder. settings: all that its files depend on, for JSON; they bind as soon as one
-    file is there. units: {name of a file in `out`: what it is made from}. make([what, ...])
+    out: its folder. settings: all that its files depend on, for JSON; they bind from the first
+    file on. units: {name of a file in `out`: what it is made from}. make([what, ...])
     yields the bytes of these files in the same order, so it may read ahead. is_whole(path) tells
-    whether a file need not be made. products: paths of what the caller writes in the end, which
-    must not be somebody else's.
+    whether a file need not be made. products: paths of what the caller writes in the end.
 
     Returns whether all files are there now. If so, it is for this rank, which ended last, to
     describe them (or for two that end together, who then write the same). Ranks never wait for
@@ -432,18 +431,16 @@ def make_together(out, settings, units, make, is_whole=has_content, products=())
     record = out / "settings.json"
     with only_command(out):
         there = {name for name in units if is_whole(out / name)}
-        # A broken one as well: without settings.json it is somebody else's.
-        begun = any((out / name).exists() for name in units)
-        if begun or record.exists():
+        # Without settings.json they are somebody else's. Looked for first: another rank may
+        # begin just now, and writes settings.json before its first file.
+        ours = [*products, *(out / name for name in units)]
+        found = next(filter(os.path.lexists, ours), None)
+        if record.exists():
             before = read_json(record, "the settings of this output")
-            if begun:
-                refuse_other_settings(out, before, settings)
-            elif before.keys() != settings.keys():
-                raise UserError(f"{record}: of another command: choose another --out")
-        else:
-            for path in filter(os.path.lexists, products):
-                raise UserError(f"{path}: not made by this command, which would replace it: "
-                                f"choose another --out")
+            refuse_other_settings(out, before, settings)
+        elif found:
+            raise UserError(f"{found}: not made by this command, which would replace it: "
+                            f"choose another --out")
 
         # Of all files, not of the missing ones: ranks need not look at the same time.
         mine = [name for name in list(units)[rank::world] if name not in there]
@@ -454,9 +451,8 @@ def make_together(out, settings, units, make, is_whole=has_content, products=())
         made = make([units[name] for name in mine]) if mine else ()
         for name, content in zip(mine, made, strict=True):
             # Only now: a command that fails before leaves nothing.
-            if not begun:
+            if not record.exists():
                 write_json(record, settings)
-                begun = True
             write_file(out / name, content)
     whole = all(name in there or is_whole(out / name) for name in units)
     if not whole:
@@ -481,23 +477,30 @@ def make_rows(out, settings, units, rows_of, products=()):
 def join_rows(folder, units, product, skipped):
     """Join JSONL files of a folder to `product`, but rows with a "reason" to `skipped`.
 
-    Returns the number of rows in both. Raises UserError if there are none in `product`: then the
-    units are removed, so that the same command tries again.
+    Raises UserError if there are none in `product`.
     """
     good, bad = [], []
     for name in units:
         for row in read_jsonl(folder / name):
             (bad if "reason" in row else good).append(row)
     if not good:
-        for name in units:
-            (folder / name).unlink(missing_ok=True)
-        raise UserError(f"{product}: nothing could be made of {len(bad)} files; the first: "
-                        f"{bad[0]['file']}: {bad[0]['reason']}")
+        refuse_nothing(folder, units, product, bad)
 
     # The product is the sign that all is done, so it comes last.
     write_jsonl(skipped, bad)
     write_jsonl(product, good)
-    return len(good), len(bad)
+    print(f"{len(good)} rows in {product}, {len(bad)} skipped (named in {skipped})")
+
+
+def refuse_nothing(folder, units, product, skipped):
+    """Raise UserError, as all files were skipped, and remove what `make_together` made.
+
+    The same command is to try again, once they are repaired.
+    """
+    for name in (*units, "settings.json"):
+        (folder / name).unlink(missing_ok=True)
+    raise UserError(f"{product}: nothing could be made of {len(skipped)} files; the first: "
+                    f"{skipped[0]['file']}: {skipped[0]['reason']}")
 
 
 # --------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from pathlib import Path
 from common import (COUNT, Options, UserError, ahead, command_line, contact_sheet,
                     default_workers, fetch, fingerprint, in_batches, keep_apart, list_images,
                     load_image, local_device, make_together, number, pretrained, progress,
-                    reading, refuse_not_finite, save_png, shorten, write_json, write_jsonl)
+                    reading, refuse_not_finite, refuse_nothing, save_png, shorten, write_json, write_jsonl)
 
 import numpy as np
 import torch
@@ -643,11 +643,7 @@ def write_meta(args, settings, shards, skipped, composites):
         broken += samples["skipped"]
 
     if not files:
-        # The same command is to try again, once the images are repaired.
-        for name in (NULL, *shards):
-            (args.out / name).unlink(missing_ok=True)
-        raise UserError(f"{args.out}: none of {len(broken)} images can be read; the first: "
-                        f"{broken[0]['file']}: {broken[0]['reason']}")
+        refuse_nothing(args.out, (NULL, *shards), args.out, broken)
 
     skipped += broken
     write_jsonl(args.out / "skipped.jsonl", skipped)
