@@ -30,9 +30,9 @@ from collections import Counter
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (COUNT, IMAGE_SUFFIXES, SEED, Options, UserError, ahead, command_line,
+from common import (BATCH, COUNT, IMAGE_SUFFIXES, SEED, THREADS, Options, UserError, ahead, command_line,
                     fingerprint, has_content, in_batches, join_rows, keep_apart, lfs_pointer,
-                    list_images, load_image, local_device, make_rows, number, pretrained,
+                    list_images, load_image, local_device, make_rows, pretrained,
                     read_json, read_jsonl, reading, refuse_other_settings, shorten, write_json)
 
 import torch
@@ -776,7 +776,7 @@ def main(argv=None):
         sub.add("--out", "captions.jsonl", kind=Path, required=True)
         if model:
             sub.add("--model", "hub id or folder", model)
-            sub.add("--batch-size", "asked at once", 32, number(int, 1, 10_000))
+            sub.add("--batch-size", "asked at once", 32, BATCH)
             sub.add("--max-new-tokens", "longest answer", 200, COUNT)
         return sub
 
@@ -789,7 +789,7 @@ def main(argv=None):
     sub.add("--images", "folder of photos (or of composites: --cutmix's own)")
     sub.add("--cutmix", "cutmix.jsonl: caption its composites")
     sub.add("--captioned", "files of captions that exist already", [], nargs="+")
-    sub.add("--workers", "threads that decode pictures; 0: none", 8, number(int, 0, 1024))
+    sub.add("--workers", "threads that decode pictures; 0: none", 8, THREADS)
     sub.flag("--no-prune", "show all five views: transformers' own path")
 
     sub = sub_command("extend", extend, "meta-llama/Llama-3.1-8B-Instruct")

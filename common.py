@@ -159,6 +159,8 @@ def number(kind, low, high=10 ** 9):
 # Of options that several commands have.
 COUNT = number(int, 1)
 SEED = number(int, 0, 2 ** 62)
+BATCH = number(int, 1, 10_000)
+THREADS = number(int, 0, 1024)
 
 
 def keep_apart(out, *inputs):
@@ -260,11 +262,10 @@ def complete(path):
             os.fsync(descriptor)
             os.close(descriptor)
             os.replace(temporary, path)
-    except BaseException:
-        # The first error is the one to report.
+    finally:
+        # Only what failed is still there, and its error is the one to report.
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise
 
 
 @contextlib.contextmanager
@@ -415,8 +416,8 @@ def has_content(path):
 def make_together(out, settings, units, make, is_whole=has_content, products=()):
     """Make this rank's share of the files of an output that are not there yet.
 
-    out: its folder. settings: all that its files depend on, for JSON; they bind from the first
-    file on. units: {name of a file in `out`: what it is made from}. make([what, ...])
+    out: its folder. settings: all that its files depend on, as JSON has it (no tuples); they
+    bind from the first file on. units: {name of a file in `out`: what it is made from}. make([what, ...])
     yields the bytes of these files in the same order, so it may read ahead. is_whole(path) tells
     whether a file need not be made. products: paths of what the caller writes in the end.
 
@@ -426,11 +427,9 @@ def make_together(out, settings, units, make, is_whole=has_content, products=())
     """
     out = Path(out)
     rank, world = rank_and_world()
-    # As JSON gives them back: a tuple becomes a list.
-    settings = json.loads(json.dumps(settings))
     record = out / "settings.json"
     with only_command(out):
-        there = {name for name in units if is_whole(out / name)}
+        missing = {name for name in units if not is_whole(out / name)}
         # Without settings.json they are somebody else's. Looked for first: another rank may
         # begin just now, and writes settings.json before its first file.
         ours = [*products, *(out / name for name in units)]
@@ -443,7 +442,7 @@ def make_together(out, settings, units, make, is_whole=has_content, products=())
                             f"choose another --out")
 
         # Of all files, not of the missing ones: ranks need not look at the same time.
-        mine = [name for name in list(units)[rank::world] if name not in there]
+        mine = [name for name in list(units)[rank::world] if name in missing]
         # Left by a killed command that had another number of ranks.
         for path in out.rglob(".*.tmp"):
             if str(path.relative_to(out).with_name(path.name[1:].rsplit(".", 2)[0])) in mine:
@@ -454,7 +453,7 @@ def make_together(out, settings, units, make, is_whole=has_content, products=())
             if not record.exists():
                 write_json(record, settings)
             write_file(out / name, content)
-    whole = all(name in there or is_whole(out / name) for name in units)
+    whole = all(is_whole(out / name) for name in missing)
     if not whole:
         print(f"rank {rank}: its share is done; the rank that ends last completes {out}")
     return whole
@@ -788,11 +787,12 @@ def pretrained(name, kind, companion=None, device=None, **options):
 
     # Another kind of model may have weights of the same names, and some more.
     found = read_json(fetch(name, "config.json"), "a configuration").get("model_type")
-    wanted = getattr(getattr(transformers, kind), "config_class", None)
-    # An Auto class takes any. mT5's encoder is T5's.
-    fits = wanted is None or found in (None, wanted.model_type)
-    if not fits and (found, wanted.model_type) != ("mt5", "t5"):
-        raise UserError(f"{name}: not {wanted.model_type}, but {found}")
+    # An Auto class takes any.
+    config_class = getattr(getattr(transformers, kind), "config_class", None)
+    wanted = getattr(config_class, "model_type", found)
+    # mT5's encoder is T5's.
+    if found not in (None, wanted) and (found, wanted) != ("mt5", "t5"):
+        raise UserError(f"{name}: not {wanted}, but {found}")
     try:
         model, report = getattr(transformers, kind).from_pretrained(
             name, output_loading_info=True, **options)
@@ -802,11 +802,10 @@ def pretrained(name, kind, companion=None, device=None, **options):
         hint = needs_sentencepiece(name) or one_line(error)
         raise UserError(f"{name}: does not load as {kind} ({hint})") from None
     # What the file lacks, transformers fills with random numbers.
-    lacking = dict(model.named_parameters()).keys() & report["missing_keys"]
-    wrong = sorted(lacking) + [str(key) for key in report["mismatched_keys"]]
-    if wrong:
-        raise UserError(f"{name}: not the weights of a {type(model).__name__} ({len(wrong)} are "
-                        f"missing or wrong, {wrong[0]} first)")
+    lacking = sorted(dict(model.named_parameters()).keys() & report["missing_keys"])
+    if lacking:
+        raise UserError(f"{name}: not the weights of a {type(model).__name__} ({len(lacking)} "
+                        f"are missing, {lacking[0]} first)")
     if companion:
         refuse_strange_tokenizer(name, getattr(companion, "tokenizer", companion), model.config)
     model = model.eval().requires_grad_(False).to(device or local_device())

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from common import (SEED, Options, UserError, ahead, command_line, contact_sheet,
+from common import (SEED, THREADS, Options, UserError, ahead, command_line, contact_sheet,
                     default_workers, fingerprint, in_batches, join_rows, keep_apart, list_images,
                     make_rows, naming, number, open_image, resize_and_crop, rgb, save_png)
 
@@ -304,8 +304,7 @@ def main(argv=None):
         choices=settings)
     add("--size", "side of a composite, in pixels", 256, number(int, 16, 8192))
     add("--seed", "another seed, other partners and places", 0, SEED)
-    add("--workers", "threads; 0: one composite after the other", default_workers(),
-        number(int, 0, 1024))
+    add("--workers", "threads; 0: one composite after the other", default_workers(), THREADS)
     parser.flag("--preview", "only draw OUT/preview.png, examples of each setting")
     args = parser.parse_args(argv)
 

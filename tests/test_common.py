@@ -99,7 +99,7 @@ UNITS = {f"{k}.txt": k for k in range(7)}
 
 
 def make(out, settings=None, units=UNITS, maker=None):
-    return common.make_together(out, settings or {"size": 3, "box": (1, 2)}, units, maker)
+    return common.make_together(out, settings or {"size": 3, "box": [1, 2]}, units, maker)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 9])
