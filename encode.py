@@ -302,8 +302,10 @@ def translate_vae(weights):
 # --------------------------------------------------------------------------------------
 # T5's tokens
 
-def load_text_encoder(path_or_repo, device="cpu", dtype=torch.float32):
+def load_text_encoder(path_or_repo, device="cpu"):
     """Return (tokenizer, T5's encoder in eval mode), local or from the hub. Raises UserError."""
+    # In bfloat16 on CUDA. Not in float16, in which T5's activations overflow.
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     t5, tokenizer = pretrained(path_or_repo, "T5EncoderModel", "AutoTokenizer", device,
                                dtype=dtype)
     # Another model's adds other tokens or none, and a text of no tokens cannot be encoded.
@@ -582,12 +584,11 @@ def make_data_set(args, pairs, skipped):
     rows = read_composites(manifest) if manifest.is_file() else []
     composites = {file: setting for file, setting, _ in rows}
 
-    # On CUDA T5 runs in bfloat16. The autoencoder does not, because its means would be 1.0 to
-    # 1.2% off (in TF32, CUDA's way to multiply float32, 0.2 to 0.5%).
+    # In bfloat16, in which T5 runs on CUDA, the autoencoder's means would be 1.0 to 1.2% off (in
+    # TF32, CUDA's way to multiply float32, 0.2 to 0.5%).
     device = local_device()
-    precision = torch.bfloat16 if device.type == "cuda" else torch.float32
     vae = load_vae(args.vae, device)
-    tokenizer, t5 = load_text_encoder(args.text_encoder, device, precision)
+    tokenizer, t5 = load_text_encoder(args.text_encoder, device)
     side, rest = divmod(args.size, vae.downscale)
     if rest:
         raise UserError(f"--size {args.size}: this autoencoder takes multiples of "
