@@ -417,9 +417,10 @@ def make_together(out, settings, units, make, is_whole=has_content, products=())
     """Make this rank's share of the files of an output that are not there yet.
 
     out: its folder. settings: all that its files depend on, as JSON has it (no tuples); they
-    bind from the first file on. units: {name of a file in `out`: what it is made from}. make([what, ...])
-    yields the bytes of these files in the same order, so it may read ahead. is_whole(path) tells
-    whether a file need not be made. products: paths of what the caller writes in the end.
+    bind from the first file on. units: {name of a file in `out`: what it is made from}.
+    make([what, ...]) yields the bytes of these files in the same order, so it may read ahead.
+    is_whole(path) tells whether a file need not be made. products: paths of what the caller
+    writes in the end. Files of these names without settings.json are somebody else's.
 
     Returns whether all files are there now. If so, it is for this rank, which ended last, to
     describe them (or for two that end together, who then write the same). Ranks never wait for
@@ -430,10 +431,10 @@ def make_together(out, settings, units, make, is_whole=has_content, products=())
     record = out / "settings.json"
     with only_command(out):
         missing = {name for name in units if not is_whole(out / name)}
-        # Without settings.json they are somebody else's. Looked for first: another rank may
-        # begin just now, and writes settings.json before its first file.
-        ours = [*products, *(out / name for name in units)]
-        found = next(filter(os.path.lexists, ours), None)
+        # Before settings.json is looked for, which another rank may be writing just now: it does
+        # so before its first file.
+        named = [*products, *(out / name for name in units)]
+        found = next(filter(os.path.lexists, named), None)
         if record.exists():
             before = read_json(record, "the settings of this output")
             refuse_other_settings(out, before, settings)
