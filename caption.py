@@ -30,9 +30,9 @@ from collections import Counter
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (COUNT, IMAGE_SUFFIXES, SEED, Options, UserError, ahead, command_line,
+from common import (BATCH, COUNT, IMAGE_SUFFIXES, SEED, THREADS, Options, UserError, ahead, command_line,
                     fingerprint, has_content, in_batches, join_rows, keep_apart, lfs_pointer,
-                    list_images, load_image, local_device, make_rows, number, pretrained,
+                    list_images, load_image, local_device, make_rows, pretrained,
                     read_json, read_jsonl, reading, refuse_other_settings, shorten, write_json)
 
 import torch
@@ -734,33 +734,31 @@ def write_together(out, settings, items, unit, rows_of):
     """
     parts = Path(f"{out}.parts")
     record = Path(f"{out}.settings")
+    skipped = Path(str(out).removesuffix(".jsonl") + ".skipped.jsonl")
     units = {f"{k:05d}.jsonl": some for k, some in enumerate(in_batches(items, unit))}
 
     def rows_of_all(missing):
         return rows_of(list(itertools.chain(*missing)))
 
+    def is_complete():
+        return record.exists() and has_content(out)
+
     try:
-        if not out.exists():
-            skipped = Path(str(out).removesuffix(".jsonl") + ".skipped.jsonl")
+        if not is_complete():
             # Beside our record, they are of an OUT that was deleted.
-            products = () if record.exists() else (skipped,)
+            products = () if record.exists() else (out, skipped)
             if not make_rows(parts, settings, units, rows_of_all, products):
                 return False
             # Before OUT, which is the sign that all is done.
             write_json(record, settings)
-            good, bad = join_rows(parts, units, out, skipped)
-            print(f"{good} rows in {out}, {bad} skipped (named in {skipped})")
+            join_rows(parts, units, out, skipped)
     except (UserError, FileNotFoundError):
         # Two ranks that end together both join the units. What one of them then misses, the
         # other has joined and removed: OUT is there.
-        if not out.exists():
+        if not is_complete():
             raise
 
-    if not record.exists():
-        raise UserError(f"{out}: not from this command (no {record.name}): choose another --out")
     refuse_other_settings(out, read_json(record, "the settings of captions"), settings)
-    if not has_content(out):
-        raise UserError(f"{out}: is empty: delete it, and the same command makes it again")
     shutil.rmtree(parts, ignore_errors=True)
     print(f"{out}: complete")
     return True
@@ -778,7 +776,7 @@ def main(argv=None):
         sub.add("--out", "captions.jsonl", kind=Path, required=True)
         if model:
             sub.add("--model", "hub id or folder", model)
-            sub.add("--batch-size", "asked at once", 32, number(int, 1, 10_000))
+            sub.add("--batch-size", "asked at once", 32, BATCH)
             sub.add("--max-new-tokens", "longest answer", 200, COUNT)
         return sub
 
@@ -791,7 +789,7 @@ def main(argv=None):
     sub.add("--images", "folder of photos (or of composites: --cutmix's own)")
     sub.add("--cutmix", "cutmix.jsonl: caption its composites")
     sub.add("--captioned", "files of captions that exist already", [], nargs="+")
-    sub.add("--workers", "threads that decode pictures; 0: none", 8, number(int, 0, 1024))
+    sub.add("--workers", "threads that decode pictures; 0: none", 8, THREADS)
     sub.flag("--no-prune", "show all five views: transformers' own path")
 
     sub = sub_command("extend", extend, "meta-llama/Llama-3.1-8B-Instruct")

@@ -122,23 +122,18 @@ def lfs_pointer(path):
 # --------------------------------------------------------------------------------------
 # Command lines
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter,
-                    argparse.ArgumentDefaultsHelpFormatter):
-    """Format --help: the docstring as it is written, and the options' defaults."""
-
-    def _get_help_string(self, action):
-        has_default = action.default is not None and not isinstance(action.default, bool)
-        return super()._get_help_string(action) if has_default else action.help
-
-
 class Options(argparse.ArgumentParser):
     """A command's options: its docstring and the defaults in --help, a mistake in one line."""
 
     def __init__(self, description=None, **more):
-        super().__init__(description=description, formatter_class=HelpFormatter, **more)
+        # The docstring as it is written.
+        super().__init__(description=description,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def add(self, name, meaning, default=None, kind=str, **more):
         """Add an option; `kind` makes a value of its text."""
+        if default is not None:
+            meaning += " (default: %(default)s)"
         self.add_argument(name, help=meaning, default=default, type=kind, metavar="X", **more)
 
     def flag(self, name, meaning):
@@ -164,6 +159,8 @@ def number(kind, low, high=10 ** 9):
 # Of options that several commands have.
 COUNT = number(int, 1)
 SEED = number(int, 0, 2 ** 62)
+BATCH = number(int, 1, 10_000)
+THREADS = number(int, 0, 1024)
 
 
 def keep_apart(out, *inputs):
@@ -265,11 +262,10 @@ def complete(path):
             os.fsync(descriptor)
             os.close(descriptor)
             os.replace(temporary, path)
-    except BaseException:
-        # The first error is the one to report.
+    finally:
+        # Only what failed is still there, and its error is the one to report.
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise
 
 
 @contextlib.contextmanager
@@ -420,11 +416,11 @@ def has_content(path):
 def make_together(out, settings, units, make, is_whole=has_content, products=()):
     """Make this rank's share of the files of an output that are not there yet.
 
-    out: its folder. settings: all that its files depend on, for JSON; they bind as soon as one
-    file is there. units: {name of a file in `out`: what it is made from}. make([what, ...])
-    yields the bytes of these files in the same order, so it may read ahead. is_whole(path) tells
-    whether a file need not be made. products: paths of what the caller writes in the end, which
-    must not be somebody else's.
+    out: its folder. settings: all that its files depend on, as JSON has it (no tuples); they
+    bind from the first file on. units: {name of a file in `out`: what it is made from}.
+    make([what, ...]) yields the bytes of these files in the same order, so it may read ahead.
+    is_whole(path) tells whether a file need not be made. products: paths of what the caller
+    writes in the end. Files of these names without settings.json are somebody else's.
 
     Returns whether all files are there now. If so, it is for this rank, which ended last, to
     describe them (or for two that end together, who then write the same). Ranks never wait for
@@ -432,26 +428,22 @@ def make_together(out, settings, units, make, is_whole=has_content, products=())
     """
     out = Path(out)
     rank, world = rank_and_world()
-    # As JSON gives them back: a tuple becomes a list.
-    settings = json.loads(json.dumps(settings))
     record = out / "settings.json"
     with only_command(out):
-        there = {name for name in units if is_whole(out / name)}
-        # A broken one as well: without settings.json it is somebody else's.
-        begun = any((out / name).exists() for name in units)
-        if begun or record.exists():
+        missing = {name for name in units if not is_whole(out / name)}
+        # Before settings.json is looked for, which another rank may be writing just now: it does
+        # so before its first file.
+        named = [*products, *(out / name for name in units)]
+        found = next(filter(os.path.lexists, named), None)
+        if record.exists():
             before = read_json(record, "the settings of this output")
-            if begun:
-                refuse_other_settings(out, before, settings)
-            elif before.keys() != settings.keys():
-                raise UserError(f"{record}: of another command: choose another --out")
-        else:
-            for path in filter(os.path.lexists, products):
-                raise UserError(f"{path}: not made by this command, which would replace it: "
-                                f"choose another --out")
+            refuse_other_settings(out, before, settings)
+        elif found:
+            raise UserError(f"{found}: not made by this command, which would replace it: "
+                            f"choose another --out")
 
         # Of all files, not of the missing ones: ranks need not look at the same time.
-        mine = [name for name in list(units)[rank::world] if name not in there]
+        mine = [name for name in list(units)[rank::world] if name in missing]
         # Left by a killed command that had another number of ranks.
         for path in out.rglob(".*.tmp"):
             if str(path.relative_to(out).with_name(path.name[1:].rsplit(".", 2)[0])) in mine:
@@ -459,11 +451,10 @@ def make_together(out, settings, units, make, is_whole=has_content, products=())
         made = make([units[name] for name in mine]) if mine else ()
         for name, content in zip(mine, made, strict=True):
             # Only now: a command that fails before leaves nothing.
-            if not begun:
+            if not record.exists():
                 write_json(record, settings)
-                begun = True
             write_file(out / name, content)
-    whole = all(name in there or is_whole(out / name) for name in units)
+    whole = all(is_whole(out / name) for name in missing)
     if not whole:
         print(f"rank {rank}: its share is done; the rank that ends last completes {out}")
     return whole
@@ -486,23 +477,30 @@ def make_rows(out, settings, units, rows_of, products=()):
 def join_rows(folder, units, product, skipped):
     """Join JSONL files of a folder to `product`, but rows with a "reason" to `skipped`.
 
-    Returns the number of rows in both. Raises UserError if there are none in `product`: then the
-    units are removed, so that the same command tries again.
+    Raises UserError if there are none in `product`.
     """
     good, bad = [], []
     for name in units:
         for row in read_jsonl(folder / name):
             (bad if "reason" in row else good).append(row)
     if not good:
-        for name in units:
-            (folder / name).unlink(missing_ok=True)
-        raise UserError(f"{product}: nothing could be made of {len(bad)} files; the first: "
-                        f"{bad[0]['file']}: {bad[0]['reason']}")
+        refuse_nothing(folder, units, product, bad)
 
     # The product is the sign that all is done, so it comes last.
     write_jsonl(skipped, bad)
     write_jsonl(product, good)
-    return len(good), len(bad)
+    print(f"{len(good)} rows in {product}, {len(bad)} skipped (named in {skipped})")
+
+
+def refuse_nothing(folder, units, product, skipped):
+    """Raise UserError, as all files were skipped, and remove what `make_together` made.
+
+    The same command is to try again, once they are repaired.
+    """
+    for name in (*units, "settings.json"):
+        (folder / name).unlink(missing_ok=True)
+    raise UserError(f"{product}: nothing could be made of {len(skipped)} files; the first: "
+                    f"{skipped[0]['file']}: {skipped[0]['reason']}")
 
 
 # --------------------------------------------------------------------------------------
@@ -790,11 +788,12 @@ def pretrained(name, kind, companion=None, device=None, **options):
 
     # Another kind of model may have weights of the same names, and some more.
     found = read_json(fetch(name, "config.json"), "a configuration").get("model_type")
-    wanted = getattr(getattr(transformers, kind), "config_class", None)
-    # An Auto class takes any. mT5's encoder is T5's.
-    fits = wanted is None or found in (None, wanted.model_type)
-    if not fits and (found, wanted.model_type) != ("mt5", "t5"):
-        raise UserError(f"{name}: not {wanted.model_type}, but {found}")
+    # An Auto class takes any.
+    config_class = getattr(getattr(transformers, kind), "config_class", None)
+    wanted = getattr(config_class, "model_type", found)
+    # mT5's encoder is T5's.
+    if found not in (None, wanted) and (found, wanted) != ("mt5", "t5"):
+        raise UserError(f"{name}: not {wanted}, but {found}")
     try:
         model, report = getattr(transformers, kind).from_pretrained(
             name, output_loading_info=True, **options)
@@ -804,11 +803,10 @@ def pretrained(name, kind, companion=None, device=None, **options):
         hint = needs_sentencepiece(name) or one_line(error)
         raise UserError(f"{name}: does not load as {kind} ({hint})") from None
     # What the file lacks, transformers fills with random numbers.
-    lacking = dict(model.named_parameters()).keys() & report["missing_keys"]
-    wrong = sorted(lacking) + [str(key) for key in report["mismatched_keys"]]
-    if wrong:
-        raise UserError(f"{name}: not the weights of a {type(model).__name__} ({len(wrong)} are "
-                        f"missing or wrong, {wrong[0]} first)")
+    lacking = sorted(dict(model.named_parameters()).keys() & report["missing_keys"])
+    if lacking:
+        raise UserError(f"{name}: not the weights of a {type(model).__name__} ({len(lacking)} "
+                        f"are missing, {lacking[0]} first)")
     if companion:
         refuse_strange_tokenizer(name, getattr(companion, "tokenizer", companion), model.config)
     model = model.eval().requires_grad_(False).to(device or local_device())

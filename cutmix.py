@@ -14,7 +14,6 @@ on when it is started again; under torchrun, or with RANK and WORLD_SIZE set, ra
 the folders of a thousand composites.
 """
 
-import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from common import (SEED, Options, UserError, ahead, command_line, contact_sheet,
+from common import (SEED, THREADS, Options, UserError, ahead, command_line, contact_sheet,
                     default_workers, fingerprint, in_batches, join_rows, keep_apart, list_images,
                     make_rows, naming, number, open_image, resize_and_crop, rgb, save_png)
 
@@ -175,7 +174,8 @@ class Composites(NamedTuple):
         if self.setting != "all":
             return self.setting
         group, position = divmod(index, len(CUTS))
-        return list(CUTS)[permutation(len(CUTS), self.seed, group)[position]]
+        order = np.random.default_rng((self.seed, group, 1)).permutation(len(CUTS))
+        return list(CUTS)[order[position]]
 
     def partner(self, base, rng):
         """Return the file of a photo of another class, each as likely as the others."""
@@ -230,13 +230,6 @@ class Composites(NamedTuple):
         return row
 
 
-# Remembered, because the composites of a group are made one after the other.
-@functools.lru_cache
-def permutation(count, seed, group):
-    """Return the numbers below `count` in an order that depends on `seed` and `group` only."""
-    return np.random.default_rng((seed, group, 1)).permutation(count)
-
-
 def class_of(file):
     """Return the class of an image, its first folder: "n02099601/7.JPEG" -> "n02099601".
 
@@ -272,8 +265,7 @@ def make_all(composites, workers):
                 "seed": composites.seed, "photos": fingerprint(composites.files)}
     lists = (out / "cutmix.jsonl", out / "skipped.jsonl")
     if make_rows(out / "parts", settings, units, rows_of, lists):
-        good, bad = join_rows(out / "parts", units, *lists)
-        print(f"{good} composites in {out}, {bad} photos skipped (named in skipped.jsonl)")
+        join_rows(out / "parts", units, *lists)
 
 
 # --------------------------------------------------------------------------------------
@@ -312,8 +304,7 @@ def main(argv=None):
         choices=settings)
     add("--size", "side of a composite, in pixels", 256, number(int, 16, 8192))
     add("--seed", "another seed, other partners and places", 0, SEED)
-    add("--workers", "threads; 0: one composite after the other", default_workers(),
-        number(int, 0, 1024))
+    add("--workers", "threads; 0: one composite after the other", default_workers(), THREADS)
     parser.flag("--preview", "only draw OUT/preview.png, examples of each setting")
     args = parser.parse_args(argv)
 

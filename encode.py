@@ -25,10 +25,10 @@ from bisect import bisect_right
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (COUNT, Options, UserError, ahead, command_line, contact_sheet,
+from common import (BATCH, COUNT, THREADS, Options, UserError, ahead, command_line, contact_sheet,
                     default_workers, fetch, fingerprint, in_batches, keep_apart, list_images,
                     load_image, local_device, make_together, number, pretrained, progress,
-                    reading, refuse_not_finite, save_png, shorten, write_json, write_jsonl)
+                    reading, refuse_not_finite, refuse_nothing, save_png, shorten, write_json, write_jsonl)
 
 import numpy as np
 import torch
@@ -302,8 +302,10 @@ def translate_vae(weights):
 # --------------------------------------------------------------------------------------
 # T5's tokens
 
-def load_text_encoder(path_or_repo, device="cpu", dtype=torch.float32):
+def load_text_encoder(path_or_repo, device="cpu"):
     """Return (tokenizer, T5's encoder in eval mode), local or from the hub. Raises UserError."""
+    # In bfloat16 on CUDA. Not in float16, in which T5's activations overflow.
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     t5, tokenizer = pretrained(path_or_repo, "T5EncoderModel", "AutoTokenizer", device,
                                dtype=dtype)
     # Another model's adds other tokens or none, and a text of no tokens cannot be encoded.
@@ -519,20 +521,17 @@ def encode_captions(tokenizer, t5, captions, args):
 
 
 def load_images(folder, size, pairs):
-    """Return pixels (n, size, size, 3) uint8 of the images that can be read, the pairs
-    (file, caption) of these, and rows of skipped.jsonl for the others.
+    """Return {(file, caption): pixels (size, size, 3) uint8} of the images that can be read,
+    and rows of skipped.jsonl for the others.
     """
-    pixels = []
-    readable = []
+    pixels = {}
     broken = []
     for file, caption in pairs:
-        path = f"{folder}/{file}"
         try:
-            pixels.append(np.asarray(load_image(path, size)))
-            readable.append((file, caption))
+            pixels[file, caption] = np.asarray(load_image(f"{folder}/{file}", size))
         except OSError as error:
             broken.append({"file": file, "reason": error.strerror})
-    return np.array(pixels), readable, broken
+    return pixels, broken
 
 
 def make_shards(args, settings, vae, tokenizer, t5, parts):
@@ -552,13 +551,14 @@ def make_shards(args, settings, vae, tokenizer, t5, parts):
         kept = []
         skipped = []
         for _ in in_batches(pairs, args.batch_size):
-            pixels, readable, broken = next(loaded)
-            if readable:
-                x = torch.from_numpy(pixels).to(device)              # (n, size, size, 3)
+            pixels, broken = next(loaded)
+            if pixels:
+                x = np.stack(list(pixels.values()))                  # (n, size, size, 3)
+                x = torch.from_numpy(x).to(device)
                 x = x.permute(0, 3, 1, 2) / 127.5 - 1                # (n, 3, size, size)
                 mean_and_std = torch.stack(vae.encode(x))            # (2, n, C, h, w)
                 moments.append(mean_and_std.half().cpu())
-            kept += readable
+            kept += pixels
             skipped += broken
 
         captions = [""] if name == NULL else [caption for _, caption in kept]
@@ -584,16 +584,15 @@ def make_data_set(args, pairs, skipped):
     rows = read_composites(manifest) if manifest.is_file() else []
     composites = {file: setting for file, setting, _ in rows}
 
-    # On CUDA T5 runs in bfloat16. The autoencoder does not, because its means would be 1.0 to
-    # 1.2% off (in TF32, CUDA's way to multiply float32, 0.2 to 0.5%).
+    # In bfloat16, in which T5 runs on CUDA, the autoencoder's means would be 1.0 to 1.2% off (in
+    # TF32, CUDA's way to multiply float32, 0.2 to 0.5%).
     device = local_device()
-    precision = torch.bfloat16 if device.type == "cuda" else torch.float32
     vae = load_vae(args.vae, device)
-    tokenizer, t5 = load_text_encoder(args.text_encoder, device, precision)
-    if args.size % vae.downscale:
+    tokenizer, t5 = load_text_encoder(args.text_encoder, device)
+    side, rest = divmod(args.size, vae.downscale)
+    if rest:
         raise UserError(f"--size {args.size}: this autoencoder takes multiples of "
                         f"{vae.downscale}")
-    side = args.size // vae.downscale
 
     # The paper's short captions are "An image of <class-name>".
     all_aio = all(caption.startswith("An image of ") for _, caption in pairs)
@@ -643,11 +642,7 @@ def write_meta(args, settings, shards, skipped, composites):
         broken += samples["skipped"]
 
     if not files:
-        # The same command is to try again, once the images are repaired.
-        for name in (NULL, *shards):
-            (args.out / name).unlink(missing_ok=True)
-        raise UserError(f"{args.out}: none of {len(broken)} images can be read; the first: "
-                        f"{broken[0]['file']}: {broken[0]['reason']}")
+        refuse_nothing(args.out, (NULL, *shards), args.out, broken)
 
     skipped += broken
     write_jsonl(args.out / "skipped.jsonl", skipped)
@@ -739,9 +734,8 @@ def main(argv=None):
     add("--max-tokens", "longer captions are cut", 256, number(int, 1, 4096))
     add("--text-dtype", f"on the disk: {', '.join(TEXT_DTYPES)}", "bfloat16", choices=TEXT_DTYPES)
     add("--shard-images", "1600 are about 1 GiB", 1600, COUNT)
-    add("--batch-size", "images or captions at once", 64, number(int, 1, 10_000))
-    add("--workers", "threads that decode images; 0: none", default_workers(),
-        number(int, 0, 1024))
+    add("--batch-size", "images or captions at once", 64, BATCH)
+    add("--workers", "threads that decode images; 0: none", default_workers(), THREADS)
     add("--check", "only check this data set, draw check.png and fig7.png")
     args = parser.parse_args(argv)
     if args.check:

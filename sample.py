@@ -385,10 +385,8 @@ def load_pipeline(path_or_repo, vae=None, text_encoder=None, device=None):
     model = load_model(path_or_repo, device)
     config = model.checkpoint_config
     autoencoder = load_vae(str(vae or config.get("vae") or VAE), device)
-    # Not float16, in which T5's activations overflow.
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     t5_name = str(text_encoder or config.get("text_encoder") or TEXT_ENCODER)
-    tokenizer, t5 = load_text_encoder(t5_name, device, dtype)
+    tokenizer, t5 = load_text_encoder(t5_name, device)
     pipeline = Pipeline(model, autoencoder, tokenizer, t5)
     check_encoders(path_or_repo, pipeline, vae, text_encoder)
     # Training scaled the latents by it, whatever an autoencoder named here says.

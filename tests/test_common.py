@@ -99,7 +99,7 @@ UNITS = {f"{k}.txt": k for k in range(7)}
 
 
 def make(out, settings=None, units=UNITS, maker=None):
-    return common.make_together(out, settings or {"size": 3, "box": (1, 2)}, units, maker)
+    return common.make_together(out, settings or {"size": 3, "box": [1, 2]}, units, maker)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 9])
@@ -143,10 +143,10 @@ def test_settings_bind_as_soon_as_one_unit_is_there(tmp_path):
                          ({"size": 3}, "cuts {'1/2': 1}, now None")]:
         assert f"other settings ({words}" in refusal(make, tmp_path, other, {"0.txt": 0})
     (tmp_path / "settings.json").unlink()
-    assert "settings.json: No such file" in refusal(make, tmp_path)
+    assert "0.txt: not made by this command" in refusal(make, tmp_path)
     (tmp_path / "0.txt").unlink()
     (tmp_path / "settings.json").write_text('{"of": "another command"}')
-    assert "settings.json: of another command" in refusal(make, tmp_path)
+    assert "other settings (of another command, now None)" in refusal(make, tmp_path)
 
 
 def test_while_a_command_is_at_work_nobody_else_is_and_a_kill_leaves_no_lock(tmp_path):
@@ -165,7 +165,8 @@ def test_while_a_command_is_at_work_nobody_else_is_and_a_kill_leaves_no_lock(tmp
     assert make(tmp_path, maker=lambda numbers: [b"1"] * len(numbers))
 
 
-def test_rows_are_joined_in_order_and_an_output_of_nothing_is_tried_again(tmp_path):
+def test_rows_are_joined_in_order_and_an_output_of_nothing_is_tried_again(tmp_path, capsys):
+    (tmp_path / "settings.json").write_text("{}")
     (tmp_path / "0").write_text('{"file": "a", "reason": "broken"}\n')
     (tmp_path / "1").touch()
     products = (tmp_path / "rows.jsonl", tmp_path / "skipped.jsonl")
@@ -174,7 +175,8 @@ def test_rows_are_joined_in_order_and_an_output_of_nothing_is_tried_again(tmp_pa
     assert not list(tmp_path.iterdir())
     (tmp_path / "0").write_text('{"file": "a", "reason": "broken"}\n{"file": "b"}\n')
     (tmp_path / "1").write_text('{"file": "c"}\n')
-    assert common.join_rows(tmp_path, ["0", "1"], *products) == (2, 1)
+    common.join_rows(tmp_path, ["0", "1"], *products)
+    assert "2 rows in" in capsys.readouterr().out
     assert [row["file"] for row in common.read_jsonl(products[0])] == ["b", "c"]
 
 

@@ -113,7 +113,7 @@ def test_each_photo_is_the_base_once_or_named_and_the_manifest_tells_what_is_in_
     del colours["a/broken.png"]
 
     make("--images", tmp_path / "photos", "--out", tmp_path / "out", "--size", 60, "--workers", 2)
-    assert "1 photos skipped" in capsys.readouterr().out
+    assert "1 skipped" in capsys.readouterr().out
     [skipped] = common.read_jsonl(tmp_path / "out/skipped.jsonl")
     assert skipped["file"] == "a/broken.png" and str(tmp_path) not in skipped["reason"]
     rows = common.read_jsonl(tmp_path / "out/cutmix.jsonl")

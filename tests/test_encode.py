@@ -1,5 +1,6 @@
 """Stage 3: the encoders against their references, the encoded data set, and what goes wrong."""
 
+import copy
 import json
 import math
 import shutil
@@ -151,7 +152,7 @@ def test_captions_in_a_batch_are_encoded_as_each_alone(t5_folder):
 
 def test_t5_has_one_fingerprint_in_float32_and_bfloat16_and_another_t5_has_another(t5_folder):
     tokenizer, t5 = encode.load_text_encoder(t5_folder)
-    _, rounded = encode.load_text_encoder(t5_folder, dtype=torch.bfloat16)
+    rounded = copy.deepcopy(t5).bfloat16()
     fingerprint = encode.fingerprint_of_t5(tokenizer, t5)
     assert encode.fingerprint_of_t5(tokenizer, rounded) == fingerprint
     t5.encoder.block[1].layer[1].DenseReluDense.wo.weight.data *= 1.01
@@ -317,7 +318,7 @@ def test_where_nothing_can_be_read_the_same_command_works_later(data, encoded):
     for path in data.paths:
         path.write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "a git-lfs pointer" in refused("encode.py", *data.words, "--out", data.folder / "out")
-    assert contents(data.folder / "out").keys() == {"settings.json"}
+    assert not contents(data.folder / "out")
     for path, content in zip(data.paths, photos):
         path.write_bytes(content)
     assert contents(data.encode("out")) == contents(encoded)

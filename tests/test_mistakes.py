@@ -35,7 +35,7 @@ MISTAKES = [
     ("caption.py llava --cutmix {bad}/nothing --out {tmp}/out", "needs a caption"),
     ("caption.py extend --out {tmp}/out", "--prompts"),
     (AIO + " --images {bad}/photos/n1", "no class folder"),
-    (AIO + " --out {bad}/latin.jsonl", "not from this"),
+    (AIO + " --out {bad}/latin.jsonl", "not made by this"),
     (AIO + " --out {bad}/foreign/c", "not made by this"),
     (AIO + " --out {bad}/photos/a.jsonl", "is an input"),
     (AIO + " --out {bad}/nothing --class-names {bad}/nothing", "is an input"),
