@@ -30,7 +30,7 @@ from collections import Counter
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (BATCH, COUNT, IMAGE_SUFFIXES, SEED, THREADS, Options, UserError, ahead, command_line,
+from common import (BATCH_SIZE, COUNT, IMAGE_SUFFIXES, SEED, THREADS, Options, UserError, ahead, command_line,
                     fingerprint, has_content, in_batches, join_rows, keep_apart, lfs_pointer,
                     list_images, load_image, local_device, make_rows, pretrained,
                     read_json, read_jsonl, reading, refuse_other_settings, shorten, write_json)
@@ -773,10 +773,10 @@ def main(argv=None):
     def sub_command(name, function, model=None):
         sub = commands.add_parser(name, description=__doc__)
         sub.set_defaults(function=function)
-        sub.add("--out", "captions.jsonl", kind=Path, required=True)
+        sub.add("--out", "the file of captions to make, JSONL", kind=Path, required=True)
         if model:
             sub.add("--model", "hub id or folder", model)
-            sub.add("--batch-size", "asked at once", 32, BATCH)
+            sub.add("--batch-size", "pictures or prompts that are asked about at once", 32, BATCH_SIZE)
             sub.add("--max-new-tokens", "longest answer", 200, COUNT)
         return sub
 

@@ -132,9 +132,9 @@ class Options(argparse.ArgumentParser):
 
     def add(self, name, meaning, default=None, kind=str, **more):
         """Add an option; `kind` makes a value of its text."""
-        if default is not None:
+        if default not in (None, "", []):
             meaning += " (default: %(default)s)"
-        self.add_argument(name, help=meaning, default=default, type=kind, metavar="X", **more)
+        self.add_argument(name, help=meaning, default=default, type=kind, **more)
 
     def flag(self, name, meaning):
         self.add_argument(name, help=meaning, action="store_true")
@@ -159,7 +159,7 @@ def number(kind, low, high=10 ** 9):
 # Of options that several commands have.
 COUNT = number(int, 1)
 SEED = number(int, 0, 2 ** 62)
-BATCH = number(int, 1, 10_000)
+BATCH_SIZE = number(int, 1, 10_000)
 THREADS = number(int, 0, 1024)
 
 

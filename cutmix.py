@@ -299,11 +299,9 @@ def main(argv=None):
     add = parser.add
     add("--images", "folder of photos: <class>/<file>, or all in one flat folder", required=True)
     add("--out", "folder where the composites go", kind=Path, required=True)
-    settings = [*CUTS, "all"]
-    add("--setting", f"the share of the second photo: {', '.join(settings)}", "all",
-        choices=settings)
+    add("--setting", "the share of the second photo", "all", choices=[*CUTS, "all"])
     add("--size", "side of a composite, in pixels", 256, number(int, 16, 8192))
-    add("--seed", "another seed, other partners and places", 0, SEED)
+    add("--seed", "of partners and places", 0, SEED)
     add("--workers", "threads; 0: one composite after the other", default_workers(), THREADS)
     parser.flag("--preview", "only draw OUT/preview.png, examples of each setting")
     args = parser.parse_args(argv)

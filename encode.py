@@ -25,7 +25,7 @@ from bisect import bisect_right
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (BATCH, COUNT, THREADS, Options, UserError, ahead, command_line, contact_sheet,
+from common import (BATCH_SIZE, COUNT, THREADS, Options, UserError, ahead, command_line, contact_sheet,
                     default_workers, fetch, fingerprint, in_batches, keep_apart, list_images,
                     load_image, local_device, make_together, number, pretrained, progress,
                     reading, refuse_not_finite, refuse_nothing, save_png, shorten, write_json, write_jsonl)
@@ -732,9 +732,9 @@ def main(argv=None):
     add("--text-encoder", "folder or hub id of a T5", "google/flan-t5-xl")
     add("--size", "side of images, in pixels", 256, number(int, 8, 2048))
     add("--max-tokens", "longer captions are cut", 256, number(int, 1, 4096))
-    add("--text-dtype", f"on the disk: {', '.join(TEXT_DTYPES)}", "bfloat16", choices=TEXT_DTYPES)
-    add("--shard-images", "1600 are about 1 GiB", 1600, COUNT)
-    add("--batch-size", "images or captions at once", 64, BATCH)
+    add("--text-dtype", "of tokens on the disk", "bfloat16", choices=TEXT_DTYPES)
+    add("--shard-images", "images in a shard; 1600 are about 1 GiB", 1600, COUNT)
+    add("--batch-size", "images or captions at once", 64, BATCH_SIZE)
     add("--workers", "threads that decode images; 0: none", default_workers(), THREADS)
     add("--check", "only check this data set, draw check.png and fig7.png")
     args = parser.parse_args(argv)

@@ -130,11 +130,13 @@ def read_samples(path):
             # Fails for half a character. A file's name may hold bytes that are not UTF-8.
             os.fsencode(row["file"])
             row["prompt"].encode()
-        # Prompts that were files, such as DPG-Bench's, have names of another kind.
-        names.append("prompt_file" not in row and row.get("name"))
+        # Other prompts may have names, too, but their samples are not called after them.
+        name = str(row.get("name"))
+        is_coco = name.startswith("COCO_") or row["file"].startswith((f"{name}.", f"{name}_"))
+        names.append(is_coco and name)
     if not prompts:
         raise UserError(f"{path}: no samples in it")
-    return prompts, set(map(str, names)) if all(names) else set()
+    return prompts, set(names) if all(names) else set()
 
 
 def images_of(folder):
@@ -803,7 +805,7 @@ def main(argv=None):
     sub.add("--real", "real images, or a file of --save-stats", required=True)
     sub.add("--fake", "generated images")
     sub.add("--size", "side of the centre crop", 256, number(int, 1, 4096))
-    sub.add("--k", "reach of a ball; 3 is our choice", 3, COUNT)
+    sub.add("--k", "a ball reaches to the k-th neighbour; 3 is our choice", 3, COUNT)
     sub.add("--chunk", "P, R, D, C: mean over chunks of so many; 0: all", 10_000,
             number(int, 0, 2 ** 62))
     sub.add("--seed", "how chunks are drawn", 0, SEED)

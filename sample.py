@@ -6,8 +6,8 @@
 Prompts come from --prompt (which may be repeated) or from any file of captions
 or prompts that `caption.read_prompts` understands: text (one a line), JSONL,
 CSV, TSV, a folder of .txt files (DPG-Bench's) or COCO's captions_val2014.json.
-Image i depends on --seed + i alone: another batch size, more ranks under
-torchrun, or a command that was killed and started again give the same images.
+Image i starts from the noise of seed --seed + i: another batch size, more ranks
+under torchrun, or a command that was killed and started again give the same images.
 
 The estimate x_0 is clamped to +-1.2 at every step, as in the released pipeline:
 guidance overshoots, and the error grows from step to step. 1.2 is tight; see
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (COUNT, SEED, Options, UserError, command_line, contact_sheet, fetch,
+from common import (BATCH_SIZE, COUNT, SEED, Options, UserError, command_line, contact_sheet, fetch,
                     fingerprint, in_batches, local_device, make_together, number, open_image,
                     rank_and_world, read_json, reading, refuse_not_finite, save_png, sha256,
                     write_file, write_json, write_jsonl)
@@ -82,7 +82,8 @@ class TextToImageModel(Protocol):
     def forward(self, x, gamma, text, mask, coherence, coin=None):
         """Return the predicted noise in training, where there is no previous step.
 
-        coin (B,), uniform in [0, 1): the only chance that a model may use; None: drawn.
+        coin (B,), uniform in [0, 1): what a network decides at random in training, it
+        decides by these, so that a run can be repeated; None: it draws them.
         """
 
 
@@ -667,7 +668,7 @@ def arguments(argv):
     add("--prompt", "a prompt (may be given again)", kind=utf8, action="append")
     add("--prompts", "text, JSONL, CSV, TSV, COCO's captions, or a folder of .txt files")
     add("--limit", "at most so many of --prompts, chosen by --seed", kind=COUNT)
-    add("--images-per-prompt", "GenEval and DPG use 4", 1, number(int, 1, 10_000))
+    add("--images-per-prompt", "GenEval and DPG take 4", 1, number(int, 1, 10_000))
     add("--format", "flat, geneval (its tools' folders) or dpg (one 2 x 2 grid a prompt)", "flat",
         choices=FORMATS)
 
@@ -691,7 +692,7 @@ def arguments(argv):
     # The rest changes no image, unless --vae or --text-encoder names other weights.
     add("--vae", f"folder or hub repository (default: the checkpoint's own, or {VAE})")
     add("--text-encoder", f"folder or hub repository (default: likewise, {TEXT_ENCODER})")
-    add("--batch-size", "images at once", 16, number(int, 1, 10_000))
+    add("--batch-size", "images at once", 16, BATCH_SIZE)
     parser.flag("--no-compile", "CUDA: do not torch.compile the network")
     args = parser.parse_args(argv)
 

@@ -8,8 +8,8 @@ a model card. Beside it lie log.jsonl, progress.html, sample grids, lasting chec
 (step-0050000 and so on) and state.pt. A run that was killed, or stopped by a signal such as
 Ctrl-C (it saves first), goes on with the same command.
 
-Every random number is a function of (seed, step, index in the batch): the data, times and
-noise do not depend on kills, on the number of ranks, of workers, or on the micro-batch.
+Every random number of a step is a function of (seed, step, index in the batch): data, times
+and noise do not depend on kills, on the number of ranks, of workers, or on the micro-batch.
 """
 
 import collections
@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (COUNT, SEED, Options, UserError, ahead, command_line, complete,
+from common import (COUNT, SEED, THREADS, Options, UserError, ahead, command_line, complete,
                     contact_sheet, in_batches, jsonl, keep_apart, line_chart, local_device,
                     number, one_line, only_command, rank_and_world, read_jsonl, reading,
                     refuse_other_settings, save_png, write_file, write_jsonl)
@@ -45,7 +45,8 @@ from sample import (MODELS, PRECISIONS, autocast, changed_encoders, compile_bloc
 # --------------------------------------------------------------------------------------
 # Algorithm 1: what a step is trained on
 
-# Each purpose has its own stream of random numbers: default_rng([seed, stream, ...]).
+# Each purpose has its own stream of random numbers: default_rng([seed, stream, ...]). There
+# was a stream 1 once, and the others kept their numbers.
 STEP_STREAM, ORDER_STREAM, VALIDATION_STREAM = 0, 2, 3
 
 
@@ -283,8 +284,8 @@ def update(optimizer, averages, norm, step, args):
 # --------------------------------------------------------------------------------------
 # The loop
 
-# A loss that tells of failure: predicting no noise at all costs 1, and a network that has
-# learned nothing up to 2.5.
+# A loss that tells of failure: predicting no noise at all costs 1, and CAD as the release starts
+# it at most 2.5.
 DIVERGED = 10
 
 # From a scheduler, Ctrl-C, a closed terminal, and Slurm before the time is up.
@@ -367,7 +368,7 @@ def train(args):
         del network
         gc.collect()
         dist.destroy_process_group()
-    if stopping or signals:
+    if (stopping or signals) and run.done < args.steps:
         # Another rank's signal ends this one too.
         received = signal.Signals(signals[0]) if signals else signal.SIGTERM
         # Where the terminal has been closed, nobody can be told.
@@ -387,7 +388,8 @@ PAPER, RELEASE, OURS = "[paper]", "[released CAD-I]", "[ours]"
 # What save_checkpoint writes.
 CHECKPOINT = ("config.json", "model.safetensors", "README.md")
 
-# Settings that must stay when a run goes on: all that its bits depend on.
+# Settings that must stay when a run goes on. The weights depend on --lr and --steps, too, but
+# these may be changed on purpose.
 BINDING = ("model", "preset", "seed", "p", "tau", "drop", "batch_size", "schedule_steps", "clip",
            "optimizer", "betas", "weight_decay", "warmup", "rate", "ema", "precision", "init")
 
@@ -409,7 +411,7 @@ def arguments(argv):
     add("--augmented", "encoded CutMix composites; without, text augmentation alone")
     add("--val", "encoded pictures on which the loss is only measured")
     add("--out", "folder of checkpoint, state, log and grids", kind=Path, required=True)
-    add("--model", f"dit or cad {OURS}", "dit", choices=MODELS)
+    add("--model", f"the network {OURS}", "dit", choices=MODELS)
     sizes = "; ".join(f"{name}: {', '.join(MODELS[name].presets)}" for name in MODELS)
     add("--preset", f"size ({sizes}; default: L/2 and L, {PAPER})")
     add("--init", "checkpoint whose weights to start from; all else is new")
@@ -425,7 +427,7 @@ def arguments(argv):
     add("--steps", f"training steps {PAPER}", 250_000, COUNT)
     add("--schedule-steps", f"of the learning rate (default: 2 x --steps {RELEASE}, or what the "
         "run was begun with)", kind=COUNT)
-    add("--optimizer", f"lamb or adamw {RELEASE}", "lamb", choices=["lamb", "adamw"])
+    add("--optimizer", f"the optimiser {RELEASE}", "lamb", choices=["lamb", "adamw"])
     add("--lr", f"peak learning rate {RELEASE}", 1e-3, positive)
     below_1 = number(float, 0, math.nextafter(1, 0))
     add("--betas", f"of both optimisers {RELEASE}", [0.9, 0.999], below_1, nargs=2)
@@ -442,7 +444,7 @@ def arguments(argv):
     add("--precision", "auto: bf16 on CUDA, else fp32 (on CUDA TF32); weights are always float32 "
         f"{OURS}", "auto", choices=PRECISIONS)
     add("--workers", f"threads of a rank that read data {OURS}", 4 if cuda else 0,
-        number(int, 0, 1024))
+        THREADS)
     parser.flag("--no-compile", "CUDA: no torch.compile")
     parser.flag("--checkpoint-activations",
                 "compute them again in the backward pass: slower, less memory")

@@ -316,9 +316,16 @@ def test_samples_of_coco_are_compared_with_the_photos_that_were_asked_for(qualit
             ([real, "--save-stats", tmp_path / "foreign.safetensors"], "not a file of --save-stats"),
             ([pictures(tmp_path / "other", 5)], "bear the 6 names")]:
         assert message in refusal(quality, *words)
-    # A prompt that was a file has a name, too, and is not COCO's.
-    write_jsonl(tmp_path / "fake/samples.jsonl", [{**row, "prompt_file": "p.txt"} for row in rows])
-    assert quality(real)["data"] == "ImageNet"
+    # COCO's of another year are called by numbers.
+    for n in range(4):
+        (real / f"COCO_00{n}.jpg").rename(real / f"000{n}.jpg")
+    write_jsonl(tmp_path / "fake/samples.jsonl", [{**rows[n], "name": f"000{n}"} for n in range(4)])
+    found = quality(real)
+    assert found["counts"]["real"] == 4 and found["data"] == "COCO"
+    # Other prompts may have names, too.
+    for more in ({"name": "mine"}, {"prompt_file": "p.txt", "name": "partiprompts7"}):
+        write_jsonl(tmp_path / "fake/samples.jsonl", [{**row, **more} for row in rows])
+        assert quality(real)["data"] == "ImageNet"
 
 
 def test_what_cannot_be_read_is_named_beside_the_samples_and_what_has_changed_is_measured_again(
