@@ -8,7 +8,7 @@ from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (Options, UserError, in_batches, keep_apart, open_image, progress,
-                    read_jsonl, write_jsonl)
+                    read_jsonl, reading, write_jsonl)
 
 import numpy as np
 import torch
@@ -25,31 +25,30 @@ from toy.world import SIZE
 # GenEval in miniature
 
 def score(folder):
-    """Return a row for each prompt's picture in a folder of GenEval's layout.
+    """Return a row for each of sample.py's pictures of the toy's prompts in a folder.
 
     {"file", "tag", "prompt", "right", "reason", "one_background", "bitten"}; `file` is
     relative to the folder. Raises UserError.
     """
-    prompts = sorted(folder.glob("*/metadata.jsonl"))
-    if not prompts:
-        raise UserError(f"{folder}: no pictures of sample.py --format geneval")
+    # A line also has what its prompt asks for.
+    path = folder / "samples.jsonl"
+    samples = read_jsonl(path)
     rows = []
-    for path in progress(prompts, len(prompts), "img", "scoring"):
-        metadata = read_jsonl(path)[0]
-        file = f"{path.parent.name}/samples/0000.png"
-        image = open_picture(folder / file)
-        objects = find_objects(image)
+    for sample in progress(samples, len(samples), "img", "scoring"):
+        with reading(path, "samples for the toy's prompts"):
+            image = open_picture(folder / sample["file"])
+            objects = find_objects(image)
 
-        # GenEval's own rules judge; only the detector and the colours are the toy's.
-        right, reason = evaluate.geneval_verdict(as_detections(objects), metadata,
-                                                 lambda thing, shape: thing["color"])
-        rows.append({"file": file,
-                     "tag": metadata["tag"],
-                     "prompt": metadata["prompt"],
-                     "right": right,
-                     "reason": reason,
-                     "one_background": has_one_background(image),
-                     "bitten": is_bitten(image, objects)})
+            # GenEval's own rules judge; only the detector and the colours are the toy's.
+            right, reason = evaluate.geneval_verdict(as_detections(objects), sample,
+                                                     lambda thing, shape: thing["color"])
+            rows.append({"file": sample["file"],
+                         "tag": sample["tag"],
+                         "prompt": sample["prompt"],
+                         "right": right,
+                         "reason": reason,
+                         "one_background": has_one_background(image),
+                         "bitten": is_bitten(image, objects)})
     return rows
 
 
