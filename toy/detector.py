@@ -152,26 +152,22 @@ def agreement(template, patch, x, y):
     core = placed(template.core, x, y)
     lacking = whole & ~patch.mask
     bite = core & ~patch.near                           # what it clearly lacks
-    hidden = 0.0
-    unexplained = np.count_nonzero(lacking)
-    # One more, so that it is never 0.
-    edge = template.area - np.count_nonzero(core) + 1
 
     # In the hidden box nothing of the object must be seen: what is seen there is wrong.
     # The pixels around the box may be seen or not: something's edge runs through them.
+    open_to_view = np.ones((SIZE, SIZE), bool)
     box = hidden_box(bite, patch, template)
     if box:
-        around = inside(box, 1)
-        covered = np.count_nonzero(lacking[around])
-        hidden = covered / template.area
-        unexplained -= covered
-        edge -= np.count_nonzero((whole & ~core)[around])
+        open_to_view[inside(box, 1)] = False
         right -= np.count_nonzero(seen[inside(box)])
+    hidden = np.count_nonzero(lacking & ~open_to_view) / template.area
     if hidden > MOST_HIDDEN:
         return 0.0
 
     outside = patch.area - right
-    wrong = outside + unexplained
+    wrong = outside + np.count_nonzero(lacking & open_to_view)
+    # One more, so that it is never 0.
+    edge = np.count_nonzero(whole & ~core & open_to_view) + 1
     score = right / (right + wrong) - HIDDEN_WEIGHT * hidden - WRONG_WEIGHT * wrong / edge
 
     # A wobbly edge may be forgiven (see `recognise`). A bite or a lump may not, and that
@@ -210,11 +206,8 @@ def hidden_box(bite, patch, template):
 
 def recognise(patch):
     """Give a patch the place and the score of what it agrees with best, and a shape if it is an object."""
-    guesses = []
-    for shape in SHAPES:
-        score, place = best_agreement(templates(shape), patch)
-        guesses.append((score, shape, place))
-    guesses.sort(key=lambda guess: guess[:2])
+    guesses = [best_agreement(shape, patch) for shape in SHAPES]
+    guesses.sort(key=lambda guess: guess[0])
     second = guesses[-2][0]
     patch.score, shape, patch.place = guesses[-1]
 
@@ -223,8 +216,9 @@ def recognise(patch):
     patch.shape = shape if patch.score > THRESHOLD or is_clear else None
 
 
-def best_agreement(sizes, patch):
-    """Return (score, place) of a patch with one shape: all sizes, then small moves of the best ones."""
+def best_agreement(shape, patch):
+    """Return (score, shape, place) of a patch: all sizes of a shape, then small moves of the best ones."""
+    sizes = templates(shape)
     rough = []
     for number, shifted in enumerate(sizes):
         # Half a pixel matters to small objects only.
@@ -251,7 +245,7 @@ def best_agreement(sizes, patch):
             if score > best:
                 best = score
                 place = (template, *corner)
-    return best, place
+    return best, shape, place
 
 
 def likely_corners(template, box):
