@@ -75,7 +75,9 @@ def unmix(image):
 class Patch:
     """Pixels of one colour that may be an object.
 
-    A template is a patch, too: that of a clean object, cropped to its box.
+    A template is a patch, too: that of a clean object, cropped to its box. To all others
+    `recognise` adds `score`, `shape` (None: no object) and `expected`, where the pixels of
+    what it agrees with best are, without those at its edge.
     """
 
     def __init__(self, mask, color=None):
@@ -86,11 +88,6 @@ class Patch:
         self.area = np.count_nonzero(mask)
         self.box = bounds(mask)
         self.in_front = []                                      # boxes of what may hide a part of it
-
-        # What `recognise` finds out. The place: a template, and x and y of its upper left corner.
-        self.shape = None
-        self.score = 0.0
-        self.place = None
 
 
 def bounds(mask):
@@ -205,11 +202,11 @@ def hidden_box(bite, patch, template):
 
 
 def recognise(patch):
-    """Give a patch the place and the score of what it agrees with best, and a shape if it is an object."""
+    """Find out what a patch agrees with best, and whether it is an object (see Patch)."""
     guesses = [best_agreement(shape, patch) for shape in SHAPES]
     guesses.sort(key=lambda guess: guess[0])
     second = guesses[-2][0]
-    patch.score, shape, patch.place = guesses[-1]
+    patch.score, shape, patch.expected = guesses[-1]
 
     # Drawn in a wobbly way, a star is still a star, as long as it might not be a cross.
     is_clear = patch.score > CLEAR and patch.score - second > MARGIN
@@ -217,7 +214,7 @@ def recognise(patch):
 
 
 def best_agreement(shape, patch):
-    """Return (score, shape, place) of a patch: all sizes of a shape, then small moves of the best ones."""
+    """Return a patch's (score, shape, expected pixels) for a shape: all sizes, then moves of the best."""
     sizes = templates(shape)
     rough = []
     for number, shifted in enumerate(sizes):
@@ -233,7 +230,7 @@ def best_agreement(shape, patch):
 
     rough.sort(reverse=True)
     best = 0.0
-    place = None
+    expected = np.zeros((SIZE, SIZE), bool)
     for score, number, x, y in rough[:BEST_PLACES]:
         # However it is moved, this one and those behind it stay below what makes an
         # object.
@@ -244,8 +241,8 @@ def best_agreement(shape, patch):
             score = agreement(template, patch, *corner)
             if score > best:
                 best = score
-                place = (template, *corner)
-    return best, shape, place
+                expected = placed(template.core, *corner)
+    return best, shape, expected
 
 
 def likely_corners(template, box):
@@ -392,16 +389,10 @@ def is_bitten(image, objects):
             continue
         large.in_front = [small.box]
         recognise(large)
-        if large.place is None:
-            continue
-
-        # Where the large one should be, without its edge.
-        template, x, y = large.place
-        should_be = placed(template.core, x, y)
-        if should_be[inside(small.box)].any():
+        if large.expected[inside(small.box)].any():
             near = ndimage.binary_dilation(small.mask, NEIGHBOURS, AROUND)
             # At a shared edge two colours make a grey that is a pixel or two wide: that
             # is no gap.
-            gap = ndimage.binary_opening(should_be & near & ~colored, NEIGHBOURS)
+            gap = ndimage.binary_opening(large.expected & near & ~colored, NEIGHBOURS)
             answer = answer or is_seam(gap)
     return answer

@@ -5,7 +5,7 @@ import html
 import math
 import statistics
 
-from common import line_chart, read_jsonl, save_png, write_file
+from common import read_jsonl, save_png, write_file
 from encode import Encoded, draw_noise, load_vae
 from toy.detector import has_one_background
 from toy.prompts import TASKS
@@ -108,12 +108,6 @@ def examples(folder, captions):
     return cards(card(folder / row["file"], row["caption"], row["file"]) for row in chosen)
 
 
-def points_of(log, key):
-    """Return [(step, value)] of the lines of train.py's log.jsonl that have this key."""
-    # Not every line has the loss of validation.
-    return [(row["step"], row[key]) for row in read_jsonl(log) if key in row]
-
-
 # --------------------------------------------------------------------------------------------
 # The report of one run
 
@@ -123,9 +117,13 @@ SCORES = """
 that are right; <i>bitten</i> the share of pictures in which background shows between a large
 object and a smaller one before it, among all pictures with two such objects.</p>
 """
+HINT = """
+<p>Point at a picture for the reason of its verdict. How the training went, loss by loss, is in
+progress.html, beside the checkpoint.</p>
+"""
 
 
-def report(folder, title, checkpoint, most, more=""):
+def report(folder, title, most, more=""):
     """Write FOLDER/report.html, scores and samples of a model, and return its table of scores.
 
     most: pictures of each task. more: HTML.
@@ -146,11 +144,7 @@ def report(folder, title, checkpoint, most, more=""):
             shown = (verdict_card(folder / f"samples-{kind}", row) for row in chosen)
             samples += [f"<h3>{task}</h3>", cards(shown)]
 
-    loss = {"training": points_of(checkpoint / "log.jsonl", "loss")}
-    write_page(folder / "report.html", title, [
-        table(scores), SCORES,
-        "<p>Point at a picture for the reason of its verdict.</p>", *samples,
-        "<h2>Training loss</h2>", line_chart(loss, "step", "loss", log=True), more])
+    write_page(folder / "report.html", title, [table(scores), SCORES, HINT, *samples, more])
     return scores
 
 
