@@ -104,7 +104,6 @@ MISTAKES = [
     ("toy --out {bad}/photos", "holds files, and not the toy's"),
     ("toy.tables --table 3", "--table"),
     ("toy.score --samples {bad}/photos --out {tmp}/x", "samples.jsonl: No such file"),
-    ("toy.score --samples {bad}/photos --real {bad}/photos --out {tmp}/x", "64 x 64"),
     ("toy.tiny --data {tmp}", "python -m toy makes it"),
     ("toy.play --out {tmp}", "run `python -m toy` first"),
 ]

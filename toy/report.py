@@ -5,12 +5,13 @@ import html
 import math
 import statistics
 
-from common import read_jsonl, save_png, write_file
+from common import load_image, read_jsonl, save_png, write_file
 from encode import Encoded, draw_noise, load_vae
 from toy.detector import has_one_background
 from toy.prompts import TASKS
 from toy.recipe import TAU, VAE
-from toy.score import columns_of, open_picture
+from toy.score import columns_of
+from toy.world import SIZE
 
 # The style is part of every page, so that a page is one file that can be sent to someone.
 STYLE = """
@@ -48,7 +49,7 @@ def data_url(content):
 
 
 def img(path, note=""):
-    """Return an <img> with the bytes of a file in it; the note appears when one points at it."""
+    """Return an <img> with a file's bytes in it; the note appears when one points at it."""
     # In the page itself, so that it shows its pictures wherever it is moved to.
     data = data_url(path.read_bytes())
     # GenEval's reasons have a < in them; the toy's captions and prompts are just words.
@@ -144,7 +145,8 @@ def report(folder, title, most, more=""):
             shown = (verdict_card(folder / f"samples-{kind}", row) for row in chosen)
             samples += [f"<h3>{task}</h3>", cards(shown)]
 
-    write_page(folder / "report.html", title, [table(scores), SCORES, HINT, *samples, more])
+    parts = [table(scores), SCORES, HINT, *samples, more]
+    write_page(folder / "report.html", title, parts)
     return scores
 
 
@@ -157,7 +159,7 @@ def about_the_data(out):
     for i, row in enumerate(read_jsonl(out / "cutmix/cutmix.jsonl")):
         title = f"CM {row['setting']}"
         path = out / "cutmix" / row["file"]
-        if title not in chosen and not has_one_background(open_picture(path)):
+        if title not in chosen and not has_one_background(load_image(path, SIZE)):
             chosen[title] = i
     save_png(draw_noise(composites, load_vae(VAE), chosen), out / "fig7.png")
     return f"""

@@ -62,7 +62,8 @@ def main(argv=None):
             run(command)
 
         title = "How far can we go with a toy ImageNet? One DiT-I, TA + IA"
-        rows = report(out, title, most=12, more=about_the_data(out))
+        rows = report(out, title, most=12,
+                      more=about_the_data(out))
         print()
         # For those who stay in the terminal.
         for row in rows:
