@@ -170,7 +170,7 @@ def agreement(template, patch, x, y):
     # A wobbly edge may be forgiven (see `recognise`). A bite or a lump may not, and that
     # something hides a part is only a guess: then the rest must agree all the better.
     lump = patch.core & ~whole
-    if box or np.count_nonzero(bite) + np.count_nonzero(lump) > FORGIVEN:
+    if box or np.count_nonzero(bite | lump) > FORGIVEN:
         score -= THRESHOLD - CLEAR
     return score
 

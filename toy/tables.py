@@ -12,6 +12,7 @@ same command; tables that share models share them. Without --table it makes all:
 import contextlib
 import ctypes
 import math
+import os
 import shlex
 import signal
 import subprocess
@@ -166,15 +167,16 @@ def commands_of(args, run, seed):
 def run_aside(command, log, running):
     """Run a command line in a process of its own, its messages in a file.
 
-    running: the list of all processes, to which this one is added. It has one thread, as
-    this one has: with more, the models would take the cores from each other. Raises
-    UserError if it fails.
+    running: the list of all processes, to which this one is added. Raises UserError if it
+    fails.
     """
+    # One thread each: with more, the models would take the cores from each other.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(log, "a") as messages:
         print(f"\n$ python {command}", file=messages, flush=True)
         process = subprocess.Popen([sys.executable, *shlex.split(command)],
                                    stdout=messages, stderr=messages,
-                                   preexec_fn=end_with_parent)
+                                   env=environment, preexec_fn=end_with_parent)
     running.append(process)
 
     if process.wait():
