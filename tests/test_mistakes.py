@@ -103,11 +103,9 @@ MISTAKES = [
     ("toy --out {bad}/binary", "binary"),
     ("toy --out {bad}/photos", "holds files, and not the toy's"),
     ("toy.tables --table 3", "--table"),
-    ("toy.score --samples {bad}/photos --out {tmp}/x", "--format geneval"),
-    ("toy.score --samples {bad}/photos --real {bad}/photos --out {tmp}/x", "64 x 64"),
+    ("toy.score --samples {bad}/photos --out {tmp}/x", "samples.jsonl: No such file"),
     ("toy.tiny --data {tmp}", "python -m toy makes it"),
     ("toy.play --out {tmp}", "run `python -m toy` first"),
-    ("toy.play --checkpoint a --checkpoint b --checkpoint c", "room for two"),
 ]
 
 # Values beyond an option's bounds, which stand beside the option.

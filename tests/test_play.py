@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import numpy as np
@@ -38,10 +39,11 @@ def server(toy_paper, tmp_path_factory):
         server.shutdown()
 
 
-def ask(server, body=b"", method="POST", path="/draw", **headers):
+def ask(server, query="", method="POST", path="/draw", **headers):
     """Send one request and return (status, text of the answer)."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-    connection.request(method, path, json.dumps(body) if isinstance(body, dict) else body, headers)
+    query = query if isinstance(query, str) else urlencode(query)
+    connection.request(method, f"{path}?{query}", headers=headers)
     answer = connection.getresponse()
     return answer.status, answer.read().decode()
 
@@ -57,7 +59,7 @@ def test_the_frames_go_from_pure_noise_to_the_picture_that_sample_py_makes(serve
     frames = small["frames"]
     assert [frame["t"] for frame in frames] == pytest.approx([1 - i / 11 for i in range(12)])
 
-    pipeline = server.checkpoints[0].pipeline
+    _, pipeline = server.checkpoints[0]
     picture = sample.generate(pipeline, [ASKED["prompt"]], [7], 11, 1.5)[0]
     assert (pixels(frames[-1]["x_0"]) == np.asarray(picture)).all()
     noise = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(7))
@@ -80,10 +82,13 @@ def test_the_page_shows_what_the_detector_sees(server, monkeypatch):
 
 
 def test_words_are_read_as_captions_have_them_and_strange_ones_are_named(server):
-    tokenizer = server.checkpoints[0].pipeline.tokenizer
+    tokenizer = server.checkpoints[0][1].tokenizer
     read = play.as_read("A Large red circle on dark dragons.", tokenizer)
     assert read == ("a large red circle on dark dragons", ["dragons"])
     assert play.as_read("An image of circle", tokenizer) == ("An image of circle", [])
+    # Half a character, and what is no text at all.
+    strange = json.loads(ask(server, "prompt=a+%ED%A0%BD+%00&steps=1&guidance=0&seed=0")[1])[0]
+    assert len(strange["unknown"]) == 2 and len(strange["frames"]) == 2
 
 
 def test_a_second_request_waits_until_the_first_one_is_drawn(server, monkeypatch):
@@ -98,15 +103,16 @@ def test_a_second_request_waits_until_the_first_one_is_drawn(server, monkeypatch
     (403, "own page", {"Host": "evil.example"}),
     (403, "own page", {"Origin": "http://evil.example"}),
     (404, "no such page", {"method": "GET", "path": "/../play.py"}),
-    (400, "bytes", {"body": b" " * 100_000}),
-    (400, "not JSON", {"body": b"[" * 50_000}),
-    (400, "surrogates", {"body": {**ASKED, "prompt": "\ud83d"}}),
-    (400, "1 to 1000 characters", {"body": {**ASKED, "prompt": " "}}),
-    (400, "steps: must be a whole number", {"body": {**ASKED, "steps": float("nan")}}),
-    (400, "guidance: must be a number", {"body": {**ASKED, "guidance": float("inf")}}),
+    (414, "too long", {"query": "a" * 70_000}),
+    (400, "no 'prompt'", {"query": "&%ff=%00"}),
+    (400, "no 'prompt'", {"query": {**ASKED, "prompt": ""}}),
+    (400, "steps: not as the field", {"query": {**ASKED, "steps": "1.5"}}),
+    (400, "steps: not as the field", {"query": {**ASKED, "steps": "9" * 5000}}),
+    (400, "must be at least 0", {"query": {**ASKED, "guidance": "nan"}}),
+    (400, "must be at most 30", {"query": {**ASKED, "guidance": "inf"}}),
 ])
 def test_what_the_page_itself_would_not_ask_is_refused_in_one_line(server, status, words, asked):
-    found, line = ask(server, **{"body": ASKED, **asked})
+    found, line = ask(server, **{"query": ASKED, **asked})
     assert (found, line.count("\n"), words in line) == (status, 1, True), line
 
 
@@ -114,9 +120,9 @@ def test_the_page_is_for_this_computer_alone_and_loads_nothing_from_elsewhere(se
     assert server.server_address[0] == "127.0.0.1"
     with pytest.raises(OSError, match=f"Address already in use: '--port {server.server_port}'"):
         play.Server(server.server_port, [])
-    _, page = ask(server, method="GET", path="/?prompt=a+red+circle")
+    _, page = ask(server, method="GET", path="/", query="prompt=a+red+circle")
     assert "<h1>" in page and not re.search(r"https?:|src=|@import|innerHTML", page)
     about = json.loads(ask(server, method="GET", path="/about")[1])
-    known = {"trained": "TA + IA", "tau": 0.4}
-    assert about["checkpoints"] == [{"name": "small", "pixels": 64, **known},
-                                    {"name": "large", "pixels": 80, **known}]
+    assert [known["name"] for known in about["checkpoints"]] == ["small", "large"]
+    for known in about["checkpoints"]:
+        assert known["training"]["TA"] and known["training"]["IA"] and known["training"]["tau"] == 0.4

@@ -38,7 +38,8 @@ def test_one_command_runs_the_whole_line_and_makes_nothing_again_nor_in_another_
                         "sample", "score", "sample", "score"]
     assert "overall" in printed and str(out / "report.html") in printed
     page = (out / "report.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page) and "<svg" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "progress.html" in page and "<svg" in (out / "dit/progress.html").read_text()
     # The long and the short prompts of the six tasks, eight originals, eight composites.
     assert page.count("<figure>") == 6 + 6 + 8 + 8
 

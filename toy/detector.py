@@ -75,7 +75,9 @@ def unmix(image):
 class Patch:
     """Pixels of one colour that may be an object.
 
-    A template is a patch, too: that of a clean object, cropped to its box.
+    A template is a patch, too: that of a clean object, cropped to its box. To all others
+    `recognise` adds `score`, `shape` (None: no object) and `expected`, where the pixels of
+    what it agrees with best are, without those at its edge.
     """
 
     def __init__(self, mask, color=None):
@@ -86,11 +88,6 @@ class Patch:
         self.area = np.count_nonzero(mask)
         self.box = bounds(mask)
         self.in_front = []                                      # boxes of what may hide a part of it
-
-        # What `recognise` finds out. The place: a template, and x and y of its upper left corner.
-        self.shape = None
-        self.score = 0.0
-        self.place = None
 
 
 def bounds(mask):
@@ -152,32 +149,28 @@ def agreement(template, patch, x, y):
     core = placed(template.core, x, y)
     lacking = whole & ~patch.mask
     bite = core & ~patch.near                           # what it clearly lacks
-    hidden = 0.0
-    unexplained = np.count_nonzero(lacking)
-    # One more, so that it is never 0.
-    edge = template.area - np.count_nonzero(core) + 1
 
     # In the hidden box nothing of the object must be seen: what is seen there is wrong.
     # The pixels around the box may be seen or not: something's edge runs through them.
+    open_to_view = np.ones((SIZE, SIZE), bool)
     box = hidden_box(bite, patch, template)
     if box:
-        around = inside(box, 1)
-        covered = np.count_nonzero(lacking[around])
-        hidden = covered / template.area
-        unexplained -= covered
-        edge -= np.count_nonzero((whole & ~core)[around])
+        open_to_view[inside(box, 1)] = False
         right -= np.count_nonzero(seen[inside(box)])
+    hidden = np.count_nonzero(lacking & ~open_to_view) / template.area
     if hidden > MOST_HIDDEN:
         return 0.0
 
     outside = patch.area - right
-    wrong = outside + unexplained
+    wrong = outside + np.count_nonzero(lacking & open_to_view)
+    # One more, so that it is never 0.
+    edge = np.count_nonzero(whole & ~core & open_to_view) + 1
     score = right / (right + wrong) - HIDDEN_WEIGHT * hidden - WRONG_WEIGHT * wrong / edge
 
     # A wobbly edge may be forgiven (see `recognise`). A bite or a lump may not, and that
     # something hides a part is only a guess: then the rest must agree all the better.
     lump = patch.core & ~whole
-    if box or np.count_nonzero(bite) + np.count_nonzero(lump) > FORGIVEN:
+    if box or np.count_nonzero(bite | lump) > FORGIVEN:
         score -= THRESHOLD - CLEAR
     return score
 
@@ -209,22 +202,20 @@ def hidden_box(bite, patch, template):
 
 
 def recognise(patch):
-    """Give a patch the place and the score of what it agrees with best, and a shape if it is an object."""
-    guesses = []
-    for shape in SHAPES:
-        score, place = best_agreement(templates(shape), patch)
-        guesses.append((score, shape, place))
-    guesses.sort(key=lambda guess: guess[:2])
+    """Find out what a patch agrees with best, and whether it is an object (see Patch)."""
+    guesses = [best_agreement(shape, patch) for shape in SHAPES]
+    guesses.sort(key=lambda guess: guess[0])
     second = guesses[-2][0]
-    patch.score, shape, patch.place = guesses[-1]
+    patch.score, shape, patch.expected = guesses[-1]
 
     # Drawn in a wobbly way, a star is still a star, as long as it might not be a cross.
     is_clear = patch.score > CLEAR and patch.score - second > MARGIN
     patch.shape = shape if patch.score > THRESHOLD or is_clear else None
 
 
-def best_agreement(sizes, patch):
-    """Return (score, place) of a patch with one shape: all sizes, then small moves of the best ones."""
+def best_agreement(shape, patch):
+    """Return a patch's (score, shape, expected pixels) for a shape: all sizes, then moves of the best."""
+    sizes = templates(shape)
     rough = []
     for number, shifted in enumerate(sizes):
         # Half a pixel matters to small objects only.
@@ -239,7 +230,7 @@ def best_agreement(sizes, patch):
 
     rough.sort(reverse=True)
     best = 0.0
-    place = None
+    expected = np.zeros((SIZE, SIZE), bool)
     for score, number, x, y in rough[:BEST_PLACES]:
         # However it is moved, this one and those behind it stay below what makes an
         # object.
@@ -250,8 +241,8 @@ def best_agreement(sizes, patch):
             score = agreement(template, patch, *corner)
             if score > best:
                 best = score
-                place = (template, *corner)
-    return best, place
+                expected = placed(template.core, *corner)
+    return best, shape, expected
 
 
 def likely_corners(template, box):
@@ -398,16 +389,10 @@ def is_bitten(image, objects):
             continue
         large.in_front = [small.box]
         recognise(large)
-        if large.place is None:
-            continue
-
-        # Where the large one should be, without its edge.
-        template, x, y = large.place
-        should_be = placed(template.core, x, y)
-        if should_be[inside(small.box)].any():
+        if large.expected[inside(small.box)].any():
             near = ndimage.binary_dilation(small.mask, NEIGHBOURS, AROUND)
             # At a shared edge two colours make a grey that is a pixel or two wide: that
             # is no gap.
-            gap = ndimage.binary_opening(should_be & near & ~colored, NEIGHBOURS)
+            gap = ndimage.binary_opening(large.expected & near & ~colored, NEIGHBOURS)
             answer = answer or is_seam(gap)
     return answer

@@ -16,7 +16,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
+from urllib.parse import parse_qsl
 
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import Options, UserError, naming, number, one_line, reading
@@ -24,7 +24,7 @@ from common import Options, UserError, naming, number, one_line, reading
 import torch
 
 from encode import to_images
-from sample import Pipeline, generate, load_pipeline, starting_noise, times
+from sample import generate, load_pipeline, starting_noise, times
 from toy.detector import as_detections, find_objects
 from toy.recipe import GUIDANCE, SAMPLE_STEPS
 from toy.report import data_url
@@ -59,53 +59,45 @@ FOR_OTHERS = {"examples": [], "steps": 50, "guidance": 8}
 # --------------------------------------------------------------------------------------------
 # Drawing
 
-class Checkpoint(NamedTuple):
-    """A checkpoint that draws on the page."""
-
-    name: str
-    pipeline: Pipeline
-    pixels: int                 # of a picture's side
-    of_toy: bool
-
-
 def load_checkpoint(word):
-    """Return the Checkpoint that a word on the command line names, FOLDER or NAME=FOLDER."""
+    """Return (name, Pipeline) of a word on the command line, FOLDER or NAME=FOLDER."""
     name, equals, folder = word.partition("=")
     # A folder may have a "=" in its own name.
     if not equals or Path(word).exists():
         name, folder = Path(word).name, word
-    pipeline = load_pipeline(folder)
+    return name, load_pipeline(folder)
+
+
+def is_of_toy(pipeline):
+    """Tell whether a checkpoint is the toy's: by its pictures' size, and its text encoder's words."""
     pixels = pipeline.model.config["size"] * pipeline.vae.downscale
-
-    # The toy's are known by their pictures' size and by their text encoder's words.
-    words = pipeline.tokenizer.get_vocab()
-    of_toy = pixels == SIZE and words.keys() >= {*SHAPES, *COLORS}
-    return Checkpoint(name, pipeline, pixels, of_toy)
+    return pixels == SIZE and pipeline.tokenizer.get_vocab().keys() >= {*SHAPES, *COLORS}
 
 
-def draw(checkpoint, prompt, steps, guidance, seed):
+def draw(pipeline, prompt, steps, guidance, seed):
     """Return what the page shows of one picture, ready to be sent as JSON."""
+    of_toy = is_of_toy(pipeline)
     unknown = []
-    if checkpoint.of_toy:
-        prompt, unknown = as_read(prompt, checkpoint.pipeline.tokenizer)
-    frames = draw_frames(checkpoint, prompt, steps, guidance, seed)
+    if of_toy:
+        prompt, unknown = as_read(prompt, pipeline.tokenizer)
+    # Large pictures take long to decode: ten of them must do.
+    every = 1 if of_toy else math.ceil(steps / 10)
+    frames = draw_frames(pipeline, prompt, steps, guidance, seed, every)
     urls = [{"t": t, "x_t": as_url(x_t), "x_0": as_url(x_0)} for t, x_t, x_0 in frames]
     answer = {"unknown": unknown, "frames": urls}
 
-    if checkpoint.of_toy:
+    if of_toy:
         _, _, picture = frames[-1]
         answer["objects"] = as_detections(find_objects(picture))
     return answer
 
 
 @torch.no_grad()
-def draw_frames(checkpoint, prompt, steps, guidance, seed):
-    """Return (t, x_t, x_0) for t from 1, pure noise, to 0, the picture.
+def draw_frames(pipeline, prompt, steps, guidance, seed, every):
+    """Return (t, x_t, x_0) of every so many steps for t from 1, pure noise, to 0, the picture.
 
     x_t and x_0 are PIL images; x_0 is the network's estimate of the clean one from this x_t.
     """
-    pipeline = checkpoint.pipeline
-    vae = pipeline.vae
     noisy = [starting_noise(pipeline.model, [seed])]                    # (1, C, h, w) each
     clean = []
 
@@ -115,14 +107,13 @@ def draw_frames(checkpoint, prompt, steps, guidance, seed):
 
     picture = generate(pipeline, [prompt], [seed], steps, guidance, on_step=remember)[0]
 
-    # Large pictures take long to decode: ten of them must do.
-    every = 1 if checkpoint.pixels <= SIZE else math.ceil(steps / 10)
-    t = times(steps).tolist()
+    # From the last x_t, which is the picture, nothing was estimated.
+    moments = list(zip(times(steps).tolist(), noisy, clean))
     frames = []
-    for i in range(0, steps, every):
-        latents = torch.cat([noisy[i].to(clean[i]), clean[i]]).float()  # (2, C, h, w)
-        x_t, x_0 = to_images(vae.decode(latents / vae.scaling_factor))
-        frames.append((t[i], x_t, x_0))
+    for t, x_t, x_0 in moments[::every]:
+        latents = torch.cat([x_t.to(x_0), x_0]).float()                 # (2, C, h, w)
+        images = to_images(pipeline.vae.decode(latents / pipeline.vae.scaling_factor))
+        frames.append((t, *images))
     return [*frames, (0.0, picture, picture)]
 
 
@@ -147,8 +138,11 @@ def as_url(image):
 # --------------------------------------------------------------------------------------------
 # The server. Any page in the browser can send requests to this computer: only our own may.
 
-LIMITS = {"steps": (int, 1, 250), "guidance": (float, 0, 30), "seed": (int, 0, 2 ** 31 - 1)}
-MAX_PROMPT = 1000               # characters; T5 reads 256 tokens of them
+# What a request gives to `draw`, in the address as the page's own address holds it.
+FIELDS = {"prompt": str,
+          "steps": number(int, 1, 250),
+          "guidance": number(float, 0, 30),
+          "seed": number(int, 0, 2 ** 31 - 1)}
 # Nothing is loaded from elsewhere, and no other page may show this one in a frame.
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
           "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -157,35 +151,22 @@ POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inl
 
 def about(checkpoints):
     """Return what the page begins with: checkpoints, and examples and settings for them."""
-    of_toy = all(checkpoint.of_toy for checkpoint in checkpoints)
-    answer = {**(FOR_TOY if of_toy else FOR_OTHERS), "checkpoints": []}
-    for checkpoint in checkpoints:
+    of_toy = all(is_of_toy(pipeline) for _, pipeline in checkpoints)
+    known = []
+    for name, pipeline in checkpoints:
         # One from elsewhere may not say how it was trained.
-        training = checkpoint.pipeline.model.checkpoint_config.get("training") or {}
-        augmentations = [name for name in ("TA", "IA") if training.get(name)]
-        tau = training.get("tau") if training.get("IA") else None
-        answer["checkpoints"].append({"name": checkpoint.name, "pixels": checkpoint.pixels,
-                                      "trained": " + ".join(augmentations), "tau": tau})
-    return answer
+        training = pipeline.model.checkpoint_config.get("training") or {}
+        known.append({"name": name, "training": training})
+    return {**(FOR_TOY if of_toy else FOR_OTHERS), "checkpoints": known}
 
 
-def checked(body):
-    """Return the arguments of `draw` in a request's JSON. Raises UserError."""
-    with reading("request", "JSON with prompt, steps, guidance and seed"):
-        asked = json.loads(body)
-        # Half a character, which JSON can write, fails here, and not in the tokenizer.
-        prompt = asked["prompt"].encode().decode().strip()
-        if not 1 <= len(prompt) <= MAX_PROMPT:
-            raise UserError(f"prompt: must have 1 to {MAX_PROMPT} characters")
-
-        settings = {"prompt": prompt}
-        for name, (kind, low, high) in LIMITS.items():
-            value = asked[name]
-            # True is of another type, and NaN is within no bounds.
-            if type(value) not in (int, kind) or not low <= value <= high:
-                whole = "whole " if kind is int else ""
-                raise UserError(f"{name}: must be a {whole}number from {low} to {high}")
-            settings[name] = value
+def asked(query):
+    """Return the arguments of `draw` in a request's address. Raises UserError."""
+    given = dict(parse_qsl(query))
+    settings = {}
+    for name, convert in FIELDS.items():
+        with reading(name, "as the field on the page allows"):
+            settings[name] = convert(given[name])
     return settings
 
 
@@ -220,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
             return False
         host = self.headers.get("Host", "")
         origin = self.headers.get("Origin", f"http://{host}")
-        name = host.removesuffix(f":{self.server.server_port}")
+        name = host.partition(":")[0]
         if name not in ("127.0.0.1", "localhost") or origin != f"http://{host}":
             self.send_error(403, explain="only this server's own page may ask")
             return False
@@ -239,13 +220,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         """Answer with what each checkpoint has drawn, all frames at once."""
         try:
-            length = self.headers.get("Content-Length", "")
-            if not re.fullmatch("[0-9]{1,5}", length):
-                raise UserError("a request says how long it is, at most 99999 bytes")
-            settings = checked(self.rfile.read(int(length)))
+            settings = asked(self.path.partition("?")[2])
             with self.server.drawing:
                 checkpoints = self.server.checkpoints
-                pictures = [draw(checkpoint, **settings) for checkpoint in checkpoints]
+                pictures = [draw(pipeline, **settings) for _, pipeline in checkpoints]
         # Whatever fails, the page must hear of it.
         except Exception as error:  # noqa: BLE001
             status = 400 if isinstance(error, UserError) else 500
@@ -279,13 +257,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     default = Path(args.out) / "dit"
-    named = args.checkpoint or [f"dit={default}"]
+    named = args.checkpoint or [str(default)]
     if not args.checkpoint and not (default / "config.json").is_file():
         raise UserError(f"{default}: no checkpoint there: run `python -m toy` first, "
                         f"or give --checkpoint")
-    if len(named) > 2:
-        raise UserError(f"--checkpoint: {len(named)} are given; the page has room for two")
-
     checkpoints = [load_checkpoint(word) for word in named]
     with Server(args.port, checkpoints) as server:
         print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)

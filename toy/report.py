@@ -5,12 +5,13 @@ import html
 import math
 import statistics
 
-from common import line_chart, read_jsonl, save_png, write_file
+from common import load_image, read_jsonl, save_png, write_file
 from encode import Encoded, draw_noise, load_vae
 from toy.detector import has_one_background
 from toy.prompts import TASKS
 from toy.recipe import TAU, VAE
-from toy.score import columns_of, open_picture
+from toy.score import columns_of
+from toy.world import SIZE
 
 # The style is part of every page, so that a page is one file that can be sent to someone.
 STYLE = """
@@ -48,7 +49,7 @@ def data_url(content):
 
 
 def img(path, note=""):
-    """Return an <img> with the bytes of a file in it; the note appears when one points at it."""
+    """Return an <img> with a file's bytes in it; the note appears when one points at it."""
     # In the page itself, so that it shows its pictures wherever it is moved to.
     data = data_url(path.read_bytes())
     # GenEval's reasons have a < in them; the toy's captions and prompts are just words.
@@ -108,12 +109,6 @@ def examples(folder, captions):
     return cards(card(folder / row["file"], row["caption"], row["file"]) for row in chosen)
 
 
-def points_of(log, key):
-    """Return [(step, value)] of the lines of train.py's log.jsonl that have this key."""
-    # Not every line has the loss of validation.
-    return [(row["step"], row[key]) for row in read_jsonl(log) if key in row]
-
-
 # --------------------------------------------------------------------------------------------
 # The report of one run
 
@@ -123,9 +118,13 @@ SCORES = """
 that are right; <i>bitten</i> the share of pictures in which background shows between a large
 object and a smaller one before it, among all pictures with two such objects.</p>
 """
+HINT = """
+<p>Point at a picture for the reason of its verdict. How the training went, loss by loss, is in
+progress.html, beside the checkpoint.</p>
+"""
 
 
-def report(folder, title, checkpoint, most, more=""):
+def report(folder, title, most, more=""):
     """Write FOLDER/report.html, scores and samples of a model, and return its table of scores.
 
     most: pictures of each task. more: HTML.
@@ -146,11 +145,8 @@ def report(folder, title, checkpoint, most, more=""):
             shown = (verdict_card(folder / f"samples-{kind}", row) for row in chosen)
             samples += [f"<h3>{task}</h3>", cards(shown)]
 
-    loss = {"training": points_of(checkpoint / "log.jsonl", "loss")}
-    write_page(folder / "report.html", title, [
-        table(scores), SCORES,
-        "<p>Point at a picture for the reason of its verdict.</p>", *samples,
-        "<h2>Training loss</h2>", line_chart(loss, "step", "loss", log=True), more])
+    parts = [table(scores), SCORES, HINT, *samples, more]
+    write_page(folder / "report.html", title, parts)
     return scores
 
 
@@ -163,7 +159,7 @@ def about_the_data(out):
     for i, row in enumerate(read_jsonl(out / "cutmix/cutmix.jsonl")):
         title = f"CM {row['setting']}"
         path = out / "cutmix" / row["file"]
-        if title not in chosen and not has_one_background(open_picture(path)):
+        if title not in chosen and not has_one_background(load_image(path, SIZE)):
             chosen[title] = i
     save_png(draw_noise(composites, load_vae(VAE), chosen), out / "fig7.png")
     return f"""

@@ -17,7 +17,7 @@ prompts; `--help` behind them says more. `python -m toy.tiny` is the method on o
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import COUNT, Options, number, only_command
+from common import COUNT, SEED, Options, number, only_command
 
 from toy.data import bind, draw_world, encode_world, make_prompts_and_encoder, run
 from toy.recipe import IMAGES, P, PROMPTS, STEPS, TAU, judge_commands, train_command
@@ -26,8 +26,6 @@ from toy.world import SHAPES
 
 # With fewer there is little to be mixed.
 PICTURES = number(int, 2 * len(SHAPES))
-# As large as every library takes it.
-SEED = number(int, 0, 2 ** 31)
 
 
 def add_options(parser, out, prompts):
@@ -64,7 +62,7 @@ def main(argv=None):
             run(command)
 
         title = "How far can we go with a toy ImageNet? One DiT-I, TA + IA"
-        rows = report(out, title, out / "dit", most=12,
+        rows = report(out, title, most=12,
                       more=about_the_data(out))
         print()
         # For those who stay in the terminal.

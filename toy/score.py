@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, in_batches, keep_apart, open_image, progress,
-                    read_jsonl, write_jsonl)
+from common import (Options, in_batches, keep_apart, load_image, progress, read_jsonl,
+                    reading, write_jsonl)
 
 import numpy as np
 import torch
@@ -25,42 +25,31 @@ from toy.world import SIZE
 # GenEval in miniature
 
 def score(folder):
-    """Return a row for each prompt's picture in a folder of GenEval's layout.
+    """Return a row for each of sample.py's pictures of the toy's prompts in a folder.
 
     {"file", "tag", "prompt", "right", "reason", "one_background", "bitten"}; `file` is
     relative to the folder. Raises UserError.
     """
-    prompts = sorted(folder.glob("*/metadata.jsonl"))
-    if not prompts:
-        raise UserError(f"{folder}: no pictures of sample.py --format geneval")
+    # A line also has what its prompt asks for.
+    path = folder / "samples.jsonl"
+    samples = read_jsonl(path)
     rows = []
-    for path in progress(prompts, len(prompts), "img", "scoring"):
-        metadata = read_jsonl(path)[0]
-        file = f"{path.parent.name}/samples/0000.png"
-        image = open_picture(folder / file)
-        objects = find_objects(image)
+    for sample in progress(samples, len(samples), "img", "scoring"):
+        image = load_image(folder / sample["file"], SIZE)
+        with reading(path, "samples for the toy's prompts"):
+            objects = find_objects(image)
 
-        # GenEval's own rules judge; only the detector and the colours are the toy's.
-        right, reason = evaluate.geneval_verdict(as_detections(objects), metadata,
-                                                 lambda thing, shape: thing["color"])
-        rows.append({"file": file,
-                     "tag": metadata["tag"],
-                     "prompt": metadata["prompt"],
-                     "right": right,
-                     "reason": reason,
-                     "one_background": has_one_background(image),
-                     "bitten": is_bitten(image, objects)})
+            # GenEval's own rules judge; only the detector and the colours are the toy's.
+            right, reason = evaluate.geneval_verdict(as_detections(objects), sample,
+                                                     lambda thing, shape: thing["color"])
+            rows.append({"file": sample["file"],
+                         "tag": sample["tag"],
+                         "prompt": sample["prompt"],
+                         "right": right,
+                         "reason": reason,
+                         "one_background": has_one_background(image),
+                         "bitten": is_bitten(image, objects)})
     return rows
-
-
-def open_picture(path):
-    """Return one of the toy's pictures, RGB. Raises UserError if it has another size."""
-    # Twice the size: a larger JPEG is then not decoded at just the toy's.
-    image = open_image(path, 2 * SIZE)
-    if image.size != (SIZE, SIZE):
-        raise UserError(f"{path}: {image.width} x {image.height} pixels; "
-                        f"the toy's pictures have {SIZE} x {SIZE}")
-    return image
 
 
 TWO_OBJECTS = ("two_object", "position", "color_attr")
@@ -106,7 +95,7 @@ def features(folder):
     files, _ = evaluate.images_of(folder)
     parts = []
     for batch in in_batches(files, 64):
-        images = [open_picture(folder / file) for file in batch]
+        images = [load_image(folder / file, SIZE) for file in batch]
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)     # (B, 3, H, W)
         mean, _ = vae.encode(pixels / 127.5 - 1)                            # (B, 8, 8, 8)
 

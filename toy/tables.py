@@ -28,8 +28,8 @@ from cutmix import CUTS
 from toy.data import bind, draw_world, encode_world, kind_of, make_prompts_and_encoder
 from toy.prompts import TASKS
 from toy.recipe import P, TAU, judge_commands, quoted, sample_command, train_command
-from toy.report import (SCORES, about_the_data, mean_and_spread, points_of, report, table,
-                        verdict_card, write_page)
+from toy.report import (SCORES, about_the_data, mean_and_spread, report, table, verdict_card,
+                        write_page)
 from toy.run import add_options
 from toy.score import columns_of
 
@@ -57,13 +57,13 @@ class Variant(NamedTuple):
         return f"{name}-seed{seed}"
 
     def data(self):
-        """Return the folders that it is trained on: encoded originals, and composites if any."""
+        """Return (world, kind) of what it is trained on: originals, and composites if any."""
         # The small set is a world of its own.
-        encoded = "small/encoded" if self.small else "encoded"
-        folders = [encoded + self.captions]
+        world = "small" if self.small else "."
+        kinds = [self.captions]
         if self.setting:
-            folders.append(encoded + kind_of(self.setting))
-        return folders
+            kinds.append(kind_of(self.setting))
+        return [(world, kind) for kind in kinds]
 
 
 TABLE_2 = {
@@ -80,14 +80,11 @@ TABLES = {
     "1": TABLE_2,
     "2": TABLE_2,
     "4": {f"CM {setting}": Variant(setting=setting) for setting in (*CUTS, "all")},
-    "5": {"p = 0": Variant()},
-    "tau": {},
+    "5": {"p = 0": Variant(),
+          **{f"p = {p}": Variant(setting="1/4", p=p) for p in (0.25, 0.5, 0.75, 1)}},
+    "tau": {f"tau = {tau}": Variant(setting="all", tau=tau) for tau in (0, 0.2, 0.4, 0.6, 0.8)},
     "fig5": {"TA": Variant(small=True), "TA + IA": Variant(setting="all", small=True)},
 }
-for p in (0.25, 0.5, 0.75, 1):
-    TABLES["5"][f"p = {p:g}"] = Variant(setting="1/4", p=p)
-for tau in (0, 0.2, 0.4, 0.6, 0.8):
-    TABLES["tau"][f"tau = {tau:g}"] = Variant(setting="all", tau=tau)
 TITLES = {
     "1": "Table 1: distance to validation pictures",
     "2": "Table 2: captions, composites and networks",
@@ -122,9 +119,8 @@ def make_data(args, runs):
     draw_world(out / "small", SMALL, SMALL_SEED + args.seed)
 
     # These two are for measuring, and for the page.
-    folders = {"val/encoded", "encoded-cutmix"}.union(*[run.data() for run in runs])
-    for folder in sorted(folders):
-        world, _, kind = folder.rpartition("encoded")
+    encoded = {("val", ""), (".", "-cutmix")}.union(*[run.data() for run in runs])
+    for world, kind in sorted(encoded):
         encode_world(out / world, kind, out / "t5")
 
 
@@ -136,7 +132,7 @@ def commands_of(args, run, seed):
     out = args.out
     folder = out / run.folder(seed)
     checkpoint = folder / "checkpoint"
-    data = [out / name for name in run.data()]
+    data = [out / world / f"encoded{kind}" for world, kind in run.data()]
     # Fig. 5 is about the course of training: it measures on the way.
     every = math.ceil(args.steps / KEPT)
     more = ""
@@ -257,11 +253,9 @@ def score_table(out, lines, file):
         scores = []
         links = []
         # Whichever command made them.
-        for path in sorted(out.glob(f"{run.folder('*')}/{file}")):
+        # Somebody may keep a copy of a model beside it, "...-seed0.bak".
+        for path in sorted(out.glob(f"{run.folder('*[0-9]')}/{file}")):
             seed = path.parent.name.rpartition("seed")[2]
-            # Somebody may keep a copy of a model beside it, "...-seed0.bak".
-            if not seed.isdecimal():
-                continue
             scores.append(columns_of(read_jsonl(path)))
             links.append(f'<a href="{run.folder(seed)}/report.html">{seed}</a>')
 
@@ -284,6 +278,12 @@ def same_prompts(models):
         shown = [verdict_card(folder / "samples-long", row) for row in verdicts[::step]]
         rows.append([label, *shown])
     return table(rows)
+
+
+def points_of(log, key):
+    """Return [(step, value)] of the lines of train.py's log.jsonl that have this key."""
+    # Not every line has the loss of validation.
+    return [(row["step"], row[key]) for row in read_jsonl(log) if key in row]
 
 
 def overfitting_charts(models):
@@ -350,7 +350,7 @@ def main(argv=None):
 
         try:
             for folder in progress(ahead(make, models, args.jobs), len(models), "model", "models"):
-                report(folder, folder.name, folder / "checkpoint", most=args.prompts)
+                report(folder, folder.name, most=args.prompts)
                 write_tables(args)
         finally:
             # Where one has failed, the others go on next time.

@@ -28,8 +28,9 @@ WARMUP = 50             # steps in which the learning rate rises
 
 def pad(texts):
     """Return captions, (L_i, D) each, as text (B, L, D) and mask (B, L), True where there is a token."""
-    tokens = [torch.ones(len(text), dtype=torch.bool) for text in texts]
-    return pad_sequence(texts, batch_first=True), pad_sequence(tokens, batch_first=True)
+    text = pad_sequence(texts, batch_first=True)
+    # Padding is all zeros, and no token is.
+    return text, text.any(2)
 
 
 def draw_batch(photos, composites):
@@ -87,18 +88,15 @@ def train(model, photos, composites, steps):
 @torch.no_grad()
 def ddim(model, x, cond, null, steps=SAMPLE_STEPS, w=GUIDANCE):
     """Return x_0 (B, C, h, w) for noise x. cond, null: (text, mask) of captions and of empty prompts."""
-    cond = model.condition(*cond)
-    null = model.condition(*null)
-
     # In float64: the first step divides by almost nothing.
     x = x.double()
     gamma = torch.linspace(0, 1, steps + 1, dtype=torch.float64).clamp(min=1e-9)
     for g, g_next in zip(gamma, gamma[1:]):
         level = g.float().expand(len(x))
-        eps, _ = model.denoise(x.float(), level, cond)
+        eps = model(x.float(), level, *cond)
         # No guidance at the first step, where x is noise alone.
         if g > 1e-9:
-            eps_null, _ = model.denoise(x.float(), level, null)
+            eps_null = model(x.float(), level, *null)
             eps = eps + w * (eps - eps_null)
 
         x_0 = (x - (1 - g).sqrt() * eps) / g.sqrt()
