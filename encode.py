@@ -460,7 +460,7 @@ def open_shard(path, settings):
             # Not a dict, although it has keys.
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-        # Shards made before do not say their name, and null.safetensors says nothing.
+        # In sets made before, shards do not say their name, and null.safetensors says nothing.
         samples = json.loads(metadata.get("samples", "{}"))
         same_set = samples.get("settings", {}).items() <= settings.items()
         if not same_set or samples.get("shard", path.name) != path.name:

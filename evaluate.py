@@ -1,4 +1,4 @@
-"""Stage 6, evaluation (paper 4.1): the numbers of its tables, as their references give them.
+"""Stage 6, evaluation (paper 4.1): the numbers of its tables, as the benchmarks' own code has them.
 
     python evaluate.py quality --real imagenet/val --fake out/samples
 

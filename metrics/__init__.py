@@ -1,1 +1,1 @@
-"""Numbers that have references: distances, FID's network, GenEval's rules (Tables 1 and 2)."""
+"""Distances, FID's network, the rules of GenEval and DPG-Bench: as other software has them."""

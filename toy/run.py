@@ -2,8 +2,8 @@
 
     python -m toy
 
-The world: 64 x 64 pictures of one class each, which is a shape: mostly one large object,
-often several smaller ones. Colours, sizes and backgrounds vary and are not in the class
+The world: 64 x 64 pictures of one class each, which is a shape: one large object, several
+smaller ones, or both. Colours, sizes and backgrounds vary and are not in the class
 name, as with ImageNet's photos. The stages are the real ones, each command is printed
 before it runs. Four things stand in for what a laptop cannot run: a captioner that knows
 what was drawn (for LLaVA), a small autoencoder (for Stable Diffusion's), a tiny random

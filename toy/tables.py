@@ -253,9 +253,11 @@ def score_table(out, lines, file):
         scores = []
         links = []
         # Whichever command made them.
-        # Somebody may keep a copy of a model beside it, "...-seed0.bak".
-        for path in sorted(out.glob(f"{run.folder('*[0-9]')}/{file}")):
+        for path in sorted(out.glob(f"{run.folder('*')}/{file}")):
             seed = path.parent.name.rpartition("seed")[2]
+            # Somebody may keep a copy of a model beside it, "...-seed0.bak".
+            if not seed.isdecimal():
+                continue
             scores.append(columns_of(read_jsonl(path)))
             links.append(f'<a href="{run.folder(seed)}/report.html">{seed}</a>')
 

@@ -3,8 +3,8 @@
     python -m toy.tiny
 
 Trains a small DiT-I on what `python -m toy` has encoded, which must have run before, and
-draws the captions of 16 composites. train.py and sample.py do the same with all that a
-lab needs in addition.
+draws a picture for the caption of each of 16 composites. train.py and sample.py do the same
+with all that a lab needs in addition: epochs, for example, and biases without weight decay.
 """
 
 import copy

@@ -3,8 +3,8 @@
 A *scene* says what is in a picture: {"objects": [...], "grey": "dark"}, the grey of its
 ground. Each *object* is {"shape", "color", "radius", "x", "y"}, lengths in pixels, the
 front one last. As with ImageNet, a picture shows things of one class, which is their
-shape: mostly a large one, often some smaller ones. Colours, sizes and backgrounds vary
-and are not in the class name.
+shape: a large one, some smaller ones, or both. Colours, sizes and backgrounds vary and
+are not in the class name.
 """
 
 import math
