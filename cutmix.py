@@ -272,18 +272,17 @@ def make_all(composites, workers):
 # Examples to look at
 
 def draw_examples(composites, count=6):
-    """Return a sheet with `count` composites of each setting, spread over the data set.
+    """Return a sheet with `count` composites of each setting, of photos drawn at random.
 
     Raises UserError if too many photos are broken.
     """
-    n = len(composites.files)
+    shuffled = np.random.default_rng(composites.seed).permutation(len(composites.files))
+    # Some may be broken, and there may be fewer than are shown.
+    tried = np.resize(shuffled, 4 * count)
     pictures = []
     titles = []
     for setting in CUTS:
-        # Photos 0, n / 6, 2 n / 6 ...; if some are broken, those after them, and so on.
-        places = [(place * n // count + attempt) % n
-                  for attempt in range(4) for place in range(count)]
-        made = (composites.compose(index, setting)[0] for index in places)
+        made = (composites.compose(index, setting)[0] for index in tried)
         found = list(itertools.islice(filter(None, made), count))
         if len(found) < count:
             raise UserError(f"{composites.images}: too many broken photos")
