@@ -356,10 +356,3 @@ def test_fetch_asks_the_hub_only_for_what_may_be_there(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     for mistyped in ("runs/mine", "../mine", tmp_path / "mine"):
         assert "no such folder, or" in refusal(common.fetch, mistyped, "b")
-
-
-def test_a_models_folder_with_a_git_lfs_pointer_in_it_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    assert common.fetch(tmp_path, "none.json", "config.json") == tmp_path / "config.json"
-    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert "tokenizer.json: a git-lfs pointer" in refusal(common.fetch, tmp_path, "config.json")

@@ -107,9 +107,7 @@ def test_a_second_request_waits_until_the_first_one_is_drawn(server, monkeypatch
     (400, "no 'prompt'", {"query": "&%ff=%00"}),
     (400, "no 'prompt'", {"query": {**ASKED, "prompt": ""}}),
     (400, "steps: not as the field", {"query": {**ASKED, "steps": "1.5"}}),
-    (400, "steps: not as the field", {"query": {**ASKED, "steps": "9" * 5000}}),
     (400, "must be at least 0", {"query": {**ASKED, "guidance": "nan"}}),
-    (400, "must be at most 30", {"query": {**ASKED, "guidance": "inf"}}),
 ])
 def test_what_the_page_itself_would_not_ask_is_refused_in_one_line(server, status, words, asked):
     found, line = ask(server, **{"query": ASKED, **asked})
