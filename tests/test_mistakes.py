@@ -104,6 +104,7 @@ MISTAKES = [
     ("toy --out {bad}/photos", "holds files, and not the toy's"),
     ("toy.tables --table 3", "--table"),
     ("toy.score --samples {bad}/photos --out {tmp}/x", "samples.jsonl: No such file"),
+    ("toy.score --samples {bad}/unsaid --out {tmp}/x", "samples.jsonl line 1: not a sample"),
     ("toy.tiny --data {tmp}", "python -m toy makes it"),
     ("toy.play --out {tmp}", "run `python -m toy` first"),
 ]
@@ -138,6 +139,7 @@ def bad(tmp_path_factory):
         "pointers/2.png": pointer,
         "foreign/cutmix.jsonl": "somebody's own\n",
         "foreign/c.skipped.jsonl": "somebody's own\n",
+        "unsaid/samples.jsonl": '{"prompt": "a"}\n',
         "nothing": "",
         "a.jsonl": '{"file": "n1/1.png", "caption": "a red dog"}\n',
         "half.jsonl": '{"file": "n1/1.png", "prompt": "a dog \\ud83d"}\n',
@@ -145,7 +147,7 @@ def bad(tmp_path_factory):
         "a-3.json": '{"quality": 3}',
         "a-nan.json": '{"quality": {"scores": {"fid": NaN}}}',
     }
-    for folder in ("empty", "pointers", "foreign", "photos/n1", "photos/n2"):
+    for folder in ("empty", "pointers", "foreign", "unsaid", "photos/n1", "photos/n2"):
         (bad / folder).mkdir(parents=True)
     for name, text in texts.items():
         (bad / name).write_text(text)

@@ -30,8 +30,9 @@ def score(folder):
     {"file", "tag", "prompt", "right", "reason", "one_background", "bitten"}; `file` is
     relative to the folder. Raises UserError.
     """
-    # A line also has what its prompt asks for.
     path = folder / "samples.jsonl"
+    evaluate.read_samples(path)         # whether they are some
+    # A line also has what its prompt asks for.
     samples = read_jsonl(path)
     rows = []
     for sample in progress(samples, len(samples), "img", "scoring"):
