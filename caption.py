@@ -743,10 +743,14 @@ def write_together(out, settings, items, unit, rows_of):
     def is_complete():
         return record.exists() and has_content(out)
 
+    # Our record comes before our OUT.
+    if os.path.lexists(out) and not record.exists():
+        raise UserError(f"{out}: not made by this command, which would replace it: choose "
+                        f"another --out")
     try:
         if not is_complete():
             # Beside our record, they are of an OUT that was deleted.
-            products = () if record.exists() else (out, skipped)
+            products = () if record.exists() else (skipped,)
             if not make_rows(parts, settings, units, rows_of_all, products):
                 return False
             # Before OUT, which is the sign that all is done.

@@ -130,10 +130,11 @@ def read_samples(path):
             # Fails for half a character. A file's name may hold bytes that are not UTF-8.
             os.fsencode(row["file"])
             row["prompt"].encode()
-        # Other prompts may have names, too, but their samples are not called after them.
+        # Other prompts may have names, too, but their samples are not called after them, or
+        # they were files, such as DPG-Bench's.
         name = str(row.get("name"))
         is_coco = name.startswith("COCO_") or row["file"].startswith((f"{name}.", f"{name}_"))
-        names.append(is_coco and name)
+        names.append(is_coco and "prompt_file" not in row and name)
     if not prompts:
         raise UserError(f"{path}: no samples in it")
     return prompts, set(names) if all(names) else set()

@@ -320,8 +320,9 @@ def test_samples_of_coco_are_compared_with_the_photos_that_were_asked_for(qualit
     write_jsonl(tmp_path / "fake/samples.jsonl", [{**row, "name": row["file"][:4]} for row in rows])
     assert quality(pictures(tmp_path / "more", 8))["counts"] == {"real": 6, "fake": 6, "skipped": 0}
     # Other prompts may have names, too.
-    for more in ({"name": "mine"}, {"prompt_file": "p.txt", "name": "partiprompts7"}):
-        write_jsonl(tmp_path / "fake/samples.jsonl", [{**row, **more} for row in rows])
+    of_files = [{**row, "prompt_file": "p.txt", "name": Path(row["file"]).stem} for row in rows]
+    for others in ([{**row, "name": "mine"} for row in rows], of_files):
+        write_jsonl(tmp_path / "fake/samples.jsonl", others)
         assert quality(real)["data"] == "ImageNet"
 
 

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, in_batches, keep_apart, load_image, progress, read_jsonl,
-                    reading, write_jsonl)
+from common import (Options, UserError, in_batches, keep_apart, load_image, open_image,
+                    progress, read_jsonl, reading, write_jsonl)
 
 import numpy as np
 import torch
@@ -30,12 +30,17 @@ def score(folder):
     {"file", "tag", "prompt", "right", "reason", "one_background", "bitten"}; `file` is
     relative to the folder. Raises UserError.
     """
-    # A line also has what its prompt asks for.
     path = folder / "samples.jsonl"
+    # Refuses what is no list of samples. A line also has what its prompt asks for.
+    evaluate.read_samples(path)
     samples = read_jsonl(path)
     rows = []
     for sample in progress(samples, len(samples), "img", "scoring"):
-        image = load_image(folder / sample["file"], SIZE)
+        file = folder / sample["file"]
+        image = open_image(file, SIZE)
+        if image.size != (SIZE, SIZE):
+            raise UserError(f"{file}: {image.width} x {image.height} pixels; the toy's pictures "
+                            f"have {SIZE} x {SIZE}")
         with reading(path, "samples for the toy's prompts"):
             objects = find_objects(image)
 
