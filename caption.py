@@ -740,15 +740,12 @@ def write_together(out, settings, items, unit, rows_of):
     def rows_of_all(missing):
         return rows_of(list(itertools.chain(*missing)))
 
-    def is_complete():
-        return record.exists() and has_content(out)
-
     # Our record comes before our OUT.
     if os.path.lexists(out) and not record.exists():
         raise UserError(f"{out}: not made by this command, which would replace it: choose "
                         f"another --out")
     try:
-        if not is_complete():
+        if not has_content(out):
             # Beside our record, they are of an OUT that was deleted.
             products = () if record.exists() else (skipped,)
             if not make_rows(parts, settings, units, rows_of_all, products):
@@ -759,7 +756,7 @@ def write_together(out, settings, items, unit, rows_of):
     except (UserError, FileNotFoundError):
         # Two ranks that end together both join the units. What one of them then misses, the
         # other has joined and removed: OUT is there.
-        if not is_complete():
+        if not has_content(out):
             raise
 
     refuse_other_settings(out, read_json(record, "the settings of captions"), settings)
