@@ -731,11 +731,18 @@ def main(argv=None):
         rows += read
     samples = list_samples(args, rows)
 
+    pipeline = None
+    # Where all images are there, nothing is loaded: the encoders are those of the images.
+    if all(png_is_whole(out / file) for file in samples):
+        encoders = read_json(out / "settings.json", "these images' settings").get("encoders")
+    else:
+        pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
+        encoders = fingerprints(pipeline)
+
     # All that the images depend on.
-    pipeline = load_pipeline(args.checkpoint, args.vae, args.text_encoder)
     settings = {name: value for name, value in vars(args).items()
                 if name not in CHANGES_NO_IMAGE}
-    settings["encoders"] = fingerprints(pipeline)
+    settings["encoders"] = encoders
     settings["weights"] = sha256(fetch(args.checkpoint, "model.safetensors"))
     settings["prompts"] = fingerprint([row["prompt"], row.get("name")] for row in rows)
     make = partial(make_images, args, pipeline)
