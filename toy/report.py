@@ -5,13 +5,12 @@ import html
 import math
 import statistics
 
-from common import load_image, read_jsonl, save_png, write_file
+from common import read_jsonl, save_png, write_file
 from encode import Encoded, draw_noise, load_vae
 from toy.detector import has_one_background
 from toy.prompts import TASKS
 from toy.recipe import TAU, VAE
-from toy.score import columns_of
-from toy.world import SIZE
+from toy.score import columns_of, open_picture
 
 # The style is part of every page, so that a page is one file that can be sent to someone.
 STYLE = """
@@ -159,7 +158,7 @@ def about_the_data(out):
     for i, row in enumerate(read_jsonl(out / "cutmix/cutmix.jsonl")):
         title = f"CM {row['setting']}"
         path = out / "cutmix" / row["file"]
-        if title not in chosen and not has_one_background(load_image(path, SIZE)):
+        if title not in chosen and not has_one_background(open_picture(path)):
             chosen[title] = i
     save_png(draw_noise(composites, load_vae(VAE), chosen), out / "fig7.png")
     return f"""

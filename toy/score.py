@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (Options, UserError, in_batches, keep_apart, load_image, open_image,
-                    progress, read_jsonl, reading, write_jsonl)
+from common import (Options, UserError, in_batches, keep_apart, open_image, progress,
+                    read_jsonl, reading, write_jsonl)
 
 import numpy as np
 import torch
@@ -36,11 +36,7 @@ def score(folder):
     samples = read_jsonl(path)
     rows = []
     for sample in progress(samples, len(samples), "img", "scoring"):
-        file = folder / sample["file"]
-        image = open_image(file, SIZE)
-        if image.size != (SIZE, SIZE):
-            raise UserError(f"{file}: {image.width} x {image.height} pixels; the toy's pictures "
-                            f"have {SIZE} x {SIZE}")
+        image = open_picture(folder / sample["file"])
         with reading(path, "samples for the toy's prompts"):
             objects = find_objects(image)
 
@@ -55,6 +51,16 @@ def score(folder):
                          "one_background": has_one_background(image),
                          "bitten": is_bitten(image, objects)})
     return rows
+
+
+def open_picture(path):
+    """Return one of the toy's pictures, RGB. Raises UserError if it has another size."""
+    # Twice the size: a larger JPEG is then not decoded at just the toy's.
+    image = open_image(path, 2 * SIZE)
+    if image.size != (SIZE, SIZE):
+        raise UserError(f"{path}: {image.width} x {image.height} pixels; "
+                        f"the toy's pictures have {SIZE} x {SIZE}")
+    return image
 
 
 TWO_OBJECTS = ("two_object", "position", "color_attr")
@@ -100,7 +106,7 @@ def features(folder):
     files, _ = evaluate.images_of(folder)
     parts = []
     for batch in in_batches(files, 64):
-        images = [load_image(folder / file, SIZE) for file in batch]
+        images = [open_picture(folder / file) for file in batch]
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)     # (B, 3, H, W)
         mean, _ = vae.encode(pixels / 127.5 - 1)                            # (B, 8, 8, 8)
 
