@@ -106,6 +106,9 @@ def test_a_second_request_waits_until_the_first_one_is_drawn(server, monkeypatch
     (414, "too long", {"query": "a" * 70_000}),
     (400, "no 'prompt'", {"query": "&%ff=%00"}),
     (400, "no 'prompt'", {"query": {**ASKED, "prompt": ""}}),
+    (400, "1 to 1000 characters", {"query": {**ASKED, "prompt": " "}}),
+    (400, "1 to 1000 characters", {"query": {**ASKED, "prompt": "a" * 1001}}),
+    (403, "own page", {"Host": "127.0.0.1:1"}),
     (400, "steps: not as the field", {"query": {**ASKED, "steps": "1.5"}}),
     (400, "must be at least 0", {"query": {**ASKED, "guidance": "nan"}}),
 ])

@@ -138,8 +138,18 @@ def as_url(image):
 # --------------------------------------------------------------------------------------------
 # The server. Any page in the browser can send requests to this computer: only our own may.
 
+MAX_PROMPT = 1000               # characters; T5 reads 256 tokens of them
+
+
+def some_words(text):
+    """Return a prompt. Raises ValueError for a blank or an endless one."""
+    if not 1 <= len(text.strip()) <= MAX_PROMPT:
+        raise ValueError(f"must have 1 to {MAX_PROMPT} characters")
+    return text.strip()
+
+
 # What a request gives to `draw`, in the address as the page's own address holds it.
-FIELDS = {"prompt": str,
+FIELDS = {"prompt": some_words,
           "steps": number(int, 1, 250),
           "guidance": number(float, 0, 30),
           "seed": number(int, 0, 2 ** 31 - 1)}
@@ -201,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
             return False
         host = self.headers.get("Host", "")
         origin = self.headers.get("Origin", f"http://{host}")
-        name = host.partition(":")[0]
+        name = host.removesuffix(f":{self.server.server_port}")
         if name not in ("127.0.0.1", "localhost") or origin != f"http://{host}":
             self.send_error(403, explain="only this server's own page may ask")
             return False
