@@ -30,10 +30,11 @@ from collections import Counter
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (BATCH_SIZE, COUNT, IMAGE_SUFFIXES, SEED, THREADS, Options, UserError, ahead, command_line,
-                    fingerprint, has_content, in_batches, join_rows, keep_apart, lfs_pointer,
-                    list_images, load_image, local_device, make_rows, pretrained,
-                    read_json, read_jsonl, reading, refuse_other_settings, shorten, write_json)
+from common import (BATCH_SIZE, COUNT, IMAGE_SUFFIXES, SEED, THREADS, Options, UserError,
+                    ahead, command_line, fingerprint, has_content, in_batches, join_rows,
+                    keep_apart, lfs_pointer, list_images, load_image, local_device, make_rows,
+                    pretrained, read_json, read_jsonl, reading, refuse_other_settings,
+                    refuse_to_replace, shorten, write_json)
 
 import torch
 from PIL import Image
@@ -742,8 +743,7 @@ def write_together(out, settings, items, unit, rows_of):
 
     # Our record comes before our OUT.
     if os.path.lexists(out) and not record.exists():
-        raise UserError(f"{out}: not made by this command, which would replace it: choose "
-                        f"another --out")
+        refuse_to_replace(out)
     try:
         if not has_content(out):
             # Beside our record, they are of an OUT that was deleted.

@@ -402,6 +402,12 @@ def refuse_other_settings(output, before, now):
                             f"or another --out, or delete it")
 
 
+def refuse_to_replace(path):
+    """Raise UserError for somebody else's file in the place of a command's own."""
+    raise UserError(f"{path}: not made by this command, which would replace it: choose another "
+                    f"--out")
+
+
 def shorten(value):
     """Return a value as text, cut after 80 characters."""
     text = str(value)
@@ -439,8 +445,7 @@ def make_together(out, settings, units, make, is_whole=has_content, products=())
             before = read_json(record, "the settings of this output")
             refuse_other_settings(out, before, settings)
         elif found:
-            raise UserError(f"{found}: not made by this command, which would replace it: "
-                            f"choose another --out")
+            refuse_to_replace(found)
 
         # Of all files, not of the missing ones: ranks need not look at the same time.
         mine = [name for name in list(units)[rank::world] if name in missing]
@@ -493,10 +498,7 @@ def join_rows(folder, units, product, skipped):
 
 
 def refuse_nothing(folder, units, product, skipped):
-    """Raise UserError, as all files were skipped, and remove what `make_together` made.
-
-    The same command is to try again, once they are repaired.
-    """
+    """Raise UserError: all files were skipped. What `make_together` made goes, for another try."""
     for name in (*units, "settings.json"):
         (folder / name).unlink(missing_ok=True)
     raise UserError(f"{product}: nothing could be made of {len(skipped)} files; the first: "
