@@ -25,10 +25,11 @@ from bisect import bisect_right
 from pathlib import Path
 
 # First: it keeps Ctrl-C quiet while torch is imported.
-from common import (BATCH_SIZE, COUNT, THREADS, Options, UserError, ahead, command_line, contact_sheet,
-                    default_workers, fetch, fingerprint, in_batches, keep_apart, list_images,
-                    load_image, local_device, make_together, number, pretrained, progress,
-                    reading, refuse_not_finite, refuse_nothing, save_png, shorten, write_json, write_jsonl)
+from common import (BATCH_SIZE, COUNT, THREADS, Options, UserError, ahead, command_line,
+                    contact_sheet, default_workers, fetch, fingerprint, in_batches, keep_apart,
+                    list_images, load_image, local_device, make_together, number, pretrained,
+                    progress, reading, refuse_not_finite, refuse_nothing, save_png, shorten,
+                    write_json, write_jsonl)
 
 import numpy as np
 import torch

@@ -443,8 +443,7 @@ def arguments(argv):
         f"all {OURS})", 64 if cuda else None, samples)
     add("--precision", "auto: bf16 on CUDA, else fp32 (on CUDA TF32); weights are always float32 "
         f"{OURS}", "auto", choices=PRECISIONS)
-    add("--workers", f"threads of a rank that read data {OURS}", 4 if cuda else 0,
-        THREADS)
+    add("--workers", f"threads of a rank that read data {OURS}", 4 if cuda else 0, THREADS)
     parser.flag("--no-compile", "CUDA: no torch.compile")
     parser.flag("--checkpoint-activations",
                 "compute them again in the backward pass: slower, less memory")
