@@ -280,8 +280,7 @@ def test_a_part_of_a_cropped_picture_is_that_part(size):
             assert np.abs(expected - part).max() <= 2
 
 
-def test_exif_rotation_is_applied_and_a_damaged_exif_block_is_told_with_the_files_name(
-        tmp_path, monkeypatch):
+def test_exif_rotation_is_applied_and_a_damaged_exif_block_is_told_with_the_files_name(tmp_path, monkeypatch):
     told = []
     # As outside of pytest, which collects warnings.
     monkeypatch.setattr(warnings, "showwarning",
@@ -350,7 +349,9 @@ def test_fetch_asks_the_hub_only_for_what_may_be_there(tmp_path, monkeypatch):
     download.side_effect = [not_cached]
     session.head.side_effect = OSError("no connection\nsecond line")
     assert "not on the hub (no connection second line)" in refusal(common.fetch, "some/repo", "b")
-    # A path that is mistyped is not asked for.
+    # What a folder holds, and a path that is mistyped, are not asked for.
+    (tmp_path / "c").write_text("")
+    assert common.fetch(tmp_path, "a", "c") == tmp_path / "c"
     download.side_effect = AssertionError
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()

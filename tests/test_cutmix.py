@@ -99,8 +99,7 @@ def test_a_composite_is_the_base_outside_the_box_and_the_second_photo_inside(set
 
 # ---- The data set
 
-def test_each_photo_is_the_base_once_or_named_and_the_manifest_tells_what_is_in_the_picture(
-        tmp_path, capsys):
+def test_each_photo_is_the_base_once_or_named_and_the_manifest_tells_what_is_in_the_picture(tmp_path, capsys):
     # A space, a comma and a letter that is not ASCII; and a name that is not even UTF-8.
     files = ["a/0.png", "a/1.png", "a/broken.png", "b/ein Bär, 0.png", os.fsdecode(b"b/latin-\xe4.png"),
              "c/0.png", "d/0.png", "d/1.png"]
@@ -141,8 +140,7 @@ def test_partners_are_uniform_over_the_images_of_other_classes():
     assert all(abs(n - 1000) < 150 for n in counts.values())
 
 
-def test_one_line_adds_a_setting_to_the_options_to_equal_shares_and_to_the_sheet(
-        tmp_path, monkeypatch):
+def test_one_line_adds_a_setting_to_the_options_to_equal_shares_and_to_the_sheet(tmp_path, monkeypatch):
     options = ["--images", photos(tmp_path / "photos", each=5), "--size", 50, "--out"]
     make(*options, tmp_path / "before")
     make(*options, tmp_path, "--preview")

@@ -46,8 +46,7 @@ class Data:
 
     def __init__(self, folder, t5_folder):
         self.folder = folder
-        self.rows = [{"file": f"class{i // 8}/{i:02d} é.png", "caption": sentence(i)}
-                     for i in range(COUNT)]
+        self.rows = [{"file": f"class{i // 8}/{i:02d} é.png", "caption": sentence(i)} for i in range(COUNT)]
         self.paths = [folder / "images" / row["file"] for row in self.rows]
         for i, path in enumerate(self.paths):
             path.parent.mkdir(parents=True, exist_ok=True)
