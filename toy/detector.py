@@ -11,7 +11,6 @@ from functools import lru_cache
 from itertools import combinations, product
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
 from toy.world import COLORS, SHAPES, SIZE, draw
@@ -91,8 +90,10 @@ class Patch:
 
 
 def bounds(mask):
-    """Return the box (x0, y0, x1, y1) of a mask's True pixels, right and bottom exclusive, or None."""
-    return Image.fromarray(mask).getbbox()
+    """Return the box (x0, y0, x1, y1) of a mask's True pixels, right and bottom exclusive."""
+    columns = mask.any(0).nonzero()[0].tolist()
+    rows = mask.any(1).nonzero()[0].tolist()
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
 
 
 def inside(box, margin=0):
@@ -142,30 +143,32 @@ def agreement(template, patch, x, y):
     whole = placed(template.mask, x, y)
     seen = whole & patch.mask
     right = np.count_nonzero(seen)
-    # Most places end here, at little cost.
+    # Places far off end here, at little cost.
     if right < CLEAR * patch.area:
         return 0.0
 
     core = placed(template.core, x, y)
-    lacking = whole & ~patch.mask
     bite = core & ~patch.near                           # what it clearly lacks
+    edge = whole & ~core
+    lacking = whole & ~patch.mask
+    hidden = np.count_nonzero(lacking)
 
     # In the hidden box nothing of the object must be seen: what is seen there is wrong.
     # The pixels around the box may be seen or not: something's edge runs through them.
-    open_to_view = np.ones((SIZE, SIZE), bool)
     box = hidden_box(bite, patch, template)
     if box:
-        open_to_view[inside(box, 1)] = False
+        edge[inside(box, 1)] = False
+        lacking[inside(box, 1)] = False
         right -= np.count_nonzero(seen[inside(box)])
-    hidden = np.count_nonzero(lacking & ~open_to_view) / template.area
+    in_view = np.count_nonzero(lacking)
+    hidden = (hidden - in_view) / template.area
     if hidden > MOST_HIDDEN:
         return 0.0
 
-    outside = patch.area - right
-    wrong = outside + np.count_nonzero(lacking & open_to_view)
-    # One more, so that it is never 0.
-    edge = np.count_nonzero(whole & ~core & open_to_view) + 1
-    score = right / (right + wrong) - HIDDEN_WEIGHT * hidden - WRONG_WEIGHT * wrong / edge
+    wrong = patch.area - right + in_view
+    # One more, so that the edge's length is never 0.
+    score = (right / (right + wrong) - HIDDEN_WEIGHT * hidden
+             - WRONG_WEIGHT * wrong / (np.count_nonzero(edge) + 1))
 
     # A wobbly edge may be forgiven (see `recognise`). A bite or a lump may not, and that
     # something hides a part is only a guess: then the rest must agree all the better.
@@ -180,25 +183,20 @@ def hidden_box(bite, patch, template):
 
     It is the smallest one around `bite`, all pixels that the patch clearly lacks.
     """
-    box = bounds(bite)
-    if box is None:
+    # Nothing hides an object but another one, which must be seen there, and whole. In a
+    # composite its square hides, too.
+    lacks = np.count_nonzero(bite)
+    behind = [other for other in patch.in_front
+              if np.count_nonzero(bite[inside(other, AROUND)]) == lacks]
+    if not lacks or not behind:
         return None
-    x0, y0, x1, y1 = box
 
     # A few lacking pixels are not hidden, they are wrong. At a large object a paste may
     # graze them.
+    x0, y0, x1, y1 = box = bounds(bite)
     _, width = template.mask.shape
     least = 3 if width >= 32 else 10
-    if max(x1 - x0, y1 - y0) <= least:
-        return None
-
-    # Nothing hides an object but another one, which must be seen there, and whole. In a
-    # composite its square hides, too.
-    for other in patch.in_front:
-        near = bite[inside(other, AROUND)]
-        if np.count_nonzero(near) == np.count_nonzero(bite):
-            return box
-    return None
+    return box if max(x1 - x0, y1 - y0) > least else None
 
 
 def recognise(patch):
@@ -384,9 +382,10 @@ def is_bitten(image, objects):
     colored = share > 0.5
     answer = None
     for small, number in product(objects, range(len(COLORS))):
-        large = Patch(colored & (nearest == number) & ~small.mask)
-        if large.area < max(LARGE_AREA, small.area):
+        mask = colored & (nearest == number) & ~small.mask
+        if np.count_nonzero(mask) < max(LARGE_AREA, small.area):
             continue
+        large = Patch(mask)
         large.in_front = [small.box]
         recognise(large)
         if large.expected[inside(small.box)].any():

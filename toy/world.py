@@ -73,22 +73,22 @@ def draw(scene):
     image = Image.new("RGB", (4 * SIZE, 4 * SIZE), (grey, grey, grey))
     # The last object covers the others.
     for thing in scene["objects"]:
-        image.paste(COLORS[thing["color"]], mask=mask_of(thing, 4))
+        draw_object(image, thing, COLORS[thing["color"]])
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-def mask_of(thing, scale=1):
-    """Return where an object is: a PIL image of mode L of 64 `scale` pixels a side, 255 inside."""
-    mask = Image.new("L", (SIZE * scale, SIZE * scale))
-    pen = ImageDraw.Draw(mask)
-    radius = thing["radius"]
+def draw_object(image, thing, color):
+    """Draw an object into a PIL image of the picture, of whatever size."""
+    pen = ImageDraw.Draw(image)
+    scale = image.width / SIZE
     corners = []
     for x, y in OUTLINES[thing["shape"]]:
-        corners.append((scale * (thing["x"] + radius * x), scale * (thing["y"] + radius * y)))
+        x = thing["x"] + thing["radius"] * x
+        y = thing["y"] + thing["radius"] * y
+        corners.append((scale * x, scale * y))
 
     fill = pen.ellipse if thing["shape"] == "circle" else pen.polygon
-    fill(corners, fill=255)
-    return mask
+    fill(corners, color)
 
 
 # --------------------------------------------------------------------------------------------
@@ -231,7 +231,9 @@ def seen_in_composite(base, paste, box, setting):
 
 def look_at(thing, region=True):
     """Return an object with `visible` and `cell`, of which only `region` (64, 64) bool can be seen."""
-    mask = np.asarray(mask_of(thing)) > 0
+    mask = Image.new("1", (SIZE, SIZE))
+    draw_object(mask, thing, 1)
+    mask = np.asarray(mask)
     rows, columns = (mask & region).nonzero()
     visible = len(rows) / mask.sum()
 
