@@ -480,14 +480,14 @@ def make_rows(out, settings, units, rows_of, products=()):
 
 
 def join_rows(folder, units, product, skipped):
-    """Join JSONL files of a folder to `product`, but rows with a "reason" to `skipped`.
+    """Join JSONL files of a folder to `product`, but rows {"file", "reason"} to `skipped`.
 
-    Raises UserError if there are none in `product`.
+    Others may hold a "reason" of somebody's own. Raises UserError if there are none in `product`.
     """
     good, bad = [], []
     for name in units:
         for row in read_jsonl(folder / name):
-            (bad if "reason" in row else good).append(row)
+            (bad if row.keys() == {"file", "reason"} else good).append(row)
     if not good:
         refuse_nothing(folder, units, product, bad)
 

@@ -272,6 +272,10 @@ def test_captions_find_their_files_with_a_folder_or_by_a_name_that_is_the_only_o
         ("1.jpg", "caption, but images of this name in several folders"),
         ("9.jpg", "caption, but no such image")]
     assert caption.match(["1.jpg", "a/1.jpg"], {"1.jpg": "flat"})[0] == {"1.jpg": "flat"}
+    # A later file wins, whichever of the two ways it names an image in.
+    for later in {"2.jpg": "new"}, {"a/2.jpg": "new"}:
+        matched, skipped = caption.match(files, {"a/2.jpg": "old"}, {"2.jpg": "older"}, later)
+        assert matched == {"a/2.jpg": "new"} and len(skipped) == 4
 
 
 def test_a_killed_command_goes_on_with_other_ranks_to_the_same_bytes(
@@ -341,7 +345,8 @@ def test_prompts_become_long_stay_whole_or_stay_short(tiny_llm, tmp_path, monkey
     monkeypatch.setattr(caption, "greedy_answers", greedy_answers)
     dog = {"tag": "colors", "include": [{"class": "dog"}], "prompt": "a photo of a red dog"}
     cat = {"tag": "colors", "prompt": "a photo of a blue cat"}
-    clocks = {"tag": "counting", "prompt": "a photo of seven clocks"}
+    # As GenEval's verdicts are kept.
+    clocks = {"tag": "counting", "reason": "found 3", "prompt": "a photo of seven clocks"}
     common.write_jsonl(tmp_path / "p.jsonl", [dog, {"prompt": ""}, clocks, cat, {**dog, "tag": "again"}])
     do("extend", "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "long.jsonl",
        "--model", tiny_llm, "--batch-size", 3)
@@ -392,6 +397,8 @@ def coco(count, texts, indent=None):
      {"ä.jpg": TEXT}, []),
     ("a.CSV", f'\ufeff,Image_Path,caption\r\n0,ä.jpg,"{TEXT}"\r\n1,b\r\n', {"ä.jpg": TEXT}, []),
     ("a.tsv", f'Filename\tText\nä.jpg\t"{TEXT}"\nb\t...\n', {"ä.jpg": TEXT}, []),
+    # Quotation marks in several rows, and none that quote.
+    ("a.tsv", 'file\tcaption\na\t"Stop\nb\tlong\nc\tgo"\n', {"a": '"Stop', "b": "long", "c": 'go"'}, []),
     # The authors' has no line of names.
     ("a.tsv", '1.JPEG\t"A dog" sits.\n2.JPEG\tA cat\twith a tab.\n3',
      {"1.JPEG": '"A dog" sits.', "2.JPEG": "A cat\twith a tab."}, []),
