@@ -15,6 +15,7 @@ WORLD_SIZE set, ranks share the work; the last one to end joins it. OUT.settings
 OUT was made. Each command has options of its own: `python caption.py llava --help`.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -316,8 +317,8 @@ def pictures_to_caption(args):
     else:
         pictures = [(file, None, None) for file in list_images(folder)]
     # Captioning is the slow stage: what others have captioned need not be done again.
-    captions = read_captions(*args.captioned)
-    captioned, _ = match([file for file, _, _ in pictures], captions)
+    captions = map(read_captions, args.captioned)
+    captioned, _ = match([file for file, _, _ in pictures], *captions)
     pictures = [picture for picture in pictures if picture[0] not in captioned]
     if args.captioned:
         print(f"{len(captioned)} pictures have captions, {len(pictures)} need one")
@@ -521,54 +522,51 @@ CAPTION_COLUMNS = ("caption", "text")
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 
 
-def read_captions(*paths):
+def read_captions(path):
     """Return {file: caption}; every file is a path below the folder of images.
 
-    A later one of `paths` wins. The captions that the paper's authors have published
-    leave out an image's folder. A caption without a word is none. Formats: see
-    read_rows. Raises UserError: a row that lacks one of the two, a file with two
-    captions for an image, or with none at all.
+    The captions that the paper's authors have published leave out an image's folder. A
+    caption without a word is none. Formats: see read_rows. Raises UserError: a row that
+    lacks one of the two, a file with two captions for an image, or with none at all.
     """
     captions = {}
-    for path in paths:
-        found = {}
-        for k, row in enumerate(read_rows(path), 1):
-            where = f"{path} row {k}"
-            file = text_of(row, FILE_COLUMNS, where)
-            caption = text_of(row, CAPTION_COLUMNS, where)
-            if has_word(caption, where) and found.setdefault(file, caption) != caption:
-                raise UserError(f"{where}: {file} had another caption before (a name in "
-                                f"two folders? then the captions must name the folder too)")
-        if not found:
-            raise UserError(f"{path}: no captions in it")
-        captions |= found
+    for k, row in enumerate(read_rows(path), 1):
+        where = f"{path} row {k}"
+        file = text_of(row, FILE_COLUMNS, where)
+        caption = text_of(row, CAPTION_COLUMNS, where)
+        if has_word(caption, where) and captions.setdefault(file, caption) != caption:
+            raise UserError(f"{where}: {file} had another caption before (a name in "
+                            f"two folders? then the captions must name the folder too)")
+    if not captions:
+        raise UserError(f"{path}: no captions in it")
     return captions
 
 
-def match(files, captions):
+def match(files, *sources):
     """Return {file: caption} of all `files` that have one, in order, and skipped rows.
 
-    captions: {file: caption}. One that names a file without its folder, as the authors' do,
-    goes to the only file of this name. Skipped rows, {"file", "reason"}, are about files
-    without a caption and then about captions without a file.
+    sources: {file: caption} each; a later one wins. One that names a file without its folder,
+    as the authors' do, goes to the only file of this name. Skipped rows, {"file", "reason"},
+    are about files without a caption and then about captions without a file.
     """
-    matched = {}
-    skipped = []
-    unused = dict(captions)
+    found = {}
+    no_image = {}           # {file: why}
     files_called = Counter(os.path.basename(file) for file in files)
-    for file in files:
-        # A bare name that several files share does not tell which of them is meant.
-        name = os.path.basename(file)
-        key = file if file in captions or files_called[name] > 1 else name
-        if key in unused:
-            matched[file] = unused.pop(key)
-        else:
-            skipped.append({"file": file, "reason": "no caption"})
+    for captions in sources:
+        unused = dict(captions)
+        for file in files:
+            # A bare name that several files share does not tell which of them is meant.
+            name = os.path.basename(file)
+            key = file if file in captions or files_called[name] > 1 else name
+            if key in unused:
+                found[file] = unused.pop(key)
+        for file in unused:
+            several = files_called[file] > 1
+            no_image[file] = "images of this name in several folders" if several else "no such image"
 
-    for file in unused:
-        several = files_called[file] > 1
-        why = "images of this name in several folders" if several else "no such image"
-        skipped.append({"file": file, "reason": f"caption, but {why}"})
+    matched = {file: found[file] for file in files if file in found}
+    skipped = [{"file": file, "reason": "no caption"} for file in files if file not in found]
+    skipped += [{"file": file, "reason": f"caption, but {why}"} for file, why in no_image.items()]
     return matched, skipped
 
 
@@ -676,11 +674,13 @@ def read_tsv(path, text):
     if first_cell.lower().endswith(IMAGE_SUFFIXES):
         pairs = [line.partition("\t") for line in text.split("\n") if line]
         return [{"file": file, "caption": caption.strip()} for file, _, caption in pairs]
-    try:
-        return read_table(path, text, "\t")
-    except UserError:
-        # Most TSVs do without quoting: a cell may begin with a word in quotation marks.
-        return read_table(path, text, "\t", csv.QUOTE_NONE)
+    with contextlib.suppress(UserError):
+        rows = read_table(path, text, "\t")
+        if not any("\t" in cell for row in rows for cell in row.values()):
+            return rows
+    # Most TSVs do without quoting: a cell may begin with a word in quotation marks. Up to the
+    # next such word, rows would become one cell, with their tabs in it.
+    return read_table(path, text, "\t", csv.QUOTE_NONE)
 
 
 def read_table(path, text, delimiter, quoting=csv.QUOTE_MINIMAL):
