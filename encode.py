@@ -483,7 +483,7 @@ def refuse_other_encoders(original, augmented):
 
     The precision in which T5 ran is not compared: rounding is not another encoder.
     """
-    for key in SAME_ENCODERS:
+    for key in (*SAME_ENCODERS, "max_tokens"):
         a = original.meta.get(key)
         b = augmented.meta.get(key)
         if a != b:
@@ -673,6 +673,8 @@ def write_meta(args, settings, shards, skipped, composites):
 def check(folder):
     """Look at all numbers of a data set, and draw check.png and fig7.png. Raises UserError."""
     data = Encoded(folder)
+    if not data.null.isfinite().all():
+        raise UserError(f"{data.folder / NULL}: holds numbers that are not finite: {REMEDY}")
     for i in progress(range(len(data)), len(data), "img", "check"):
         numbers = [*data.moments(i), data.text(i)]
         if not all(tensor.isfinite().all() for tensor in numbers):
@@ -745,8 +747,8 @@ def main(argv=None):
         raise UserError("needs --images, --captions and --out (or --check FOLDER)")
     keep_apart(args.out, args.images, *args.captions, args.vae, args.text_encoder)
 
-    captions = read_captions(*args.captions)
-    matched, skipped = match(list_images(args.images), captions)
+    captions = map(read_captions, args.captions)
+    matched, skipped = match(list_images(args.images), *captions)
     if not matched:
         raise UserError(f"no image of {args.images} has a caption: they are called like "
                         f"{skipped[0]['file']}, and in the captions {skipped[-1]['file']}")

@@ -230,11 +230,11 @@ def test_missing_cut_foreign_swapped_and_spoilt_files_are_refused(encoded, data)
     own = contents(encoded)
     samples = encode.open_shard(encoded / one, encode.Encoded(encoded).meta)[1]
 
-    def with_nan(name):
-        """Return the bytes of the shard where the last image's numbers are not finite."""
-        tensors = load(own[one])
+    def with_nan(name, shard=one):
+        """Return the bytes of a shard whose last image's numbers are not finite."""
+        tensors = load(own[shard])
         tensors[name][-1] = math.nan
-        return save(tensors, {"samples": json.dumps(samples)})
+        return save(tensors, {"samples": json.dumps({**samples, "shard": shard})})
 
     for name, wrong, words in [
             (one, own[one][:-10], "not a shard"),
@@ -243,6 +243,7 @@ def test_missing_cut_foreign_swapped_and_spoilt_files_are_refused(encoded, data)
             (null, contents(others)[null], "of other images"),
             (one, with_nan("mean"), samples["files"][-1]),
             (one, with_nan("text"), samples["files"][-1]),
+            (null, with_nan("text", null), "not finite"),
             ("meta.json", b'{"version": 1}', "not the description")]:
         (encoded / name).write_bytes(wrong)
         line = refused("encode.py", "--check", encoded)
