@@ -504,6 +504,9 @@ class Run:
             self.load()
         # The paper stops half-way through its schedule.
         args.schedule_steps = args.schedule_steps or 2 * args.steps
+        if args.schedule_steps <= args.warmup < args.steps:
+            raise UserError(f"--warmup {args.warmup}: must be shorter than the schedule, "
+                            f"{args.schedule_steps} steps: at its end the rate would fall at once")
         if self.done > args.steps:
             raise UserError(f"--steps {args.steps}: {self.path} is of step {self.done} already")
 

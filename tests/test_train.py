@@ -380,6 +380,9 @@ def test_a_state_or_start_of_other_data_or_settings_or_damaged_is_refused(words,
                        (["--data", other, "--augmented", other], "latent shape"),
                        (["--augmented", other], "differ in latent_shape")]:
         assert said in refused("train.py", *words("out", "--steps", 6, *more))
+    # The learning rate would be at the end of its schedule as soon as it has risen.
+    long_warmup = words("new", "--steps", 9, "--warmup", 8, "--schedule-steps", 8)
+    assert "must be shorter than the schedule, 8 steps" in refused("train.py", *long_warmup)
     tuned = ["--out", tmp_path / "tuned", "--init", tmp_path / "out", "--data"]
     assert "of other encoders" in refused("train.py", *tuned, foreign)
     assert "not weights for such data" in refused("train.py", *tuned, narrow)
