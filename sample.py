@@ -7,7 +7,8 @@ Prompts come from --prompt (which may be repeated) or from any file of captions
 or prompts that `caption.read_prompts` understands: text (one a line), JSONL,
 CSV, TSV, a folder of .txt files (DPG-Bench's) or COCO's captions_val2014.json.
 Image i starts from the noise of seed --seed + i: another batch size, more ranks
-under torchrun, or a command that was killed and started again give the same images.
+under torchrun, or a command that was killed and started again give the same images (up to
+rounding: one grey level, now and then, where batches have another size).
 
 The estimate x_0 is clamped to +-1.2 at every step, as in the released pipeline:
 guidance overshoots, and the error grows from step to step. 1.2 is tight; see
@@ -480,12 +481,12 @@ def generate(pipeline, prompts, seeds=None, steps=250, guidance=8.0, clamp=1.2,
     """Return PIL images for prompts, all made as one batch (a GPU holds some 16 to 64).
 
     seeds: one number an image; without, 0, 1, 2, ... The same prompt and seed
-    give the same image in any batch. negative_prompts: what guidance leads away
-    from, one text for all or one for each prompt; it is the null prompt ""
-    unless given. max_tokens: a longer prompt loses its end. precision: "auto"
-    (bf16 on CUDA), "fp32" or "bf16". solver: a key of SOLVERS. spacing:
-    without, the solver's own. The other arguments are those of `ddim`. Raises
-    UserError.
+    give the same image in any batch, up to rounding. negative_prompts: what
+    guidance leads away from, one text for all or one for each prompt; it is the
+    null prompt "" unless given. max_tokens: a longer prompt loses its end.
+    precision: "auto" (bf16 on CUDA), "fp32" or "bf16". solver: a key of SOLVERS.
+    spacing: without, the solver's own. The other arguments are those of `ddim`.
+    Raises UserError.
 
         >>> pipeline = load_pipeline("out/toy/dit")
         >>> images = generate(pipeline, ["a large red circle on dark ground"], guidance=1.5)
