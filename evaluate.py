@@ -308,7 +308,8 @@ def geneval(args):
 
     if args.detections:
         args.detector = args.detector or " and ".join(args.detections)
-        weights = {}
+        # CLIP tells the colours that they leave out.
+        weights = {args.clip: weights_hash(args.clip)} if Path(args.clip).is_dir() else {}
         notes = ["Objects are given, not detected here"]
     else:
         args.detector = args.detector or DETECTOR

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import FIXTURES, photo, refusal, refused
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 from common import read_jsonl, write_json, write_jsonl
@@ -442,6 +442,25 @@ def test_detections_and_metadata_that_geneval_does_not_know_are_refused(
     given = tmp_path / "given.jsonl"
     write_jsonl(given, [{"file": FIRST, "objects": {name: [{**THING, **change}]}}])
     assert words in refused("evaluate.py", "geneval", "--images", folder, "--detections", given)
+
+
+def test_colors_that_detections_leave_out_are_told_again_by_another_clip(models, tmp_path):
+    folder = geneval_folder(tmp_path / "original", RED_DOG)
+    rows = [{"file": f"00000/samples/{i:04}.png", "objects": {"dog": [{"box": BOX, "score": 0.9}]}}
+            for i in range(2)]
+    write_jsonl(tmp_path / "given.jsonl", rows)
+    clip = shutil.copytree(models / "clip", tmp_path / "clip")
+    seen = []
+    for _ in range(2):
+        run("geneval", "--images", folder, "--detections", tmp_path / "given.jsonl", "--clip", clip)
+        seen.append((section(folder, "geneval")["weights"][str(clip)], read_jsonl(folder / "geneval.jsonl")))
+        # What was the best colour becomes the worst.
+        weights = load_file(clip / "model.safetensors")
+        weights["text_projection.weight"] *= -1
+        save_file(weights, clip / "model.safetensors", {"format": "pt"})
+        # Loaded once within a process, in which a command runs but once.
+        evaluate.load_once.cache_clear()
+    assert seen[0][0] != seen[1][0] and seen[0][1] != seen[1][1]
 
 
 def test_detections_are_those_of_transformers(models):
