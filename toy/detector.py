@@ -314,26 +314,22 @@ def as_detections(objects):
     return things
 
 
-def connected(mask):
-    """Return the number (64, 64) of each pixel's connected part of a mask, and the parts' areas.
-
-    What is not in the mask has the number 0, and its area counts as 0.
-    """
+def connected(mask, least):
+    """Return a mask's connected parts of `least` pixels or more as masks, the largest first."""
     labels, _ = ndimage.label(mask, NEIGHBOURS)
     areas = np.bincount(labels.ravel())
+    # The number 0 is what is not in the mask.
     areas[0] = 0
-    return labels, areas
+    return [labels == label for label in np.argsort(-areas) if areas[label] >= least]
 
 
 def groups(mask):
     """Return masks of what may be one object each: connected parts of a mask, alone or together."""
-    labels, areas = connected(mask)
-    order = np.argsort(-areas)
-    parts = [label for label in order[:8] if areas[label] >= SMALLEST_PATCH]
+    parts = connected(mask, SMALLEST_PATCH)[:8]
     # Two or three may be one object with something across it. This is tried with the
     # largest three.
     together = [*combinations(parts, 1), *combinations(parts[:3], 2), *combinations(parts[:3], 3)]
-    return [np.isin(labels, group) for group in together]
+    return [np.any(group, 0) for group in together]
 
 
 # --------------------------------------------------------------------------------------------
@@ -342,12 +338,6 @@ def groups(mask):
 LARGE_AREA = 400            # pixels of a large object, at least, also where a part of it is hidden
 OTHER_GREY = 25             # levels by which a pixel differs from the background around it
 SEAM = 10                   # pixels of a seam that touch, from which on it is seen
-
-
-def is_seam(mask):
-    """Tell whether enough pixels of a mask touch to be seen as a seam."""
-    _, areas = connected(mask)
-    return bool(areas.max() >= SEAM)
 
 
 def has_one_background(image):
@@ -365,7 +355,7 @@ def has_one_background(image):
     # A small paste shows little of its own background, just the corners that its object
     # leaves. So any patch of another grey counts, and not its share of the picture.
     other = background & (np.abs(levels - usual) > OTHER_GREY)
-    return not is_seam(other)
+    return not connected(other, SEAM)
 
 
 def is_bitten(image, objects):
@@ -393,5 +383,5 @@ def is_bitten(image, objects):
             # At a shared edge two colours make a grey that is a pixel or two wide: that
             # is no gap.
             gap = ndimage.binary_opening(large.expected & near & ~colored, NEIGHBOURS)
-            answer = answer or is_seam(gap)
+            answer = answer or bool(connected(gap, SEAM))
     return answer
