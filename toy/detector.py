@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import combinations, product
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 from toy.world import COLORS, SHAPES, SIZE, draw
@@ -85,15 +86,13 @@ class Patch:
         self.near = ndimage.binary_dilation(mask, NEIGHBOURS)   # a pixel wider on all sides
         self.core = ndimage.binary_erosion(mask, NEIGHBOURS)    # without the pixels at its edge
         self.area = np.count_nonzero(mask)
-        self.box = bounds(mask)
+        self.box = box_around(mask)
         self.in_front = []                                      # boxes of what may hide a part of it
 
 
-def bounds(mask):
+def box_around(mask):
     """Return the box (x0, y0, x1, y1) of a mask's True pixels, right and bottom exclusive."""
-    columns = mask.any(0).nonzero()[0].tolist()
-    rows = mask.any(1).nonzero()[0].tolist()
-    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return Image.fromarray(mask).getbbox()
 
 
 def inside(box, margin=0):
@@ -112,7 +111,7 @@ def templates(shape):
             thing = {"shape": shape, "color": "red", "radius": radius, "x": x, "y": y}
             _, share = unmix(draw({"objects": [thing], "grey": "dark"}))
             mask = share > 0.5
-            shifted.append(Patch(mask[inside(bounds(mask))]))
+            shifted.append(Patch(mask[inside(box_around(mask))]))
         sizes.append(shifted)
     return sizes
 
@@ -193,7 +192,7 @@ def hidden_box(bite, patch, template):
 
     # A few lacking pixels are not hidden, they are wrong. At a large object a paste may
     # graze them.
-    x0, y0, x1, y1 = box = bounds(bite)
+    x0, y0, x1, y1 = box = box_around(bite)
     _, width = template.mask.shape
     least = 3 if width >= 32 else 10
     return box if max(x1 - x0, y1 - y0) > least else None
