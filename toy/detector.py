@@ -7,7 +7,7 @@ rectangle covers a part of it, and the rest must agree. Most distorted, melted o
 shapes agree with nothing and count as no object: the README has a table of how many pass.
 """
 
-from functools import lru_cache
+from functools import cache
 from itertools import combinations, product
 
 import numpy as np
@@ -101,19 +101,16 @@ def inside(box, margin=0):
     return np.s_[max(0, y0 - margin):y1 + margin, max(0, x0 - margin):x1 + margin]
 
 
-@lru_cache
-def templates(shape):
-    """Return [four templates for each radius]: the centre on a pixel or half-way to the next."""
-    sizes = []
-    for radius in RADII:
-        shifted = []
-        for y, x in product((32, 32.5), (32, 32.5)):
-            thing = {"shape": shape, "color": "red", "radius": radius, "x": x, "y": y}
-            _, share = unmix(draw({"objects": [thing], "grey": "dark"}))
-            mask = share > 0.5
-            shifted.append(Patch(mask[inside(box_around(mask))]))
-        sizes.append(shifted)
-    return sizes
+@cache
+def templates(shape, radius):
+    """Return four templates of a size: the centre on a pixel or half-way to the next."""
+    shifted = []
+    for y, x in product((32, 32.5), (32, 32.5)):
+        thing = {"shape": shape, "color": "red", "radius": radius, "x": x, "y": y}
+        _, share = unmix(draw({"objects": [thing], "grey": "dark"}))
+        mask = share > 0.5
+        shifted.append(Patch(mask[inside(box_around(mask))]))
+    return shifted
 
 
 def placed(mask, x, y):
@@ -201,20 +198,19 @@ def hidden_box(bite, patch, template):
 def recognise(patch):
     """Find out what a patch agrees with best, and whether it is an object (see Patch)."""
     guesses = [best_agreement(shape, patch) for shape in SHAPES]
-    guesses.sort(key=lambda guess: guess[0])
-    second = guesses[-2][0]
-    patch.score, shape, patch.expected = guesses[-1]
+    *_, second, best = sorted(guesses, key=lambda guess: guess[0])
+    patch.score, shape, patch.expected = best
 
     # Drawn in a wobbly way, a star is still a star, as long as it might not be a cross.
-    is_clear = patch.score > CLEAR and patch.score - second > MARGIN
+    is_clear = patch.score > CLEAR and patch.score - second[0] > MARGIN
     patch.shape = shape if patch.score > THRESHOLD or is_clear else None
 
 
 def best_agreement(shape, patch):
     """Return a patch's (score, shape, expected pixels) for a shape: all sizes, then moves of the best."""
-    sizes = templates(shape)
     rough = []
-    for number, shifted in enumerate(sizes):
+    for radius in RADII:
+        shifted = templates(shape, radius)
         # Half a pixel matters to small objects only.
         tried = shifted[::3] if shifted[0].area < SMALL else shifted[:1]
         for template in tried:
@@ -223,23 +219,21 @@ def best_agreement(shape, patch):
                 continue
             for x, y in likely_corners(template, patch.box):
                 score = agreement(template, patch, x, y)
-                rough.append((score, number, x, y))
+                rough.append((score, radius, x, y))
 
     rough.sort(reverse=True)
-    best = 0.0
-    expected = np.zeros((SIZE, SIZE), bool)
-    for score, number, x, y in rough[:BEST_PLACES]:
+    best = 0.0, shape, np.zeros((SIZE, SIZE), bool)
+    for score, radius, x, y in rough[:BEST_PLACES]:
         # However it is moved, this one and those behind it stay below what makes an
         # object.
         if score < CLEAR - MOST_GAIN:
             break
-        for template, dx, dy in product(sizes[number], (-1, 0, 1), (-1, 0, 1)):
+        for template, dx, dy in product(templates(shape, radius), (-1, 0, 1), (-1, 0, 1)):
             corner = inside_frame(template, x + dx, y + dy)
             score = agreement(template, patch, *corner)
-            if score > best:
-                best = score
-                expected = placed(template.core, *corner)
-    return best, shape, expected
+            if score > best[0]:
+                best = score, shape, placed(template.core, *corner)
+    return best
 
 
 def likely_corners(template, box):
