@@ -18,7 +18,6 @@ import cutmix
 from common import progress, read_jsonl, write_jsonl
 
 SIZE = 64           # pixels of a picture's side
-SHAPES = ["circle", "cross", "square", "star", "triangle"]
 COLORS = {
     "red": (222, 40, 40),
     "yellow": (240, 205, 30),
@@ -62,6 +61,7 @@ OUTLINES = {
     # Its centre of mass lies low: it is drawn a little lower to look centred.
     "triangle": around([1.08] * 3, lower=0.2),
 }
+SHAPES = list(OUTLINES)
 
 
 def draw(scene):
