@@ -7,7 +7,7 @@ from itertools import product
 from common import write_jsonl
 from toy.world import (MIDDLE, SHAPES, cell_relations, corner_places, counted,
                        describe_background, describe_object, join, long_caption,
-                       make_scene, place_at, seen_in_original)
+                       look_at, make_scene, place_at)
 
 TASKS = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 
@@ -65,7 +65,7 @@ def scene_to_ask_for(task, rng):
 def make_prompt(task, rng):
     """Return (metadata, short text, long text) of a random prompt for one task."""
     scene, layout = scene_to_ask_for(task, rng)
-    things = seen_in_original(scene)
+    things = look_at(scene["objects"])
     detailed = long_caption(things, scene, rng)
 
     # What the short prompt and GenEval's rules ask for: shapes, in two tasks with colours,

@@ -173,7 +173,7 @@ def make_world(out, count, seed):
         (out / "images" / shape).mkdir(parents=True, exist_ok=True)
         draw(scene).save(out / "images" / file)
         scenes.append({"file": file, **scene})
-        text = caption_of(seen_in_original(scene), scene, random.Random(f"{seed} {file}"))
+        text = caption_of(look_at(scene["objects"]), scene, random.Random(f"{seed} {file}"))
         captions.append({"file": file, "caption": text})
     write_jsonl(out / "captions.jsonl", captions)
     write_jsonl(out / "scenes.jsonl", scenes)
@@ -199,11 +199,6 @@ def what_a_world_is_made_by():
 HALF = 0.55             # up to this share the caption says "half a star"
 
 
-def seen_in_original(scene):
-    """Return the objects of an original as the captioner sees them."""
-    return [look_at(thing) for thing in scene["objects"]]
-
-
 def seen_in_composite(base, paste, box, setting):
     """Return the objects of two scenes that can still be seen in their composite, the largest three."""
     x0, y0, x1, y1 = box
@@ -213,14 +208,13 @@ def seen_in_composite(base, paste, box, setting):
     # What is pasted covers the base, so an object is seen only on its own side of the
     # box. CM 1/2 pastes at full size, where it was; all other settings shrink.
     scale = cutmix.CUTS[setting].scale
-    seen = [look_at(thing, ~inside) for thing in base["objects"]]
-    for thing in paste["objects"]:
-        if scale > 1:
-            thing = {**thing,
-                     "radius": thing["radius"] / scale,
-                     "x": x0 + thing["x"] / scale,
-                     "y": y0 + thing["y"] / scale}
-        seen.append(look_at(thing, inside))
+    pasted = paste["objects"]
+    if scale > 1:
+        pasted = [{**thing,
+                   "radius": thing["radius"] / scale,
+                   "x": x0 + thing["x"] / scale,
+                   "y": y0 + thing["y"] / scale} for thing in pasted]
+    seen = look_at(base["objects"], ~inside) + look_at(pasted, inside)
 
     # A captioner would not recognise slivers and specks. Three
     # objects are enough: longer captions would be lists.
@@ -229,26 +223,29 @@ def seen_in_composite(base, paste, box, setting):
     return seen[:3]
 
 
-def look_at(thing, region=True):
-    """Return an object with `visible` and `cell`, of which only `region` (64, 64) bool can be seen."""
-    mask = Image.new("1", (SIZE, SIZE))
-    draw_object(mask, thing, 1)
-    mask = np.asarray(mask)
-    rows, columns = (mask & region).nonzero()
-    visible = len(rows) / mask.sum()
+def look_at(things, region=True):
+    """Return objects with `visible` and `cell`, of which only `region` (64, 64) bool can be seen."""
+    seen = []
+    for thing in things:
+        mask = Image.new("1", (SIZE, SIZE))
+        draw_object(mask, thing, 1)
+        mask = np.asarray(mask)
+        rows, columns = (mask & region).nonzero()
+        visible = len(rows) / mask.sum()
 
-    # Of one that fills the frame, the middle.
-    cell = (int(3 * thing["x"] / SIZE), int(3 * thing["y"] / SIZE))
-    if thing["radius"] > LARGE and 0 < visible <= HALF:
-        # A half of a large object is where its middle is, seen from the middle of the
-        # picture.
-        x = columns.mean() - SIZE / 2
-        y = rows.mean() - SIZE / 2
-        if abs(x) > abs(y):
-            cell = (0 if x < 0 else 2, 1)
-        else:
-            cell = (1, 0 if y < 0 else 2)
-    return {**thing, "visible": visible, "cell": cell}
+        # Of one that fills the frame, the middle.
+        cell = (int(3 * thing["x"] / SIZE), int(3 * thing["y"] / SIZE))
+        if thing["radius"] > LARGE and 0 < visible <= HALF:
+            # A half of a large object is where its middle is, seen from the middle of the
+            # picture.
+            x = columns.mean() - SIZE / 2
+            y = rows.mean() - SIZE / 2
+            if abs(x) > abs(y):
+                cell = (0 if x < 0 else 2, 1)
+            else:
+                cell = (1, 0 if y < 0 else 2)
+        seen.append({**thing, "visible": visible, "cell": cell})
+    return seen
 
 
 # --------------------------------------------------------------------------------------------
