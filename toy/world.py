@@ -363,9 +363,7 @@ def brief_caption(things, rng):
     # Between two objects of one shape a relation
     # would say nothing: both have the same name.
     if len(things) == len(counts) == 2 and rng.random() < 0.5:
-        words = cell_relations(*things)
-        if words:
-            link = rng.choice(words)
+        link = rng.choice(cell_relations(*things) or [link])
     names = [counted(count, shape) for shape, count in counts.items()]
     return f"a photo of {join(names, link)}"
 
