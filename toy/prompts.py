@@ -18,14 +18,12 @@ def make_prompts(out, count, seed):
     Each row has GenEval's metadata (`tag`, `include`, `exclude`), the `prompt`, and as
     `layout` where the scene that it describes has its objects.
     """
-    short = []
-    long = []
+    pairs = []
     for task, n in product(TASKS, range(count)):
         # Each prompt has a generator of its own: asking
         # for more of them does not change the first ones.
-        metadata, brief, detailed = make_prompt(task, random.Random(f"{seed} {task} {n}"))
-        short.append({**metadata, "prompt": f"a photo of {brief}"})
-        long.append({**metadata, "prompt": detailed})
+        pairs.append(make_prompt(task, random.Random(f"{seed} {task} {n}")))
+    short, long = zip(*pairs)
     write_jsonl(out / "prompts-short.jsonl", short)
     write_jsonl(out / "prompts-long.jsonl", long)
 
@@ -63,7 +61,7 @@ def scene_to_ask_for(task, rng):
 
 
 def make_prompt(task, rng):
-    """Return (metadata, short text, long text) of a random prompt for one task."""
+    """Return a random prompt for one task twice: a row with the short text, one with the long."""
     scene, layout = scene_to_ask_for(task, rng)
     things = look_at(scene["objects"])
     detailed = long_caption(things, scene, rng)
@@ -98,4 +96,4 @@ def make_prompt(task, rng):
         brief = join(names, words)
         phrases = [describe_object(thing) for thing in things]
         detailed = f"{join(phrases, f', {words}')} {describe_background(scene, rng)}"
-    return metadata, brief, detailed
+    return {**metadata, "prompt": f"a photo of {brief}"}, {**metadata, "prompt": detailed}
