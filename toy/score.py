@@ -113,9 +113,8 @@ def features(folder):
         # Averages over quarters keep roughly where things are, and forget exact
         # positions. Two pictures of like scenes are then close to each other.
         quarters = mean.unfold(2, 4, 4).unfold(3, 4, 4)                     # (B, 8, 2, 2, 4, 4)
-        average = quarters.mean((4, 5)).flatten(1)                          # (B, 32)
-        deviation = quarters.flatten(4).std(4).flatten(1)                   # (B, 32)
-        parts.append(torch.cat([average, deviation], 1))
+        both = torch.stack([quarters.mean((4, 5)), quarters.std((4, 5))], 1)
+        parts.append(both.flatten(1))                                       # (B, 64)
     return torch.cat(parts).numpy()
 
 
