@@ -14,7 +14,7 @@ from common import (UserError, complete, read_json, read_jsonl, refuse_other_set
                     write_json)
 
 from toy.prompts import make_prompts
-from toy.recipe import VAE, quoted
+from toy.recipe import VAE, kind_of, quoted
 from toy.text_encoder import make_text_encoder
 from toy.world import SIZE, caption_composites, make_world, what_a_world_is_made_by
 
@@ -40,12 +40,6 @@ def bind(path, **settings):
     elif list(folder.glob("[!.]*")):
         raise UserError(f"{folder}: holds files, and not the toy's: choose another --out")
     write_json(path, settings)
-
-
-def kind_of(setting):
-    """Return what composites are called by: -cutmix for all settings, -cutmix-1-4 for 1/4."""
-    # A setting such as 1/4 has a slash, which a folder's name cannot have.
-    return "-cutmix" if setting == "all" else f"-cutmix-{setting.replace('/', '-')}"
 
 
 def draw_world(world, count, seed, settings=("all",)):

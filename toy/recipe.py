@@ -6,6 +6,7 @@ CutMix with all four settings, p = 0.5. The sizes of things are the toy's own.
 
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 # The paper's; 0.55 was equal on 384 prompts that are not the reported ones.
 TAU = 0.4
@@ -41,21 +42,67 @@ def quoted(path):
     return shlex.quote(str(path))
 
 
-def train_command(model, out, p, tau, steps, seed, data, composites=None, more=""):
-    """Return train.py's command line, as a user types it, for one model of the toy.
+def kind_of(setting):
+    """Return what composites are called by: -cutmix for all settings, -cutmix-1-4 for 1/4."""
+    # A setting such as 1/4 has a slash, which a folder's name cannot have.
+    return "-cutmix" if setting == "all" else f"-cutmix-{setting.replace('/', '-')}"
 
-    data, composites: encoded ones; without composites, text augmentation alone. more:
-    other options.
+
+class Variant(NamedTuple):
+    """One model, whatever its seed. By default, DiT-I with text augmentation alone (TA)."""
+
+    model: str = "dit"
+    captions: str = ""              # or "-aio", the paper's 'An image of <class-name>'
+    setting: str = ""               # of CutMix: "" is none, "all", "1/4", ...
+    p: float = P
+    tau: float = TAU
+    world: str = ""                 # or "small": a small training set, a world of its own
+
+    def folder(self, seed):
+        """Return the model's folder in OUT for a seed."""
+        name = f"runs/{self.model}{self.captions or '-long'}"
+        # Without composites p and tau have no effect, and are left out.
+        if self.setting:
+            name += f"{kind_of(self.setting)}-p{self.p:g}-tau{self.tau:g}"
+        if self.world:
+            name += f"-{self.world}"
+        return f"{name}-seed{seed}"
+
+    def data(self):
+        """Return (world, kind) of its training data: originals, and composites if any."""
+        kinds = [self.captions]
+        if self.setting:
+            kinds.append(kind_of(self.setting))
+        return [(self.world, kind) for kind in kinds]
+
+
+def model_commands(run, out, checkpoint, steps, seed, more=""):
+    """Return the command lines, as a user types them, that train, sample and score a model.
+
+    out: the toy's folder, with data and prompts. Beside the checkpoint they make
+    samples-short, scores-short.jsonl, and the same for long prompts. more: other options
+    of train.py.
     """
+    data = [quoted(out / world / f"encoded{kind}") for world, kind in run.data()]
     augmented = ""
-    if composites:
-        augmented = f"--augmented {quoted(composites)} --p {p} --tau {tau} "
-    return (f"train.py --model {model} {TRAINING} "
-            f"--data {quoted(data)} {augmented}--out {quoted(out)} "
-            f"--steps {steps} --batch-size {BATCH} --warmup 50 "
-            f"--schedule-steps {steps} --rate 1 --clip 1 --ema 0.99 --seed {seed} "
-            f"--log-every 20 --save-every 500 --sample-every 1000 "
-            f"--guidance {GUIDANCE} {more}").strip()
+    if run.setting:
+        augmented = f"--augmented {data[1]} --p {run.p} --tau {run.tau} "
+
+    train = (f"train.py --model {run.model} {TRAINING} "
+             f"--data {data[0]} {augmented}--out {quoted(checkpoint)} "
+             f"--steps {steps} --batch-size {BATCH} --warmup 50 "
+             f"--schedule-steps {steps} --rate 1 --clip 1 --ema 0.99 --seed {seed} "
+             f"--log-every 20 --save-every 500 --sample-every 1000 "
+             f"--guidance {GUIDANCE} {more}")
+
+    commands = [train.strip()]
+    for kind in ("short", "long"):
+        prompts = out / f"prompts-{kind}.jsonl"
+        samples = checkpoint.with_name(f"samples-{kind}")
+        scores = quoted(checkpoint.with_name(f"scores-{kind}.jsonl"))
+        commands += [sample_command(checkpoint, prompts, samples, seed),
+                     f"-m toy score --samples {quoted(samples)} --out {scores}"]
+    return commands
 
 
 def sample_command(checkpoint, prompts, out, seed, more="--format geneval"):
@@ -63,19 +110,3 @@ def sample_command(checkpoint, prompts, out, seed, more="--format geneval"):
     return (f"sample.py --checkpoint {quoted(checkpoint)} --prompts {quoted(prompts)} "
             f"--out {quoted(out)} {more} --steps {SAMPLE_STEPS} --guidance {GUIDANCE} "
             f"--batch-size 64 --seed {seed}")
-
-
-def judge_commands(checkpoint, prompts, out, seed):
-    """Return the command lines that sample a model for all prompts, and score the samples.
-
-    prompts: their folder. They make OUT/samples-short, OUT/scores-short.jsonl, and the
-    same for long ones.
-    """
-    commands = []
-    for kind in ("short", "long"):
-        samples = out / f"samples-{kind}"
-        file = prompts / f"prompts-{kind}.jsonl"
-        scores = quoted(out / f"scores-{kind}.jsonl")
-        commands += [sample_command(checkpoint, file, samples, seed),
-                     f"-m toy score --samples {quoted(samples)} --out {scores}"]
-    return commands

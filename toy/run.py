@@ -20,7 +20,7 @@ from pathlib import Path
 from common import COUNT, SEED, Options, number, only_command
 
 from toy.data import bind, draw_world, encode_world, make_prompts_and_encoder, run
-from toy.recipe import IMAGES, P, PROMPTS, STEPS, TAU, judge_commands, train_command
+from toy.recipe import IMAGES, PROMPTS, STEPS, Variant, model_commands
 from toy.report import about_the_data, report
 from toy.world import SHAPES
 
@@ -52,13 +52,12 @@ def main(argv=None):
         # Stages 1 to 3: composites, captions, latents and tokens.
         draw_world(out, args.images, args.seed)
         make_prompts_and_encoder(out, args.prompts, args.seed)
-        encode_world(out, "", out / "t5")
-        encode_world(out, "-cutmix", out / "t5")
+        model = Variant(setting="all")
+        for world, kind in model.data():
+            encode_world(out / world, kind, out / "t5")
 
         # Stage 4: Algorithm 1. Stages 5 and 6: samples and scores.
-        run(train_command("dit", out / "dit", P, TAU, args.steps, args.seed,
-                          out / "encoded", out / "encoded-cutmix"))
-        for command in judge_commands(out / "dit", out, out, args.seed):
+        for command in model_commands(model, out, out / "dit", args.steps, args.seed):
             run(command)
 
         title = "How far can we go with a toy ImageNet? One DiT-I, TA + IA"

@@ -18,16 +18,15 @@ import signal
 import subprocess
 import sys
 from itertools import product
-from typing import NamedTuple
 
 # First: it keeps Ctrl-C quiet while torch is imported.
 from common import (COUNT, Options, UserError, ahead, default_workers, line_chart,
                     only_command, progress, read_jsonl)
 
 from cutmix import CUTS
-from toy.data import bind, draw_world, encode_world, kind_of, make_prompts_and_encoder
+from toy.data import bind, draw_world, encode_world, make_prompts_and_encoder
 from toy.prompts import TASKS
-from toy.recipe import P, TAU, judge_commands, quoted, sample_command, train_command
+from toy.recipe import Variant, model_commands, quoted, sample_command
 from toy.report import (SCORES, about_the_data, mean_and_spread, report, table, verdict_card,
                         write_page)
 from toy.run import add_options
@@ -35,36 +34,6 @@ from toy.score import columns_of
 
 # --------------------------------------------------------------------------------------------
 # What each table compares
-
-class Variant(NamedTuple):
-    """One model, whatever its seed. By default it is DiT-I with text augmentation alone (TA)."""
-
-    model: str = "dit"
-    captions: str = ""              # or "-aio", the paper's 'An image of <class-name>'
-    setting: str = ""               # of CutMix: "" is none, "all", "1/4", ...
-    p: float = P
-    tau: float = TAU
-    small: bool = False             # trained on a small part of the data
-
-    def folder(self, seed):
-        """Return the model's folder in OUT for a seed."""
-        name = f"runs/{self.model}{self.captions or '-long'}"
-        # Without composites p and tau have no effect, and are left out.
-        if self.setting:
-            name += f"{kind_of(self.setting)}-p{self.p:g}-tau{self.tau:g}"
-        if self.small:
-            name += "-small"
-        return f"{name}-seed{seed}"
-
-    def data(self):
-        """Return (world, kind) of what it is trained on: originals, and composites if any."""
-        # The small set is a world of its own.
-        world = "small" if self.small else "."
-        kinds = [self.captions]
-        if self.setting:
-            kinds.append(kind_of(self.setting))
-        return [(world, kind) for kind in kinds]
-
 
 TABLE_2 = {
     "DiT-I AIO": Variant(captions="-aio"),
@@ -83,7 +52,7 @@ TABLES = {
     "5": {"p = 0": Variant(),
           **{f"p = {p}": Variant(setting="1/4", p=p) for p in (0.25, 0.5, 0.75, 1)}},
     "tau": {f"tau = {tau}": Variant(setting="all", tau=tau) for tau in (0, 0.2, 0.4, 0.6, 0.8)},
-    "fig5": {"TA": Variant(small=True), "TA + IA": Variant(setting="all", small=True)},
+    "fig5": {"TA": Variant(world="small"), "TA + IA": Variant(setting="all", world="small")},
 }
 TITLES = {
     "1": "Table 1: distance to validation pictures",
@@ -119,7 +88,7 @@ def make_data(args, runs):
     draw_world(out / "small", SMALL, SMALL_SEED + args.seed)
 
     # These two are for measuring, and for the page.
-    encoded = {("val", ""), (".", "-cutmix")}.union(*[run.data() for run in runs])
+    encoded = {("val", ""), ("", "-cutmix")}.union(*[run.data() for run in runs])
     for world, kind in sorted(encoded):
         encode_world(out / world, kind, out / "t5")
 
@@ -132,23 +101,20 @@ def commands_of(args, run, seed):
     out = args.out
     folder = out / run.folder(seed)
     checkpoint = folder / "checkpoint"
-    data = [out / world / f"encoded{kind}" for world, kind in run.data()]
     # Fig. 5 is about the course of training: it measures on the way.
     every = math.ceil(args.steps / KEPT)
     more = ""
-    if run.small:
+    if run.world:
         more = f"--val {quoted(out / 'val/encoded')} --val-every {every} --keep-every {every}"
 
-    commands = [train_command(run.model, checkpoint, run.p, run.tau, args.steps, seed,
-                              *data, more=more)]
-    commands += judge_commands(checkpoint, out, folder, seed)
+    commands = model_commands(run, out, checkpoint, args.steps, seed, more)
 
     # Distances take many samples: measured are the models of Table 1, and one of each
     # line of Fig. 5.
     measured = {}
     if "1" in args.tables and run in TABLE_2.values():
         measured["distance"] = checkpoint
-    if run.small and seed == args.seed:
+    if run.world and seed == args.seed:
         for step in range(every, args.steps + 1, every):
             measured[f"distance-{step:07d}"] = checkpoint / f"step-{step:07d}"
 
