@@ -20,10 +20,5 @@ else:
 
 from common import command_line  # noqa: E402
 
-
-def main():
-    """Run the command that the first word names; without one, the toy paper itself."""
-    importlib.import_module(f"toy.{command}").main(words)
-
-
-command_line(main)
+# Run the command that the first word names; without one, the toy paper itself.
+command_line(lambda: importlib.import_module(f"toy.{command}").main(words))
