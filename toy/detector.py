@@ -147,7 +147,7 @@ def agreement(template, patch, x, y):
     bite = core & ~patch.near                           # what it clearly lacks
     edge = whole & ~core
     lacking = whole & ~patch.mask
-    hidden = np.count_nonzero(lacking)
+    hidden = template.area - right
 
     # In the hidden box nothing of the object must be seen: what is seen there is wrong.
     # The pixels around the box may be seen or not: something's edge runs through them.
