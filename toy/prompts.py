@@ -1,7 +1,6 @@
 """The toy's GenEval: prompts of the benchmark's six tasks, once short and once long."""
 
 import random
-from collections import Counter
 from itertools import product
 
 from common import write_jsonl
@@ -66,17 +65,18 @@ def make_prompt(task, rng):
     things = look_at(scene["objects"])
     detailed = long_caption(things, scene, rng)
 
-    # What the short prompt and GenEval's rules ask for: shapes, in two tasks with colours,
-    # where each object is of another class.
-    colors = {thing["shape"]: thing["color"] for thing in things}
+    # What the short prompt and GenEval's rules ask for: shapes, in two tasks with colours.
+    # All objects are of one class, or each is of another.
+    classes = {thing["shape"]: thing for thing in things}
+    count = len(things) // len(classes)
     names = []
     include = []
-    for shape, count in Counter(thing["shape"] for thing in things).items():
+    for shape, thing in classes.items():
         name = shape
         clause = {"class": shape, "count": count}
         if task in ("colors", "color_attr"):
-            name = f"{colors[shape]} {shape}"
-            clause["color"] = colors[shape]
+            name = f"{thing['color']} {shape}"
+            clause["color"] = thing["color"]
         names.append(counted(count, name))
         include.append(clause)
     metadata = {"tag": task, "include": include, "layout": layout}
@@ -84,8 +84,7 @@ def make_prompt(task, rng):
 
     # As in GenEval, one too many is excluded: without it, three would pass for two.
     if task == "counting":
-        (clause,) = include
-        metadata["exclude"] = [{**clause, "count": clause["count"] + 1}]
+        metadata["exclude"] = [{**include[0], "count": count + 1}]
 
     # GenEval names the object that the other's place is seen from first.
     if task == "position":

@@ -341,7 +341,7 @@ def long_caption(things, scene, rng):
 
     # A number counts whole objects of one class:
     # "two stars" would be wrong for two halves.
-    shapes = Counter(thing["shape"] for thing in things)
+    shapes = {thing["shape"] for thing in things}
     if len(things) > len(shapes) == 1 and whole:
         text = f"{counted(len(things), things[0]['shape'])} , {text}"
     return f"{text} {describe_background(scene, rng)}"
