@@ -286,10 +286,9 @@ def find_objects(image):
 
     # The best explanation of a pixel counts, and no other.
     objects = []
-    used = np.zeros((SIZE, SIZE), bool)
     for patch in sorted(patches, key=lambda patch: -patch.score):
-        if patch.shape and not (patch.mask & used).any():
-            used |= patch.mask
+        is_new = not any((patch.mask & better.mask).any() for better in objects)
+        if patch.shape and is_new:
             objects.append(patch)
     return objects
 
