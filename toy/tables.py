@@ -216,23 +216,20 @@ def score_table(out, lines, file):
     """Return the scores of a table's lines, with links to the pictures of each seed."""
     rows = [[]]
     for label, run in lines.items():
-        scores = []
-        links = []
+        scores = {}
         # Whichever command made them.
         for path in sorted(out.glob(f"{run.folder('*')}/{file}")):
             seed = path.parent.name.rpartition("seed")[2]
             # Somebody may keep a copy of a model beside it, "...-seed0.bak".
-            if not seed.isdecimal():
-                continue
-            scores.append(columns_of(read_jsonl(path)))
-            links.append(f'<a href="{run.folder(seed)}/report.html">{seed}</a>')
+            if seed.isdecimal():
+                link = f'<a href="{run.folder(seed)}/report.html">{seed}</a>'
+                columns = columns_of(read_jsonl(path))
+                scores[link] = columns.values()
+                # All files have the same columns.
+                rows[0] = ["", *columns, "seeds"]
 
-        # All files have the same columns.
-        if scores:
-            rows[0] = ["", *scores[0], "seeds"]
-        columns = zip(*(score.values() for score in scores))
-        cells = [mean_and_spread(*values) for values in columns]
-        rows.append([label, *cells, " ".join(links) or "not yet"])
+        cells = [mean_and_spread(*values) for values in zip(*scores.values())]
+        rows.append([label, *cells, " ".join(scores) or "not yet"])
     return table(rows)
 
 
