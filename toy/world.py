@@ -7,7 +7,6 @@ shape: a large one, some smaller ones, or both. Colours, sizes and backgrounds v
 are not in the class name.
 """
 
-import cmath
 import math
 import random
 from collections import Counter
@@ -33,22 +32,21 @@ LARGE = 18                       # a larger radius, in pixels, fills the frame
 # --------------------------------------------------------------------------------------------
 # Drawing
 
-# A point of an outline is the complex number x + 1j y; y points down.
-
 def around(radii, lower=0):
-    """Return points around a centre, clockwise from the top, a radius each."""
+    """Return points around a centre, clockwise from the top, a radius each; y points down."""
     points = []
     for i, radius in enumerate(radii):
         angle = 2 * math.pi * (i / len(radii))
-        points.append(1j * lower - 1j * cmath.rect(radius, angle))
+        points.append((radius * math.sin(angle), lower - radius * math.cos(angle)))
     return points
 
 
 def turned(corners):
     """Return corners, and the same ones after a quarter of a turn, a half, and three quarters."""
     outline = []
-    for turn in (1, 1j, -1, -1j):
-        outline += [turn * corner for corner in corners]
+    for _ in range(4):
+        outline += corners
+        corners = [(-y, x) for x, y in corners]
     return outline
 
 
@@ -56,9 +54,9 @@ def turned(corners):
 OUTLINES = {
     # A circle has none: these are those of a square around it. With a radius of 1 it
     # would look larger than a square.
-    "circle": [-0.92 - 0.92j, 0.92 + 0.92j],
-    "cross": turned([-0.3 - 0.95j, 0.3 - 0.95j, 0.3 - 0.3j]),
-    "square": turned([-0.8 - 0.8j]),
+    "circle": [(-0.92, -0.92), (0.92, 0.92)],
+    "cross": turned([(-0.3, -0.95), (0.3, -0.95), (0.3, -0.3)]),
+    "square": turned([(-0.8, -0.8)]),
     "star": around([1.0, 0.5] * 5),
     # Its centre of mass lies low: it is drawn a little lower to look centred.
     "triangle": around([1.08] * 3, lower=0.2),
@@ -83,12 +81,14 @@ def draw_object(image, thing, color):
     """Draw an object into a PIL image of the picture, of whatever size."""
     pen = ImageDraw.Draw(image)
     scale = image.width / SIZE
-    centre = complex(thing["x"], thing["y"])
-    corners = scale * (centre + thing["radius"] * np.array(OUTLINES[thing["shape"]]))
+    corners = []
+    for x, y in OUTLINES[thing["shape"]]:
+        x = thing["x"] + thing["radius"] * x
+        y = thing["y"] + thing["radius"] * y
+        corners.append((scale * x, scale * y))
 
     fill = pen.ellipse if thing["shape"] == "circle" else pen.polygon
-    # As Pillow wants them: x, y, x, y, ...
-    fill(corners.view(float).tolist(), color)
+    fill(corners, color)
 
 
 # --------------------------------------------------------------------------------------------
