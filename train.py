@@ -600,7 +600,8 @@ class Run:
                     "parameters": sum(w.numel() for w in self.model.parameters()),
                     "init": args.init,
                     **encoders_of(meta)}
-        if args.p > 0:
+        # No t exceeds a tau of 1.
+        if args.p > 0 and args.tau < 1:
             training["IA"] = " + ".join(composites[0].meta.get("cutmix") or ["unknown"])
         return {"model": args.model,
                 "args": self.model.config,
