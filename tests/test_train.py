@@ -373,12 +373,14 @@ def test_a_state_or_start_of_other_data_or_settings_or_damaged_is_refused(words,
     other = make_encoded(tmp_path / "other", size=16)
     foreign = make_encoded(tmp_path / "foreign", T5="c")
     narrow = make_encoded(tmp_path / "narrow", text_dim=8)
+    cut = make_encoded(tmp_path / "cut", max_tokens=5)
     for more, said in [(["--steps", 3], "is of step 4 already"),
                        (["--schedule-steps", 9], "(schedule steps 8, now 9)"),
                        (["--tau", 0.5], "tau 0.4, now 0.5"),
                        (["--data", data / "composites"], "lists of images and captions"),
                        (["--data", other, "--augmented", other], "latent shape"),
-                       (["--augmented", other], "differ in latent_shape")]:
+                       (["--augmented", other], "differ in latent_shape"),
+                       (["--augmented", cut], "differ in max_tokens")]:
         assert said in refused("train.py", *words("out", "--steps", 6, *more))
     # The learning rate would be at the end of its schedule as soon as it has risen.
     long_warmup = words("new", "--steps", 9, "--warmup", 8, "--schedule-steps", 8)
