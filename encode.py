@@ -483,6 +483,7 @@ def refuse_other_encoders(original, augmented):
 
     The precision in which T5 ran is not compared: rounding is not another encoder.
     """
+    # States of training that were saved before do not name the last one.
     for key in (*SAME_ENCODERS, "max_tokens"):
         a = original.meta.get(key)
         b = augmented.meta.get(key)

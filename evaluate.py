@@ -308,7 +308,7 @@ def geneval(args):
 
     if args.detections:
         args.detector = args.detector or " and ".join(args.detections)
-        # CLIP tells the colours that they leave out.
+        # CLIP tells the colours that they leave out. In a folder it may be replaced.
         weights = {args.clip: weights_hash(args.clip)} if Path(args.clip).is_dir() else {}
         notes = ["Objects are given, not detected here"]
     else:

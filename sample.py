@@ -7,8 +7,8 @@ Prompts come from --prompt (which may be repeated) or from any file of captions
 or prompts that `caption.read_prompts` understands: text (one a line), JSONL,
 CSV, TSV, a folder of .txt files (DPG-Bench's) or COCO's captions_val2014.json.
 Image i starts from the noise of seed --seed + i: another batch size, more ranks
-under torchrun, or a command that was killed and started again give the same images (up to
-rounding: one grey level, now and then, where batches have another size).
+under torchrun, or a command that was killed and started again give the same
+images, up to rounding (a grey level, now and then, in batches of another size).
 
 The estimate x_0 is clamped to +-1.2 at every step, as in the released pipeline:
 guidance overshoots, and the error grows from step to step. 1.2 is tight; see
